@@ -1,0 +1,13 @@
+"""Algorithms: frozen dataclasses over functions of (parameters, arrays). They know no model class, mesh or loop.
+
+An offline algorithm has `weight(batch)`, the global count that normalises its loss, and
+`loss(params, batch, weight, key) -> (loss, metrics)`, which adds up over the parts of a batch when `weight` is that of
+the whole. An online one adds `estimate(rollout, kl_coef) -> (Experience, metrics)`.
+"""
+
+from rlhfjax.algorithms.language_modelling import LanguageModelling
+from rlhfjax.algorithms.mix import Mix
+from rlhfjax.algorithms.ppo import Ppo
+from rlhfjax.algorithms.reward_modelling import RewardModelling
+
+__all__ = ["LanguageModelling", "Mix", "Ppo", "RewardModelling"]

@@ -1,0 +1,40 @@
+"""The reward model on K-way rankings: one forward pass a candidate, all pairs of a prompt in one batch element."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rlhfjax.functional import pairwise_accuracy, ranked_pairs, ranked_prompts, ranking_loss
+from rlhfjax.types import Params, RankedBatch
+
+
+@dataclass(frozen=True)
+class RewardModelling:
+    """Mean over prompts of 1/C(K,2) Σ over ordered pairs of -log σ(r_w - r_l) (Ouyang et al. 2022, eq. 1).
+
+    `scores(params, batch, key)` gives [B, K], read at the last token of each response.
+    """
+
+    scores: Callable[[Params, RankedBatch, jax.Array | None], Array]
+    kind: str = "logistic"
+    margin: float = 0.0
+
+    def weight(self, batch: RankedBatch) -> dict[str, Array]:
+        """Prompts with at least two candidates, and the pairs among them that people told apart."""
+        return {
+            "prompts": jnp.maximum(ranked_prompts(batch.ranks, batch.mask), 1.0),
+            "pairs": jnp.maximum(ranked_pairs(batch.ranks, batch.mask), 1.0),
+        }
+
+    def loss(
+        self, params: Params, batch: RankedBatch, weight: dict[str, Array], key: jax.Array | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        scores = self.scores(params, batch, key)
+        loss = ranking_loss(
+            scores, batch.ranks, batch.mask, self.kind, self.margin, normalizer=weight["prompts"]
+        )
+        accuracy = pairwise_accuracy(scores, batch.ranks, batch.mask, normalizer=weight["pairs"])
+        return loss, {"train/rm/loss": loss, "train/rm/accuracy": accuracy}

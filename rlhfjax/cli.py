@@ -1,0 +1,313 @@
+"""The one door: every verb of `rlhfjax`. jax and what needs it are imported inside the verbs that use them."""
+
+import importlib.metadata
+import json
+from dataclasses import astuple, fields
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlhfjax import config as configuration
+from rlhfjax.errors import ConfigError
+from rlhfjax.terminal import Door, printable, say
+
+_OPTIONS = {"pretty_exceptions_enable": False, "rich_markup_mode": None, "add_completion": False}
+app = typer.Typer(cls=Door, no_args_is_help=True, **_OPTIONS)
+data = typer.Typer(no_args_is_help=True, help="Prepare data sets and look at them.", **_OPTIONS)
+app.add_typer(data, name="data")
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped name (see rlhfjax ls).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as stages.ppo.steps=200.")
+]
+DataDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where prepared data sets are.")]
+_KINDS = "document, demonstration, comparison, prompt or rating"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rlhfjax {importlib.metadata.version('rlhfjax')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _door(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """The whole InstructGPT recipe in JAX, from raw text and human rankings to an aligned chat model.
+
+    \b
+    Example:
+      rlhfjax run quickstart
+    """
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where everything goes.  [default: runs/NAME]")
+    ] = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run this stage alone.")] = None,
+    start_from: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Run from this stage on.")] = None,
+) -> None:
+    """Run the stages of a configuration in order. The same command again continues a run that was killed.
+
+    \b
+    Example:
+      rlhfjax run quickstart stages.ppo.steps=20 --run-dir runs/short
+    """
+    loaded = configuration.load_config(config, _pairs(overrides))
+    if only and start_from:
+        raise ConfigError("--only and --from: give one of them")
+    for option, stage in (("--only", only), ("--from", start_from)):
+        _known_stage(option, stage, loaded)
+    from rlhfjax import stages
+
+    stages.run_recipe(loaded, run_dir or Path("runs") / loaded.name, only, start_from)
+
+
+@app.command()
+def ls() -> None:
+    """List the shipped configurations.
+
+    \b
+    Example:
+      rlhfjax ls
+    """
+    known = configuration.shipped()
+    width = max(map(len, known))
+    for name, (_, description) in known.items():
+        typer.echo(f"{name:<{width}}  {description}")
+
+
+@app.command()
+def cp(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped name (see rlhfjax ls), or a file.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Where the copy goes.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Copy a configuration, comments and all, to edit it.
+
+    \b
+    Example:
+      rlhfjax cp quickstart my_run.yaml
+    """
+    source = configuration.config_path(name)
+    target = path / source.name if path.is_dir() else path
+    try:
+        with target.open("wb" if force else "xb") as file:
+            file.write(source.read_bytes())
+    except FileExistsError:
+        raise ConfigError(f"{target}: exists already; choose another path, or --force to replace it") from None
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written: {error.strerror}") from None
+    say(f"wrote {target}")
+
+
+@app.command()
+def show(config: Config, overrides: Overrides = None) -> None:
+    """Print the resolved configuration. It is YAML that runs, with every key.
+
+    \b
+    Example:
+      rlhfjax show quickstart stages.ppo.kl.coef=0.1
+    """
+    typer.echo(configuration.resolved_yaml(configuration.load_config(config, _pairs(overrides))), nl=False)
+
+
+@app.command()
+def validate(
+    config: Config,
+    overrides: Overrides = None,
+    devices: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Number of devices.  [default: the fewest the mesh fits]")
+    ] = None,
+) -> None:
+    """Check a configuration and its arithmetic. Prints what it comes to and touches no device.
+
+    \b
+    Example:
+      rlhfjax validate quickstart mesh.fsdp=2 --devices 8
+    """
+    loaded = configuration.load_config(config, _pairs(overrides))
+    configuration.check(loaded, devices or configuration.least_devices(loaded.mesh))
+    typer.echo(f"{config} is valid\n")
+    typer.echo(printable(configuration.describe(loaded, devices)))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of configurations, for editors.
+
+    \b
+    Example:
+      rlhfjax schema > rlhfjax.schema.json
+    """
+    typer.echo(json.dumps(configuration.json_schema(), indent=2))
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="A checkpoint, a stage's directory, or a run's (its last policy).")
+    ],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the model continues.")],
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest response, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(metavar="K", min=0, help="Only the K likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(metavar="P", min=0, max=1, help="Only the likeliest with sum P.")] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="S", min=0, help="Equal seeds draw equal responses.")] = 0,
+    n: Annotated[int, typer.Option("--n", metavar="N", min=1, help="Responses to draw.")] = 1,
+) -> None:
+    """Print what a model answers.
+
+    \b
+    Example:
+      rlhfjax generate runs/quickstart --prompt "Review: the film is" --max-new-tokens 24 --n 3
+    """
+    import rlhfjax
+
+    model = rlhfjax.load(checkpoint)
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    completions = model.generate([prompt], **settings, seed=seed, n=n)[0]
+    for number, completion in enumerate(completions, 1):
+        mark = f"[{number}] " if n > 1 else ""
+        typer.echo(f"{mark}{printable(completion.text)}")
+
+
+@app.command()
+def env() -> None:
+    """Print what to paste into a bug report. That is versions, platform, devices and flags.
+
+    \b
+    Example:
+      rlhfjax env
+    """
+    from rlhfjax.environment import environment_report
+
+    typer.echo(printable(environment_report()))
+
+
+@app.command()
+def metrics() -> None:
+    """List every metric and its unit. Also what it is taken over, and how it becomes one number.
+
+    \b
+    Example:
+      rlhfjax metrics
+    """
+    from rlhfjax.training.metrics_catalogue import METRICS, Metric
+
+    rows = [tuple(field.name for field in fields(Metric)), *(astuple(metric) for metric in METRICS.values())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@data.command()
+def prepare(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="movies, or a name for your own files.")],
+    split: Annotated[
+        list[str] | None, typer.Option(metavar="SPLIT=FILE.jsonl", help="One split and its file; may be repeated.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(metavar="KIND", help=f"What the files hold: {_KINDS}.")] = None,
+    data_dir: DataDir = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where downloads are kept (movies only).")
+    ] = None,
+) -> None:
+    """Prepare the movies benchmark, or your own JSONL files.
+
+    \b
+    Examples:
+      rlhfjax data prepare movies
+      rlhfjax data prepare my_chats --kind demonstration --split train=train.jsonl --split validation=val.jsonl
+    """
+    if split or kind:
+        _prepare_files(name, split or [], kind, data_dir)
+    elif name == "movies":
+        from rlhfjax.data.datasets import default_data_dir
+        from rlhfjax.data.movies import prepare_movies
+
+        for folder in prepare_movies(data_dir or default_data_dir(), cache_dir, say):
+            typer.echo(str(folder))
+    else:
+        raise ConfigError(f"{name}: expected movies, or --kind KIND with --split SPLIT=FILE.jsonl (kinds: {_KINDS})")
+
+
+def _prepare_files(name: str, splits: list[str], kind: str | None, data_dir: Path | None) -> None:
+    if not splits or not kind:
+        missing = "--split SPLIT=FILE.jsonl" if kind else f"--kind ({_KINDS})"
+        raise ConfigError(f"data prepare {name}: {missing} is missing")
+    paths: dict[str, Path] = {}
+    for text in splits:
+        split, equals, path = text.partition("=")
+        if not (split and equals and path) or split in paths:
+            reason = "is given twice" if split in paths else "is not SPLIT=FILE.jsonl, such as train=chats.jsonl"
+            raise ConfigError(f"--split {text} {reason}")
+        paths[split] = Path(path)
+    from rlhfjax.data.datasets import default_data_dir
+    from rlhfjax.data.jsonl import prepare_jsonl
+
+    typer.echo(str(prepare_jsonl(paths, kind, name, data_dir or default_data_dir())))
+
+
+@data.command()
+def inspect(
+    target: Annotated[str, typer.Argument(metavar="CONFIG|SOURCE[@SPLIT]", help="A configuration, or a data set.")],
+    stage: Annotated[str | None, typer.Argument(metavar="STAGE", help="The stage whose batch to show.")] = None,
+    overrides: Overrides = None,
+    index: Annotated[int, typer.Option(metavar="N", min=0, help="Which batch, or the first record to show.")] = 0,
+    run_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="The run with the tokenizer.")] = None,
+    data_dir: DataDir = None,
+    kind: Annotated[str | None, typer.Option(metavar="KIND", help=f"Of a JSONL file: {_KINDS}.")] = None,
+) -> None:
+    """Show what a batch really holds, or a data set's records.
+
+    \b
+    Examples:
+      rlhfjax data inspect quickstart reward --index 3
+      rlhfjax data inspect movies/comparisons@train
+    """
+    if stage is None:
+        return _show_records(target, index, data_dir, kind)
+    loaded = configuration.load_config(target, _pairs(overrides))
+    _known_stage("STAGE", stage, loaded)
+    from rlhfjax import stages
+
+    for row in stages.inspect_batch(loaded, stage, run_dir or Path("runs") / loaded.name, index):
+        typer.echo(printable(row))
+    return None
+
+
+def _show_records(target: str, first: int, data_dir: Path | None, kind: str | None, count: int = 3) -> None:
+    source, _, split = target.partition("@")
+    from rlhfjax.data.datasets import default_data_dir, open_source
+
+    records: Any = open_source(source, split or "train", data_dir or default_data_dir(), kind)
+    typer.echo(f"{source}@{split or 'train'}: {len(records):,} records")
+    for index in islice(range(first, len(records)), count):
+        typer.echo(f"\n[{index}] {printable(json.dumps(records[index], ensure_ascii=False, indent=2))}")
+
+
+def _pairs(overrides: list[str] | None) -> list[str]:
+    return overrides or []
+
+
+def _known_stage(option: str, stage: str | None, loaded: configuration.Run) -> None:
+    given = ["tokenizer", *(name for name, section in loaded.stages if section is not None)]
+    if stage is not None and stage not in given:
+        raise ConfigError(f"{option} {stage}: expected a stage of {loaded.name}: {', '.join(given)}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The run configuration: schema, strict loading, and arithmetic checked before any device work. Imports no jax."""
+
+from rlhfjax.config.arithmetic import check, least_devices, mesh_shape
+from rlhfjax.config.description import describe
+from rlhfjax.config.loading import (
+    config_hash,
+    config_path,
+    json_schema,
+    load_config,
+    resolved,
+    resolved_yaml,
+    shipped,
+)
+from rlhfjax.config.schema import Run
+
+__all__ = [
+    "Run",
+    "check",
+    "config_hash",
+    "config_path",
+    "describe",
+    "json_schema",
+    "least_devices",
+    "load_config",
+    "mesh_shape",
+    "resolved",
+    "resolved_yaml",
+    "shipped",
+]

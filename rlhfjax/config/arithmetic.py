@@ -1,0 +1,166 @@
+"""Arithmetic of a configuration that no single section can see: checked before any device is touched."""
+
+import math
+from collections.abc import Iterator
+
+from rlhfjax.config.schema import Mesh, Optimizer, RolloutBatch, Run, Sampling
+from rlhfjax.config.shape import model_shape
+from rlhfjax.errors import ConfigError
+
+_MAX_PROBLEMS = 10
+
+
+def mesh_shape(mesh: Mesh, devices: int) -> dict[str, int]:
+    """Sizes of the axes data, fsdp, sequence, tensor on `devices` devices; an axis of -1 takes what the others leave.
+
+    Raises ConfigError when the product of the axes cannot be the number of devices.
+    """
+    sizes = mesh.model_dump()
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != -1)
+    if free and devices % fixed:
+        raise ConfigError(
+            f"mesh: {shown} = {fixed} must divide the number of devices, {devices}; change mesh.* or the devices"
+        )
+    if not free and fixed != devices:
+        raise ConfigError(
+            f"mesh: {shown} = {fixed}, expected the number of devices, {devices}; change mesh.* or set one axis to -1"
+        )
+    return {axis: devices // fixed if axis in free else size for axis, size in sizes.items()}
+
+
+def least_devices(mesh: Mesh) -> int:
+    """The smallest number of devices that the mesh fits: its product, with 1 for an axis of -1."""
+    return math.prod(size for size in mesh.model_dump().values() if size != -1)
+
+
+def check(run: Run, devices: int) -> None:
+    """Check sizes against the mesh, lengths against the context, and stages against what they start from.
+
+    Raises ConfigError that lists every problem with its numbers and a remedy.
+    """
+    sizes = mesh_shape(run.mesh, devices)
+    found = [*_batches(run, sizes), *_lengths(run, sizes), *_model(run, sizes), *_inputs(run), *_schedules(run)]
+    if len(found) == 1:
+        raise ConfigError(found[0])
+    if found:
+        more = [f"… and {len(found) - _MAX_PROBLEMS} more"] if len(found) > _MAX_PROBLEMS else []
+        raise ConfigError("\n  ".join([f"{run.name}: {len(found)} problems", *found[:_MAX_PROBLEMS], *more]))
+
+
+def _batches(run: Run, mesh: dict[str, int]) -> Iterator[str]:
+    rows = mesh["data"] * mesh["fsdp"]
+    for name, size in _batch_sizes(run):
+        if size % rows:
+            near = " or ".join(f"{size // rows * rows + step:g}" for step in (0, rows) if size // rows * rows + step)
+            yield (
+                f"{name} {size:g} must be a multiple of mesh.data x mesh.fsdp = {mesh['data']} x {mesh['fsdp']} = "
+                f"{rows}; make it {near}, or change the mesh"
+            )
+
+
+def _batch_sizes(run: Run) -> Iterator[tuple[str, float]]:
+    for stage, section in run.stages:
+        for key in ("size", "minibatch", "micro"):
+            if section and (size := getattr(section.batch, key, None)):
+                yield f"stages.{stage}.batch.{key}", size
+    if run.stages.ppo and run.stages.ppo.ptx:
+        batch, ratio = run.stages.ppo.batch, run.stages.ppo.ptx.ratio
+        micro = batch.micro or batch.minibatch or batch.size
+        yield f"stages.ppo.ptx.ratio {ratio:g} x micro batch {micro} =", micro * ratio
+
+
+def _lengths(run: Run, mesh: dict[str, int]) -> Iterator[str]:
+    sequence, context = mesh["sequence"], None if run.model.checkpoint else run.model.context
+    for name, length in _sequence_lengths(run):
+        if context and length > context:
+            yield f"{name} {length} is more than model.context {context}; shorten it or raise model.context"
+        if length % sequence:
+            yield f"{name} {length} must be a multiple of mesh.sequence {sequence}"
+
+
+def _sequence_lengths(run: Run) -> Iterator[tuple[str, int]]:
+    stages = run.stages
+    for name, section in (("pretrain", stages.pretrain), ("sft", stages.sft), ("reward", stages.reward)):
+        if section:
+            yield f"stages.{name}.batch.length", section.batch.length
+    for name, section in (("ppo", stages.ppo), ("evaluate", stages.evaluate)):
+        if section:
+            yield _rollout_length(name, section.batch, section.sampling)
+    if stages.ppo and stages.ppo.ptx:
+        yield "stages.ppo.ptx.length", stages.ppo.ptx.length
+    if stages.evaluate and stages.evaluate.losses and not run.model.checkpoint:
+        yield "model.context (the length of stages.evaluate.losses)", run.model.context
+
+
+def _rollout_length(stage: str, batch: RolloutBatch, sampling: Sampling) -> tuple[str, int]:
+    prompt, response = batch.prompt_length, sampling.max_new_tokens
+    name = f"stages.{stage}: batch.prompt_length {prompt} + sampling.max_new_tokens {response} ="
+    return name, prompt + response
+
+
+def _model(run: Run, mesh: dict[str, int]) -> Iterator[str]:
+    if run.model.checkpoint:
+        return  # its shape is in the checkpoint
+    shape, tensor, fsdp = model_shape(run.model), mesh["tensor"], mesh["fsdp"]
+    if shape.positions == "rope" and shape.head_dim % 2:
+        yield f"model: rope turns pairs, so width / heads (or architecture.head_dim) must be even, got {shape.head_dim}"
+    split = [("model.heads", shape.heads), ("model.kv_heads", shape.kv_heads), ("model.mlp_width", shape.mlp_width)]
+    if not run.tokenizer.path:
+        split.append(("tokenizer.vocab_size", run.tokenizer.vocab_size))
+    for name, size in split:
+        if size % tensor:
+            yield f"{name} {size} must be a multiple of mesh.tensor {tensor}"
+    if shape.width % fsdp:
+        yield f"model.width {shape.width} must be a multiple of mesh.fsdp {fsdp}"
+
+
+def _inputs(run: Run) -> Iterator[str]:
+    stages, checkpoint = run.stages, run.model.checkpoint
+    if not any(section for _, section in stages):
+        yield "stages: nothing to run; give at least one of " + ", ".join(name for name, _ in stages)
+    if checkpoint and (run.tokenizer.path or run.tokenizer.data):
+        yield "tokenizer: a model from a checkpoint brings its own; remove tokenizer.path and tokenizer.data"
+    if not checkpoint and not run.tokenizer.path and not run.tokenizer.data:
+        yield "tokenizer: give data (texts to train one on) or path (a directory that holds one)"
+    start = stages.sft or checkpoint
+    if stages.reward and stages.reward.start_from == "sft" and not start:
+        yield "stages.reward starts from sft; add stages.sft or model.checkpoint, or set start_from: pretrain"
+    if stages.reward and stages.reward.start_from == "pretrain" and not (stages.pretrain or checkpoint):
+        yield "stages.reward starts from pretrain; add stages.pretrain or model.checkpoint"
+    if stages.reward and stages.reward.normalize.on == "samples" and not start:
+        yield "stages.reward.normalize.on: samples needs a policy to sample; add stages.sft or model.checkpoint"
+    if stages.ppo and not start:
+        yield "stages.ppo needs a policy to start from; add stages.sft or model.checkpoint"
+    if stages.ppo and not stages.reward:
+        yield "stages.ppo needs a reward model; add stages.reward"
+    if stages.evaluate and not (stages.pretrain or stages.ppo or start):
+        yield "stages.evaluate needs a model; add a training stage or model.checkpoint"
+    if stages.evaluate and stages.evaluate.comparisons and not stages.reward:
+        yield "stages.evaluate.comparisons measures the reward model; add stages.reward"
+
+
+def _schedules(run: Run) -> Iterator[str]:
+    stages = run.stages
+    for name, section in (("pretrain", stages.pretrain), ("sft", stages.sft), ("reward", stages.reward)):
+        if section and section.steps:
+            yield from _warmup(name, section.optimizer, section.steps)
+    if stages.ppo:
+        yield from _warmup("ppo", stages.ppo.optimizer, stages.ppo.steps * updates_per_step(stages.ppo.batch))
+    for name, section in (("ppo", stages.ppo), ("evaluate", stages.evaluate)):
+        if section and section.sampling.stop_after >= section.sampling.max_new_tokens:
+            yield (
+                f"stages.{name}.sampling.stop_after {section.sampling.stop_after} must be below max_new_tokens "
+                f"{section.sampling.max_new_tokens}"
+            )
+
+
+def updates_per_step(batch: RolloutBatch) -> int:
+    """Optimizer updates of one PPO step: epochs x minibatches."""
+    return batch.epochs * (batch.size // (batch.minibatch or batch.size))
+
+
+def _warmup(stage: str, optimizer: Optimizer, updates: int) -> Iterator[str]:
+    if optimizer.warmup_steps > updates:
+        yield f"stages.{stage}.optimizer.warmup_steps {optimizer.warmup_steps} is more than its {updates} updates"

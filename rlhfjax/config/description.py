@@ -1,0 +1,126 @@
+"""What a configuration comes to: every derived number in a few lines of text."""
+
+from collections.abc import Iterator
+
+from rlhfjax.config.arithmetic import least_devices, mesh_shape, updates_per_step
+from rlhfjax.config.schema import Evaluate, Optimizer, Ppo, Pretrain, Reward, Run, Sft
+from rlhfjax.config.shape import model_shape, parameter_count
+
+
+def describe(run: Run, devices: int | None = None) -> str:
+    """One line a part: mesh, model, and for each stage its batches, accumulation, updates, tokens and episodes.
+
+    `devices` None takes the smallest number that the mesh fits. Raises ConfigError when the mesh does not fit.
+    """
+    rows = [("mesh", _mesh(run, devices)), ("model", _model(run)), ("tokenizer", _tokenizer(run)), *_stages(run)]
+    label = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{label}}  {text}" for name, text in rows)
+
+
+def _mesh(run: Run, devices: int | None) -> str:
+    count = devices or least_devices(run.mesh)
+    sizes = mesh_shape(run.mesh, count)
+    shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    assumed = "" if devices else " (the fewest that fit; --devices N for another number)"
+    return f"{shown} = {_count(count, 'device')}{assumed}"
+
+
+def _model(run: Run) -> str:
+    if run.model.checkpoint:
+        return f"from checkpoint {run.model.checkpoint}"
+    shape = model_shape(run.model)
+    heads = f"{shape.heads} heads of {shape.head_dim}"
+    if shape.kv_heads != shape.heads:
+        heads += f" ({shape.kv_heads} for keys and values)"
+    text = f"{run.model.family}: {shape.layers} layers of width {shape.width:,}, {heads}, {shape.mlp_width:,} inside, "
+    text += f"context {shape.context:,}"
+    if run.tokenizer.path:
+        return text
+    return f"{text}; {parameter_count(shape, run.tokenizer.vocab_size):,} parameters"
+
+
+def _tokenizer(run: Run) -> str:
+    if run.model.checkpoint:
+        return "the checkpoint's"
+    if run.tokenizer.path:
+        return f"from {run.tokenizer.path}"
+    return (
+        f"{run.tokenizer.kind}, {run.tokenizer.vocab_size:,} pieces, from at most {run.tokenizer.documents:,} documents"
+    )
+
+
+def _stages(run: Run) -> Iterator[tuple[str, str]]:
+    stages = run.stages
+    if stages.pretrain:
+        yield "pretrain", _token_stage(stages.pretrain)
+    if stages.sft:
+        mix = stages.sft.pretraining
+        yield "sft", _token_stage(stages.sft) + (f"; {mix.fraction:.0%} pretraining sequences mixed in" if mix else "")
+    if stages.reward:
+        yield "reward", _reward(stages.reward)
+    if stages.ppo:
+        yield "ppo", _ppo(stages.ppo)
+        if stages.ppo.ptx:
+            yield "", _ptx(stages.ppo)
+    if stages.evaluate:
+        yield "evaluate", _evaluate(stages.evaluate)
+
+
+def _token_stage(stage: Pretrain | Sft) -> str:
+    batch, tokens = stage.batch, stage.batch.size * stage.batch.length
+    total = f", {stage.steps * tokens:,} in all" if stage.steps else ""
+    return (
+        f"{_duration(stage)} of {batch.size:,} sequences x {batch.length:,} = {tokens:,} tokens a step{total}; "
+        f"{_accumulation(batch.size, batch.micro)}; {_rate(stage.optimizer)}"
+    )
+
+
+def _reward(stage: Reward) -> str:
+    batch, pairs = stage.batch, stage.batch.candidates * (stage.batch.candidates - 1) // 2
+    return (
+        f"{_duration(stage)} of {batch.size:,} prompts x up to {batch.candidates} responses of up to {batch.length:,} "
+        f"tokens = up to {batch.size * pairs:,} pairs a step; {_accumulation(batch.size, batch.micro)}; "
+        f"{_rate(stage.optimizer)}"
+    )
+
+
+def _ppo(stage: Ppo) -> str:
+    batch, response = stage.batch, stage.sampling.max_new_tokens
+    minibatch, updates = batch.minibatch or batch.size, updates_per_step(batch)
+    return (
+        f"{stage.steps:,} steps x {batch.size:,} rollouts = {stage.steps * batch.size:,} episodes; "
+        f"{_count(batch.epochs, 'epoch')} of {_count(batch.size // minibatch, 'minibatch')} of {minibatch:,} = "
+        f"{_count(updates, 'update')} a step, "
+        f"{stage.steps * updates:,} in all; {_accumulation(minibatch, batch.micro)}; up to "
+        f"{batch.prompt_length:,} + {response:,} = {batch.prompt_length + response:,} tokens; {_rate(stage.optimizer)}"
+    )
+
+
+def _ptx(stage: Ppo) -> str:
+    assert stage.ptx is not None
+    sequences = int((stage.batch.minibatch or stage.batch.size) * stage.ptx.ratio)
+    return f"ptx: {sequences:,} sequences x {stage.ptx.length:,} = {sequences * stage.ptx.length:,} tokens an update"
+
+
+def _evaluate(stage: Evaluate) -> str:
+    batches = -(-stage.samples // stage.batch.size)
+    return f"{stage.samples:,} samples in {_count(batches, 'batch')} of {stage.batch.size:,}"
+
+
+def _duration(stage: Pretrain | Sft | Reward) -> str:
+    return f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epoch{'' if stage.epochs == 1 else 's'}"
+
+
+def _accumulation(size: int, micro: int | None) -> str:
+    parts = size // (micro or size)
+    return "no accumulation" if parts == 1 else f"{parts} micro batches of {micro:,} accumulated"
+
+
+def _rate(optimizer: Optimizer) -> str:
+    warmup = f", {optimizer.warmup_steps:,} warm-up" if optimizer.warmup_steps else ""
+    return f"lr {optimizer.lr:g} {optimizer.schedule}{warmup}"
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("ch") and noun != "epoch" else "s")
+    return f"{number:,} {noun if number == 1 else plural}"

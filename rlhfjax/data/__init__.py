@@ -1,0 +1,1 @@
+"""Data on disk: record schemas, TFDS datasets in ArrayRecord files, the movies benchmark, batches for training."""

@@ -1,0 +1,160 @@
+"""Sources to batches through Grain. The order is a function of (seed, epoch) and the position is one integer: the step.
+
+`batches[step]` is always the same batch, so a resumed run continues where it was without reading what came before.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from rlhfjax.data import batches as rows_of
+from rlhfjax.data.datasets import open_source
+from rlhfjax.errors import DataError
+from rlhfjax.text.chat import encode_demonstration
+from rlhfjax.text.tokenizer import Tokenizer
+from rlhfjax.types import PromptBatch, RankedBatch, TokenBatch
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Infinite batches by step. `rows` is how many rows one epoch has, before batching."""
+
+    dataset: Any
+    make: Callable[..., Any]
+    rows: int
+    size: int
+
+    def __getitem__(self, step: int) -> Any:
+        return self.make(**self.dataset[step])
+
+    def steps(self, epochs: float) -> int:
+        """Steps in so many epochs, rounded up."""
+        return max(int(np.ceil(epochs * self.rows / self.size)), 1)
+
+    def once(self) -> Iterator[tuple[Any, int]]:
+        """Every row once: batches with the number of rows that count (the last batch is filled up with others)."""
+        for step in range(self.steps(1)):
+            yield self[step], min(self.size, self.rows - step * self.size)
+
+    def iterate(self, start: int) -> Iterator[Any]:
+        """Batches from `start` on, read ahead by threads."""
+        read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+        for item in self.dataset[start : 2**31].to_iter_dataset(read):
+            yield self.make(**item)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What every stage needs to open data: the tokenizer, the directory of prepared data, the seed, where to report."""
+
+    tokenizer: Tokenizer
+    data_dir: Path
+    seed: int
+    report: Report = lambda text: None
+    _rows: dict[Any, Any] = field(default_factory=dict)  # what was tokenised already, for all stages of a run
+
+    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        if key not in self._rows:
+            self._rows[key] = make()
+        return self._rows[key]
+
+    def open(self, data, kind: str):
+        """The records of one data entry of the configuration."""
+        return open_source(data.source, data.split, self.data_dir, kind=kind)
+
+    def documents(self, data: Sequence, batch, shuffle: bool = True) -> Batches:
+        """Packed documents, each source with its share of the rows."""
+        sources = [self._document_source(entry, batch.length, True) for entry in data]
+        return self._batches(sources, [entry.weight for entry in data], batch.size, TokenBatch, shuffle)
+
+    def _document_source(self, entry, length: int, packed: bool):
+        def make():
+            rows = rows_of.document_rows(self.open(entry, "document"), self.tokenizer, length)
+            return rows_of.PackedRows(rows, length, packed=packed, pad_id=self.tokenizer.pad_id)
+
+        return self._once(("documents", entry.source, entry.split, length, packed), make)
+
+    def demonstrations(self, data: Sequence, batch, train_on: str, mix=None, shuffle: bool = True) -> Batches:
+        """Packed demonstrations, with pretraining documents as `mix.fraction` of the rows where a mix is given."""
+        sources, weights = [], []
+        for entry in data:
+            rows = rows_of.demonstration_rows(self.open(entry, "demonstration"), self.tokenizer, train_on)
+            fits = rows_of.within(entry.source, rows.tokens.lengths, batch.length, batch.overlong, self.report)
+            rows = rows_of.TokenRows(rows.tokens.select(fits), rows.targets.select(fits))
+            sources.append(rows_of.PackedRows(rows, batch.length, packed=batch.pack, pad_id=self.tokenizer.pad_id))
+            weights.append(entry.weight)
+        own = sum(len(source) for source in sources)
+        if mix:
+            share = mix.fraction / (1 - mix.fraction) * sum(weights)
+            total = sum(entry.weight for entry in mix.data)
+            sources += [self._document_source(entry, batch.length, batch.pack) for entry in mix.data]
+            weights += [share * entry.weight / total for entry in mix.data]
+        made = self._batches(sources, weights, batch.size, TokenBatch, shuffle)
+        # An epoch is one pass over the demonstrations, whatever is mixed in.
+        return Batches(made.dataset, made.make, round(own / (1 - mix.fraction)) if mix else own, made.size)
+
+    def _demonstration_source(self, entry, batch, train_on: str):
+        def make():
+            rows = rows_of.demonstration_rows(self.open(entry, "demonstration"), self.tokenizer, train_on)
+            fits = rows_of.within(entry.source, rows.tokens.lengths, batch.length, batch.overlong, self.report)
+            rows = rows_of.TokenRows(rows.tokens.select(fits), rows.targets.select(fits))
+            return rows_of.PackedRows(rows, batch.length, packed=batch.pack, pad_id=self.tokenizer.pad_id)
+
+        return self._once(("demonstrations", entry.source, entry.split, batch, train_on), make)
+
+    def comparisons(self, data: Sequence, batch, shuffle: bool = True) -> Batches:
+        """Ranked candidates. With `overlong: drop` a candidate that is too long is left out, and a comparison without two."""
+        sources = [self._ranked_source(entry, batch) for entry in data]
+        return self._batches(sources, [entry.weight for entry in data], batch.size, RankedBatch, shuffle)
+
+    def _ranked_source(self, entry, batch):
+        return self._once(("comparisons", entry.source, entry.split, batch), lambda: self._ranked_items(entry, batch))
+
+    def _ranked_items(self, entry, batch):
+        rows = rows_of.ranked_rows(self.open(entry, "comparison"), self.tokenizer)
+        fits = rows_of.within(entry.source, rows.tokens.lengths, batch.length, batch.overlong, self.report)
+        rows = rows.select(fits)
+        largest = np.diff(rows.groups).max(initial=0)
+        if largest > batch.candidates:
+            raise DataError(
+                f"{entry.source}: expected at most {batch.candidates} responses a comparison (batch.candidates), "
+                f"got {largest}; raise batch.candidates"
+            )
+        return rows_of.RankedItems(rows, batch.candidates, batch.length, self.tokenizer.pad_id)
+
+    def prompts(self, data: Sequence, batch, shuffle: bool = True) -> Batches:
+        """Left-padded prompts."""
+        sources = [self._prompt_source(entry, batch) for entry in data]
+        return self._batches(sources, [entry.weight for entry in data], batch.size, PromptBatch, shuffle)
+
+    def _prompt_source(self, entry, batch):
+        def make():
+            rows = rows_of.prompt_rows(self.open(entry, "prompt"), self.tokenizer)
+            keep = rows_of.within(entry.source, rows.lengths, batch.prompt_length, batch.overlong, self.report)
+            return rows_of.PromptItems(rows, keep, batch.prompt_length, self.tokenizer.pad_id)
+
+        return self._once(("prompts", entry.source, entry.split, batch.prompt_length, batch.overlong), make)
+
+    def demonstration_ids(self, data: Sequence, length: int, count: int) -> list[tuple[list[int], list[int]]]:
+        """Prompt ids and response ids of `count` demonstrations of at most `length` tokens, spread over the data."""
+        pairs = []
+        for entry in data:
+            source = self.open(entry, "demonstration")
+            chosen = np.random.default_rng(self.seed).permutation(len(source))[: 2 * count]
+            pairs += [encode_demonstration(self.tokenizer, source[int(i)]) for i in chosen]
+        fitting = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= length]
+        if not fitting:
+            raise DataError(f"{data[0].source}: expected demonstrations of at most {length} tokens, got none")
+        return fitting[:: max(len(fitting) // count, 1)][:count]
+
+    def _batches(self, sources, weights, size: int, make, shuffle: bool) -> Batches:
+        datasets = [grain.MapDataset.source(source).seed(self.seed) for source in sources]
+        datasets = [(dataset.shuffle() if shuffle else dataset).repeat() for dataset in datasets]
+        mixed = grain.MapDataset.mix(datasets, weights) if len(datasets) > 1 else datasets[0]
+        return Batches(mixed.batch(size), make, sum(len(source) for source in sources), size)

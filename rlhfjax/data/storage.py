@@ -1,0 +1,112 @@
+"""How each record kind is stored as TFDS features, and the way there and back.
+
+Fields that a record may leave out are stored empty and left out again on reading; no record may hold them empty.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+_OPTIONAL = frozenset({"prompt", "completion", "messages", "prompt_id", "labeler_id", "use_case", "extra"})
+
+
+class _Form(NamedTuple):
+    feature: Callable[[], Any]
+    empty: Any
+    encode: Callable[[Any], Any]
+    decode: Callable[[Any], Any]
+
+
+def _as_is(value: Any) -> Any:
+    return value
+
+
+def _decode_messages(columns: dict[str, Any]) -> list[dict[str, str]]:
+    pairs = zip(columns["role"], columns["content"], strict=True)
+    return [{"role": role.decode(), "content": content.decode()} for role, content in pairs]
+
+
+def _vector(dtype: Any) -> Callable[[], Any]:
+    return lambda: tfds.features.Tensor(shape=(None,), dtype=dtype)
+
+
+def _scalar(dtype: Any) -> Callable[[], Any]:
+    return lambda: tfds.features.Scalar(dtype=dtype)
+
+
+_FORMS = {
+    "text": _Form(tfds.features.Text, "", _as_is, lambda raw: raw.decode()),
+    "texts": _Form(
+        lambda: tfds.features.Sequence(tfds.features.Text()), [], _as_is, lambda raw: [text.decode() for text in raw]
+    ),
+    "messages": _Form(
+        lambda: tfds.features.Sequence({"role": tfds.features.Text(), "content": tfds.features.Text()}),
+        [],
+        _as_is,
+        _decode_messages,
+    ),
+    "json": _Form(
+        tfds.features.Text,
+        {},
+        lambda value: json.dumps(value, ensure_ascii=False),
+        lambda raw: json.loads(raw.decode()),
+    ),
+    "int": _Form(_scalar(np.int64), 0, _as_is, int),
+    "float": _Form(_scalar(np.float32), 0.0, _as_is, float),
+    "ints": _Form(_vector(np.int64), [], lambda value: np.asarray(value, np.int64), lambda raw: raw.tolist()),
+    "bools": _Form(_vector(np.bool_), [], lambda value: np.asarray(value, np.bool_), lambda raw: raw.tolist()),
+}
+
+_TABLE: dict[str, dict[str, str]] = {
+    "document": {"text": "text", "extra": "json"},
+    "demonstration": {
+        "prompt": "text",
+        "completion": "text",
+        "messages": "messages",
+        "prompt_id": "text",
+        "extra": "json",
+    },
+    "comparison": {
+        "prompt": "text",
+        "messages": "messages",
+        "responses": "texts",
+        "ranks": "ints",
+        "labeler_id": "text",
+        "prompt_id": "text",
+        "extra": "json",
+    },
+    "prompt": {"prompt": "text", "messages": "messages", "prompt_id": "text", "use_case": "text", "extra": "json"},
+    "rating": {"output_id": "text", "labeler_id": "text", "likert": "int", "flags": "json", "extra": "json"},
+    # One text with every rater's number: what judges and human agreement are computed from. Never read from JSONL.
+    "rated_text": {
+        "text": "text",
+        "text_id": "text",
+        "batch": "int",
+        "mean_train": "float",
+        "ratings": "ints",
+        "heldout": "bools",
+        "dropped": "bools",
+    },
+}
+
+
+def features(kind: str) -> tfds.features.FeaturesDict:
+    """The TFDS features of one record kind."""
+    return tfds.features.FeaturesDict({name: _FORMS[form].feature() for name, form in _TABLE[kind].items()})
+
+
+def encode(kind: str, record: dict[str, Any]) -> dict[str, Any]:
+    """A canonical record as a TFDS example; absent optional fields become empty ones."""
+    return {
+        name: _FORMS[form].encode(record.get(name, _FORMS[form].empty) if name in _OPTIONAL else record[name])
+        for name, form in _TABLE[kind].items()
+    }
+
+
+def decode(kind: str, example: dict[str, Any]) -> dict[str, Any]:
+    """A TFDS example as the canonical record it was made from."""
+    record = {name: _FORMS[form].decode(example[name]) for name, form in _TABLE[kind].items()}
+    return {name: value for name, value in record.items() if value or name not in _OPTIONAL}

@@ -1,0 +1,117 @@
+"""The rows of an evaluation: scorers and people under one set of measures, a judge's verdict, a policy's responses."""
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from rlhfjax.errors import DataError
+from rlhfjax.evaluation.diversity import distinct_n, mean_length, repetition_rate
+from rlhfjax.evaluation.judges import Judge
+from rlhfjax.evaluation.pairwise import Pairs, RatedTexts, Reference, human_ceiling, pairwise_accuracy
+from rlhfjax.evaluation.results import AccuracyRow, PolicyRow, WinRow
+from rlhfjax.evaluation.statistics import win_rate
+
+CLEAR_DIFFERENCE = 0.5  # rating points: below this, people themselves disagree about the order
+
+REWARD_MODEL = "reward model"  # the name of its row, which the summary looks for
+
+MEASURES: dict[str, str] = {
+    "within_heldout": "One batch, each held-out labeler",
+    "within_mean": "One batch, mean of all labelers",
+    "within_clear": "One batch, means over 0.5 apart",
+    "across_clear": "Two batches, means over 0.5 apart",
+    "comparisons": "Held-out comparisons",
+}
+
+_ASKED: dict[str, tuple[Reference, Pairs, float]] = {
+    "within_heldout": ("heldout", "within", 0.0),
+    "within_mean": ("mean", "within", 0.0),
+    "within_clear": ("mean", "within", CLEAR_DIFFERENCE),
+    "across_clear": ("mean", "across", CLEAR_DIFFERENCE),
+}
+
+
+def accuracy_row(name: str, scores: ArrayLike, texts: RatedTexts, seed: int = 0) -> AccuracyRow:
+    """A scorer's agreement with the ratings under the four measures; None where the texts hold no such pair.
+
+    Raises DataError unless there is one score, a number, for each text.
+    """
+    return AccuracyRow(
+        name,
+        {
+            measure: pairwise_accuracy(scores, texts, against, pairs, difference, seed=seed)
+            for measure, (against, pairs, difference) in _ASKED.items()
+        },
+    )
+
+
+def human_row(texts: RatedTexts, name: str = "human labelers", seed: int = 0) -> AccuracyRow:
+    """What one labeler reaches under the same measures, for another labeler and for the mean of all others."""
+    ceiling = human_ceiling(texts, CLEAR_DIFFERENCE, seed=seed)
+    return AccuracyRow(
+        name,
+        {
+            "within_heldout": ceiling.labeler,
+            "within_mean": ceiling.mean,
+            "within_clear": ceiling.clear,
+            "across_clear": ceiling.across,
+        },
+    )
+
+
+def comparison_row(name: str, scores: ArrayLike, ranks: Sequence[Sequence[int]], seed: int = 0) -> AccuracyRow:
+    """A scorer's agreement with ranked comparisons; `scores` lists all candidates, one comparison after the other.
+
+    None where no two candidates differ in rank. Raises DataError unless there is one score a candidate.
+    """
+    texts = RatedTexts.from_comparisons(ranks)
+    return AccuracyRow(name, {"comparisons": pairwise_accuracy(scores, texts, "labelers", seed=seed)})
+
+
+def win_row(
+    judge: Judge,
+    policy: str,
+    policy_texts: Sequence[str],
+    baseline: str,
+    baseline_texts: Sequence[str],
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+) -> WinRow:
+    """One judge's verdict on two policies; text i of both answers the same prompt.
+
+    With several responses a prompt, `prompts` names the prompt of each so that the interval draws prompts. Raises
+    DataError when there are no texts or not equally many.
+    """
+    ours, theirs = judge(policy_texts), judge(baseline_texts)
+    win = win_rate(ours, theirs, None if prompts is None else np.asarray(prompts), seed=seed)
+    return WinRow(judge.name, policy, baseline, win, float(ours.mean()), float(theirs.mean()))
+
+
+def policy_row(
+    name: str,
+    responses: Sequence[Sequence[Hashable]],
+    ended: ArrayLike,
+    kl: float | None = None,
+    entropy: float | None = None,
+    reward: float | None = None,
+) -> PolicyRow:
+    """Length (in the items given: tokens or words), diversity and the share that ended by themselves (`ended`, bools).
+
+    Raises DataError without responses or unless `ended` has one element for each.
+    """
+    finished = np.asarray(ended, bool)
+    if finished.shape != (len(responses),):
+        raise DataError(f"{name}: expected a flag for each of {len(responses)} responses, got shape {finished.shape}")
+    return PolicyRow(
+        name=name,
+        responses=len(responses),
+        length=mean_length(responses),
+        distinct_1=distinct_n(responses, 1),
+        distinct_2=distinct_n(responses, 2),
+        eos_rate=float(finished.mean()),
+        repetition=repetition_rate(responses),
+        kl=kl,
+        entropy=entropy,
+        reward=reward,
+    )

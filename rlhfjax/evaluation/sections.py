@@ -1,0 +1,209 @@
+"""What the report says, section by section: each function turns a run into figures and tables, or into nothing.
+
+A section without figures, tables or samples is one that did not run, and the page says so.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from rlhfjax.evaluation import plots
+from rlhfjax.evaluation.display import number, percent, percent_interval
+from rlhfjax.evaluation.results import AccuracyRow, Evaluation, Sample
+from rlhfjax.evaluation.rows import MEASURES
+from rlhfjax.evaluation.run_data import ReportData
+from rlhfjax.evaluation.summary import summary_rows
+
+_LOSSES = {"train": ("loss/train", "train/rm/loss"), "held out": ("loss/validation", "eval/rm/loss")}
+_ONLINE = (  # metric, title, unit
+    ("objective/scores", "Reward model score", "score"),
+    ("objective/kl", "KL from the reference", "nats a response"),
+    ("objective/rlhf_reward", "Score less KL penalty", "reward"),
+    ("objective/entropy", "Entropy of the policy", "nats"),
+    ("objective/length", "Response length", "tokens"),
+    ("objective/eos_rate", "Responses that end by themselves", "share"),
+)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure and its heading."""
+
+    title: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Table:
+    """A header and rows of text; the first column names the row."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what to look for, and whatever there is to show."""
+
+    title: str
+    note: str
+    plots: list[Plot] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def ran(self) -> bool:
+        return bool(self.plots or self.tables or self.samples)
+
+
+def sections(run: ReportData) -> list[Section]:
+    """All sections of the report in the order of the recipe."""
+    evaluation = run.evaluation or Evaluation(seed=0, date="", hardware="")
+    return [
+        _summary(run),
+        _losses(run),
+        *[_online(run, stage) for stage in run.online_stages or ["ppo"]],
+        *[_frontier(run, stage) for stage in run.online_stages or ["ppo"]],
+        _reward_accuracy(evaluation),
+        _win_rates(evaluation),
+        _policies(evaluation),
+        _heldout(evaluation),
+        _samples(evaluation),
+    ]
+
+
+def _summary(run: ReportData) -> Section:
+    rows = [[row.stage, row.time, row.figure] for row in summary_rows(run)]
+    return Section("Summary", "", tables=[Table(["Stage", "Time", "Key figure"], rows)])
+
+
+def _losses(run: ReportData) -> Section:
+    found = []
+    for stage in run.stages:
+        series = {label: run.series(stage, *names) for label, names in _LOSSES.items()}
+        series = {label: points for label, points in series.items() if points[0].size}
+        if series:
+            ranked = bool(run.series(stage, "train/rm/loss")[0].size)
+            figure = plots.loss_curves(series, "nats a pair" if ranked else "nats a token")
+            found.append(_plot(stage, figure, f"loss-{stage}", f"Loss of the {stage} stage over its steps"))
+    note = "Training loss by step (thin: as logged, thick: running mean) and loss on held-out data."
+    return Section("Losses", note, found)
+
+
+def _online(run: ReportData, stage: str) -> Section:
+    found = []
+    for i, (metric, title, unit) in enumerate(_ONLINE):
+        steps, values = run.series(stage, metric)
+        if steps.size:
+            figure = plots.metric_curve(steps, values, unit, i)
+            found.append(_plot(title, figure, f"{stage}-{i}", f"{title} over the steps of {stage}"))
+    note = (
+        "A score that rises while entropy, length or the share of responses that end falls is a policy that found a "
+        "weakness of its reward model."
+    )
+    return Section(f"Online training: {stage}", note, found)
+
+
+def _frontier(run: ReportData, stage: str) -> Section:
+    by_step = dict(zip(*run.series(stage, "objective/kl"), strict=True))
+    steps, scores = run.series(stage, "objective/scores")
+    kept = [i for i, step in enumerate(steps) if step in by_step]
+    found = []
+    if kept:
+        steps, scores = steps[kept], scores[kept]
+        figure = plots.reward_against_kl(steps, np.array([by_step[step] for step in steps]), scores)
+        found.append(_plot("", figure, f"{stage}-frontier", "Reward model score against KL, by step"))
+    note = "What the policy paid in divergence from the supervised model for its score; amber is early, violet late."
+    return Section(f"Reward against KL: {stage}", note, found)
+
+
+def _reward_accuracy(evaluation: Evaluation) -> Section:
+    note = (
+        "Share of pairs of unseen texts ordered as people ordered them, with 95 % intervals over batches. People agree "
+        "with each other only so far: that is the ceiling. 50 % is a coin."
+    )
+    rows = evaluation.reward_accuracy
+    if not _measures(rows):
+        return Section("Reward model", note)
+    figure = plots.accuracy_bars(rows, _measures(rows))
+    shown = [_plot("", figure, "accuracy", "Share of human pairs ordered right, by scorer and measure")]
+    return Section("Reward model", note, shown, [_accuracy_table(rows)])
+
+
+def _win_rates(evaluation: Evaluation) -> Section:
+    note = (
+        "How often a judge that took no part in training prefers the later policy on the same prompt (a tie is one "
+        "half), with 95 % intervals over prompts; and how often each judge itself orders human pairs right."
+    )
+    wins = evaluation.win_rates
+    if not wins:
+        return Section("Win rates", note)
+    figure = plots.win_rate_bars(wins)
+    header = ["Judge", "Match", "Win rate", "Mean score after", "Mean score before"]
+    rows = [
+        [
+            row.judge,
+            f"{row.policy} over {row.baseline}",
+            percent_interval(row.win),
+            number(row.policy_mean),
+            number(row.baseline_mean),
+        ]
+        for row in wins
+    ]
+    judged = [_accuracy_table(evaluation.judge_accuracy)] if _measures(evaluation.judge_accuracy) else []
+    shown = [_plot("", figure, "wins", "Win rates with intervals, by judge")]
+    return Section("Win rates", note, shown, [Table(header, rows), *judged])
+
+
+def _policies(evaluation: Evaluation) -> Section:
+    columns: dict[str, Callable[[Any], str]] = {
+        "Responses": lambda row: str(row.responses),
+        "Reward": lambda row: number(row.reward),
+        "KL, nats a response": lambda row: number(row.kl),
+        "Entropy, nats a token": lambda row: number(row.entropy),
+        "Length, tokens": lambda row: number(row.length, 1),
+        "Distinct-1": lambda row: number(row.distinct_1, 3),
+        "Distinct-2": lambda row: number(row.distinct_2, 3),
+        "Repetition": lambda row: percent(row.repetition),
+        "Ends by itself": lambda row: percent(row.eos_rate),
+    }
+    rows = [[row.name, *(shown(row) for shown in columns.values())] for row in evaluation.policies]
+    note = "Responses to the evaluation prompts. Distinct-n is the share of different n-grams over all responses."
+    return Section("Length and diversity", note, tables=[Table(["Policy", *columns], rows)] if rows else [])
+
+
+def _heldout(evaluation: Evaluation) -> Section:
+    note = (
+        "Loss on text that no stage saw, after each stage, with the change from the stage before. What the last stage "
+        "adds is the alignment tax (Ouyang et al. 2022)."
+    )
+    losses = {stage: by_set for stage, by_set in evaluation.heldout_losses.items() if by_set}
+    if not losses:
+        return Section("Held-out loss", note)
+    figure = plots.heldout_loss_bars(losses)
+    return Section("Held-out loss", note, [_plot("", figure, "heldout", "Held-out loss by text and stage")])
+
+
+def _samples(evaluation: Evaluation) -> Section:
+    note = "The same prompts answered by each policy, with the judges' scores."
+    return Section("Before and after", note, samples=evaluation.samples)
+
+
+def _measures(rows: list[AccuracyRow]) -> dict[str, str]:
+    """The measures that any of the rows has, with what they are called on the page."""
+    keys = dict.fromkeys(key for row in rows for key, value in row.values.items() if value is not None)
+    return {key: MEASURES.get(key, key) for key in keys}
+
+
+def _accuracy_table(rows: list[AccuracyRow]) -> Table:
+    measures = _measures(rows)
+    body = [[row.name, *(percent_interval(row.values.get(key)) for key in measures)] for row in rows]
+    return Table(["Who orders pairs", *measures.values()], body)
+
+
+def _plot(title: str, figure: Figure, name: str, description: str) -> Plot:
+    return Plot(title, plots.to_svg(figure, name, description))

@@ -1,0 +1,63 @@
+"""Temperature and truncation of next-token distributions.
+
+Temperature is part of the policy, so it divides the logits in every log-probability too (`likelihood.py`). Top-k and
+top-p are not: they belong to sampling alone and are off while rewards are being collected. Temperature 0 (greedy) has
+no distribution; the sampler takes the argmax itself.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+PerRow = Float[Array, "*B"] | float
+PerRowCount = Int[Array, "*B"] | int
+
+
+def apply_temperature(logits: Float[Array, "*B V"], temperature: PerRow) -> Float[Array, "*B V"]:
+    """Logits divided by a temperature T > 0, one for all rows or one per row: z / T, in float32."""
+    logits = jnp.asarray(logits, jnp.float32)
+    return logits / jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), logits.shape[:-1])[..., None]
+
+
+def top_k(logits: Float[Array, "*B V"], k: PerRowCount) -> Float[Array, "*B V"]:
+    """Keep exactly the k largest logits of each row, −∞ elsewhere; k = 0 keeps all.
+
+    Of equal logits the lower ids win. Source: Fan et al. 2018.
+    """
+    return _truncate(logits, k, 1.0)
+
+
+def top_p(logits: Float[Array, "*B V"], p: PerRow) -> Float[Array, "*B V"]:
+    """Keep the fewest largest logits of each row whose probabilities sum to at least p, −∞ elsewhere; p = 1 keeps all.
+
+    At least one token stays, also at p = 0. Source: Holtzman et al. 2020.
+    """
+    return _truncate(logits, 0, p)
+
+
+def filter_logits(
+    logits: Float[Array, "*B V"], temperature: PerRow = 1.0, top_k: PerRowCount = 0, top_p: PerRow = 1.0
+) -> Float[Array, "*B V"]:
+    """Temperature, then top-k, then top-p over what top-k left; each one scalar or one value per row."""
+    return _truncate(apply_temperature(logits, temperature), top_k, top_p)
+
+
+def _truncate(logits: Float[Array, "*B V"], k: PerRowCount, p: PerRow) -> Float[Array, "*B V"]:
+    logits = jnp.asarray(logits, jnp.float32)
+    if isinstance(k, int) and k == 0 and isinstance(p, (int, float)) and p >= 1:
+        return logits  # no sort in the compiled program when both are known to be off
+    per_row = logits.shape[:-1]
+    k = jnp.broadcast_to(jnp.asarray(k, jnp.int32), per_row)[..., None]
+    p = jnp.broadcast_to(jnp.asarray(p, jnp.float32), per_row)[..., None]
+
+    order = jnp.argsort(logits, axis=-1, stable=True, descending=True)
+    descending = jnp.take_along_axis(logits, order, axis=-1)
+    place = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    keep = (k <= 0) | (place < k)
+    mass = jnp.cumsum(jax.nn.softmax(jnp.where(keep, descending, -jnp.inf), axis=-1), axis=-1)
+    mass_before = jnp.concatenate([jnp.zeros_like(mass[..., :1]), mass[..., :-1]], axis=-1)
+    # p >= 1 is tested by itself because a rounded cumulative sum reaches 1 before the last token.
+    keep &= (p >= 1) | (place == 0) | (mass_before < p)
+
+    kept = jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, keep, axis=-1, inplace=False)
+    return jnp.where(kept, logits, -jnp.inf)

@@ -1,0 +1,148 @@
+"""What the rest of the program sees of a model: functions of (parameters, arrays).
+
+`response_logits(params, prompt, …)` and `response_values` put a left-padded prompt before a right-padded response, so
+that nobody else has to know where in a sequence the response begins.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhfjax.models.decoder import Decoder
+from rlhfjax.models.heads import apply_head, init_head, with_head
+from rlhfjax.models.layers import DecoderConfig
+from rlhfjax.types import Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of every layer, [L, B, S, kv_heads, head_dim] each, and which slots hold real tokens."""
+
+    keys: Array
+    values: Array
+    segments: Int[Array, "B S"]
+    index: Int[Array, ""]
+    lengths: Int[Array, "B"]
+
+
+def positions_of(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """0, 1, 2 … on real tokens wherever the padding is: cumsum(mask) - mask; 0 on left padding."""
+    counts = jnp.cumsum(mask.astype(jnp.int32), axis=-1)
+    return jnp.maximum(counts - 1, 0)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A decoder as pure functions. Scalar models share them with parameters {"decoder": …, "head": …}."""
+
+    config: DecoderConfig
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh float32 parameters, layers stacked on the first axis."""
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return Decoder(self.config).init(key, tokens, tokens, tokens + 1)["params"]
+
+    def init_scalar(self, key: jax.Array) -> Params:
+        """Fresh parameters of a scalar model of the same shape."""
+        return with_head(self.init(key), init_head(key, self.config.width))
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        dropout: float = 0.0,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Final hidden states; tokens attend to earlier tokens of the same segment. Dropout needs a key."""
+        decoder = Decoder(self.config, dropout if key is not None else 0.0)
+        rngs = None if key is None else {"dropout": key}
+        return decoder.apply({"params": params}, tokens, positions, segments, method="hidden", rngs=rngs)[0]
+
+    def unembed(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Hidden states to float32 logits."""
+        return Decoder(self.config).apply({"params": params}, hidden, method="logits")
+
+    def logits(self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits of a padded batch, padding on either side."""
+        return self.unembed(params, self.hidden(params, tokens, positions_of(mask), mask.astype(jnp.int32)))
+
+    def _response_hidden(self, params, prompt, prompt_mask, response, response_mask):
+        tokens = jnp.concatenate([prompt, response], axis=1)
+        mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
+        return self.hidden(params, tokens, positions_of(mask), mask.astype(jnp.int32))
+
+    def response_logits(
+        self,
+        params: Params,
+        prompt: Int[Array, "B P"],
+        prompt_mask: Bool[Array, "B P"],
+        response: Int[Array, "B R"],
+        response_mask: Bool[Array, "B R"],
+    ) -> Float[Array, "B R V"]:
+        """Logits that predict each response token."""
+        hidden = self._response_hidden(params, prompt, prompt_mask, response, response_mask)
+        return self.unembed(params, hidden[:, prompt.shape[1] - 1 : -1])
+
+    def response_values(self, params: Params, prompt, prompt_mask, response, response_mask) -> Float[Array, "B R"]:
+        """The scalar head before each response token is chosen: V(s_t), the state that holds tokens < t."""
+        hidden = self._response_hidden(params["decoder"], prompt, prompt_mask, response, response_mask)
+        return apply_head(params["head"], hidden[:, prompt.shape[1] - 1 : -1])
+
+    def response_scores(self, params: Params, prompt, prompt_mask, response, response_mask) -> Float[Array, "B"]:
+        """The scalar head at the last real token of each response."""
+        hidden = self._response_hidden(params["decoder"], prompt, prompt_mask, response, response_mask)
+        last = prompt.shape[1] + jnp.maximum(response_mask.sum(axis=1) - 1, 0)
+        return apply_head(params["head"], jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
+
+    def scores(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        dropout: float = 0.0,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "B"]:
+        """The scalar head at the last real token of each row, padding on either side."""
+        hidden = self.hidden(params["decoder"], tokens, positions_of(mask), mask.astype(jnp.int32), dropout, key)
+        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+        return apply_head(params["head"], jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
+
+    def prefill(
+        self, params: Params, prompt: Int[Array, "B P"], prompt_mask: Bool[Array, "B P"], new_tokens: int
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Logits of the first response token, and a cache with room for `new_tokens` more."""
+        c = self.config
+        batch, length = prompt.shape
+        empty = jnp.zeros((c.layers, batch, length + new_tokens, c.kv_heads, c.head_dim), c.compute_dtype)
+        segments = jnp.pad(prompt_mask.astype(jnp.int32), ((0, 0), (0, new_tokens)), constant_values=1)
+        hidden, (keys, values) = Decoder(c).apply(
+            {"params": params},
+            prompt,
+            positions_of(prompt_mask),
+            prompt_mask.astype(jnp.int32),
+            segments,
+            (empty, empty),
+            method="hidden",
+        )
+        lengths = prompt_mask.sum(axis=1, dtype=jnp.int32)
+        return self.unembed(params, hidden[:, -1]), Cache(keys, values, segments, jnp.int32(length), lengths)
+
+    def decode(self, params: Params, cache: Cache, tokens: Int[Array, "B"]) -> tuple[Float[Array, "B V"], Cache]:
+        """Append one token a row; logits of the next."""
+        hidden, (keys, values) = Decoder(self.config).apply(
+            {"params": params},
+            tokens[:, None],
+            cache.lengths[:, None],
+            jnp.ones_like(tokens)[:, None],
+            cache.segments,
+            (cache.keys, cache.values),
+            cache.index,
+            method="hidden",
+        )
+        cache = Cache(keys, values, cache.segments, cache.index + 1, cache.lengths + 1)
+        return self.unembed(params, hidden[:, 0]), cache

@@ -1,0 +1,81 @@
+"""One table: parameter path -> logical axes -> mesh axes, for parameters and optimizer moments alike."""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlhfjax.errors import ConfigError
+
+MESH_AXES = {
+    "batch": ("data", "fsdp"),
+    "token": "sequence",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "embed": "fsdp",
+    None: None,
+}
+
+# First match on the end of the path wins. The first axis of everything inside `blocks` is the layer.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed/embedding", ("vocab", "embed")),
+    (r"positions/embedding", (None, "embed")),
+    (r"unembed/kernel", ("embed", "vocab")),
+    (r"blocks/attention/(query|key|value)/kernel", (None, "embed", "heads", None)),
+    (r"blocks/attention/(query|key|value)/bias", (None, "heads", None)),
+    (r"blocks/attention/out/kernel", (None, "heads", None, "embed")),
+    (r"blocks/mlp/(up|gate)/kernel", (None, "embed", "mlp")),
+    (r"blocks/mlp/(up|gate)/bias", (None, "mlp")),
+    (r"blocks/mlp/down/kernel", (None, "mlp", "embed")),
+    (r"blocks/(attention/out|mlp/down)/bias", (None, "embed")),
+    (r"blocks/(attention_norm|mlp_norm)/(scale|bias)", (None, None)),
+    (r"final_norm/(scale|bias)", (None,)),
+    (r"head/kernel", ("embed",)),
+)
+
+
+def path_name(path: tuple) -> str:
+    """A key path of a pytree as 'a/b/c'."""
+    return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
+
+
+def spec_of(name: str, ndim: int) -> PartitionSpec:
+    """The partition of one leaf. Scalars (counters, coefficients) are replicated.
+
+    Raises ConfigError when no rule matches: an unsharded copy on every device would be a silent waste.
+    """
+    if ndim == 0:
+        return PartitionSpec()
+    for pattern, axes in RULES:
+        if len(axes) == ndim and re.search(f"(^|/){pattern}$", name):
+            return PartitionSpec(*(MESH_AXES[axis] for axis in axes))
+    raise ConfigError(f"sharding: no rule for parameter {name!r} with {ndim} axes; add one to the table of rules")
+
+
+def state_shardings(mesh: Mesh, shapes: Any) -> Any:
+    """Shardings for a tree of arrays or shapes: parameters, or a training state that holds them."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec_of(path_name(path), len(leaf.shape))), shapes
+    )
+
+
+TOKEN_AXIS_LAST = {"tokens", "segments", "positions", "loss_mask", "token_mask"}  # batch fields for `sequence`
+
+
+def place_batch(mesh: Mesh, batch: Any, split_tokens: bool = True) -> Any:
+    """A host batch on the mesh: the first axis over data and fsdp, the token axis of offline batches over sequence."""
+
+    def put(path: tuple, leaf: Any) -> jax.Array:
+        axes: list[Any] = [MESH_AXES["batch"]] + [None] * (leaf.ndim - 1)
+        if split_tokens and leaf.ndim > 1 and path_name(path) in TOKEN_AXIS_LAST:
+            axes[-1] = MESH_AXES["token"]
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Whole sequences, split over the first axis: rollouts and experience."""
+    return NamedSharding(mesh, PartitionSpec(MESH_AXES["batch"]))

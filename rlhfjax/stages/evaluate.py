@@ -1,0 +1,218 @@
+"""The evaluation: held-out losses by stage, reward-model accuracy, PPO against SFT by judges, samples, the report."""
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhfjax.config import schema
+from rlhfjax.data.batches import right_padded
+from rlhfjax.data.datasets import open_source
+from rlhfjax.evaluation.judges import Judge, fit_ridge_judge, tfidf_ridge_baseline, vader_judge
+from rlhfjax.evaluation.pairwise import RatedTexts
+from rlhfjax.evaluation.report import write_report
+from rlhfjax.evaluation.results import AccuracyRow, Evaluation, PolicyRow, Response, Sample, WinRow
+from rlhfjax.evaluation.rows import REWARD_MODEL, accuracy_row, comparison_row, human_row, policy_row, win_row
+from rlhfjax.evaluation.run_data import read_run
+from rlhfjax.functional import entropy, masked_sum, token_log_probs
+from rlhfjax.generation import generate
+from rlhfjax.models import LanguageModel
+from rlhfjax.sharding import place_batch
+from rlhfjax.stages.data import held_out, open_batches
+from rlhfjax.stages.job import Job, sampling_params
+from rlhfjax.stages.offline import Facts, loss_meter
+from rlhfjax.text.chat import encode_prompt, encode_response
+from rlhfjax.training.checkpoint import COMPLETE
+from rlhfjax.types import Params
+
+POLICIES = ("pretrain", "sft", "ppo")
+SHOWN_SAMPLES = 24
+
+
+def evaluate(job: Job) -> Facts:
+    """Measure every model of the run and write evaluation.json and report.html."""
+    c: schema.Evaluate = job.config
+    stages = [stage for stage in POLICIES if getattr(job.run.stages, stage)]
+    models = {stage: job.load(stage) for stage in stages}
+    opened = open_batches(job)
+    losses = {}
+    for stage, (model, params) in models.items():
+        measure = loss_meter(job, model)
+        losses[stage] = {name: measure(params, data) for name, data in held_out(opened).items()}
+    compared = {stage: models[stage] for stage in ("sft", "ppo") if stage in models}
+    responses = {stage: respond(job, opened["train"], i, compared, stage) for i, stage in enumerate(compared)}
+    scorer = _RewardScorer(job) if job.run.stages.reward else None
+    accuracy, judge_accuracy, judges = _accuracies(job, scorer)
+    rows = []
+    if len(compared) == 2:
+        texts = {stage: responses[stage]["texts"] for stage in compared}
+        rows = [win_row(judge, "ppo", texts["ppo"], "sft", texts["sft"], seed=job.run.seed) for judge in judges]
+    seconds = {
+        stage: json.loads((job.run_dir / stage / COMPLETE).read_text())["seconds"]
+        for stage in ("tokenizer", *stages, *(["reward"] if scorer else []))
+    }
+    result = Evaluation(
+        seed=job.run.seed,
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        hardware=hardware(),
+        stage_seconds=seconds,
+        heldout_losses=losses,
+        reward_accuracy=accuracy,
+        judge_accuracy=judge_accuracy,
+        win_rates=rows,
+        policies=[_policy_row(stage, made) for stage, made in responses.items()],
+        samples=_samples(responses, judges),
+    )
+    path = job.dir / "evaluation.json"
+    path.write_text(result.to_json(), encoding="utf-8")
+    os.chmod(path, 0o600)
+    write_report(job.run_dir / "report.html", read_run(job.run_dir))
+    return {}
+
+
+def respond(job: Job, prompts: Any, index: int, models: dict[str, tuple[LanguageModel, Params]], stage: str) -> Facts:
+    """One response to each evaluation prompt, with KL against the SFT policy, entropy, and the reward model's score."""
+    c: schema.Evaluate = job.config
+    model, params = models[stage]
+    reference_model, reference = models.get("sft", models[stage])
+    reward_model, reward = job.load("reward") if job.run.stages.reward else (None, None)
+    settings = sampling_params(c.sampling, job.tokenizer)
+    key = jax.random.fold_in(job.key("samples"), index)
+
+    @jax.jit
+    def sample(params, reference, reward, batch):
+        made = generate(model, params, batch, key, settings)
+        parts = (made.prompt, made.prompt_mask, made.response, made.response_mask)
+        logits = model.response_logits(params, *parts)
+        # KL and entropy are those of the unscaled policy, whatever temperature the samples are drawn at.
+        kl = token_log_probs(logits, made.response) - token_log_probs(
+            reference_model.response_logits(reference, *parts), made.response
+        )
+        scores = jnp.zeros(len(batch.uid)) if reward is None else reward_model.response_scores(reward, *parts)
+        spread = masked_sum(entropy(logits), made.response_mask)
+        return made, jnp.where(made.response_mask, kl, 0.0).sum(axis=1), spread, scores
+
+    made = {name: [] for name in ("texts", "prompts", "tokens", "ended", "kl", "scores", "spread")}
+    for step in range(-(-c.samples // c.batch.size)):
+        out, kl, spread, scores = jax.device_get(
+            sample(params, reference, reward, place_batch(job.mesh, prompts[step], split_tokens=False))
+        )
+        made["spread"].append(spread)
+        for i in range(len(kl)):
+            prompt = out.prompt[i][out.prompt_mask[i]].tolist()
+            response = out.response[i][out.response_mask[i]].tolist()
+            made["prompts"].append(job.tokenizer.decode(prompt))
+            made["texts"].append(_judged_text(c, job.tokenizer.decode(prompt + response)))
+            made["tokens"].append(response)
+        for name, values in (("ended", out.finished), ("kl", kl), ("scores", scores)):
+            made[name].extend(values.tolist())
+    total = sum(len(tokens) for tokens in made["tokens"])
+    made["entropy"] = float(sum(made["spread"])) / total
+    return {name: rows[: c.samples] if isinstance(rows, list) else rows for name, rows in made.items()}
+
+
+def _judged_text(c: schema.Evaluate, text: str) -> str:
+    # The ratings are of bare texts; what the prompts put before them is not part of what is judged.
+    return text.removeprefix(c.ratings.prefix).strip() if c.ratings else text
+
+
+class _RewardScorer:
+    """Scores of (prompt, response) pairs by the run's reward model, in batches of one shape."""
+
+    def __init__(self, job: Job):
+        self.job, (self.model, self.params) = job, job.load("reward")
+        self.score = jax.jit(self.model.scores)
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+        t, size, limit = self.job.tokenizer, 64, self.model.config.context
+        rows = [
+            encode_prompt(t, {"prompt": prompt})[:limit] + encode_response(t, response)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        kept = [row if len(row) <= limit else [*row[: limit - 1], t.eos_id] for row in rows]
+        length = max(len(row) for row in kept)
+        scores = []
+        for start in range(0, len(kept), size):
+            part = kept[start : start + size]
+            filler = [[t.bos_id] * length] * (size - len(part))
+            scores.append(np.asarray(self.score(self.params, *right_padded(part + filler, t.pad_id)))[: len(part)])
+        return np.concatenate(scores)
+
+
+def _accuracies(
+    job: Job, scorer: _RewardScorer | None
+) -> tuple[list[AccuracyRow], list[AccuracyRow], list[Judge]]:
+    """Accuracy of reward model, baseline, lexicon and people on the same held-out pairs; and of the judges."""
+    c: schema.Evaluate = job.config
+    seed, judges, accuracy, judge_accuracy = job.run.seed, [], [], []
+    if c.ratings:
+        judged, based, tested = (
+            list(open_source(entry.source, entry.split, job.data_dir, kind="rated_text"))
+            for entry in (c.ratings.judge, c.ratings.baseline, c.ratings.test)
+        )
+        texts = [row["text"] for row in tested]
+        rated = RatedTexts.from_rows(
+            [row["ratings"] for row in tested], [row["batch"] for row in tested], [row["heldout"] for row in tested]
+        )
+        ridge = fit_ridge_judge([row["text"] for row in judged], [np.mean(row["ratings"]) for row in judged], seed)
+        baseline = tfidf_ridge_baseline([row["text"] for row in based], [row["mean_train"] for row in based], seed)
+        lexicon = vader_judge()
+        judges = [ridge, lexicon]
+        judge_accuracy = [accuracy_row(judge.name, judge(texts), rated, seed) for judge in judges]
+        if scorer:
+            scores = scorer([c.ratings.prefix] * len(texts), [f" {text}" for text in texts])
+            accuracy = [accuracy_row(REWARD_MODEL, scores, rated, seed)]
+        accuracy += [accuracy_row(baseline.name, baseline(texts), rated, seed), judge_accuracy[1], human_row(rated)]
+    if scorer and c.comparisons:
+        records = [
+            record
+            for entry in c.comparisons
+            for record in open_source(entry.source, entry.split, job.data_dir, kind="comparison")
+        ]
+        pairs = [(record["prompt"], text) for record in records for text in record["responses"]]
+        scores = scorer([prompt for prompt, _ in pairs], [text for _, text in pairs])
+        accuracy.append(comparison_row("reward model", scores, [record["ranks"] for record in records], seed))
+    return accuracy, judge_accuracy, judges
+
+
+def _policy_row(stage: str, made: Facts) -> PolicyRow:
+    return policy_row(
+        stage,
+        made["tokens"],
+        made["ended"],
+        kl=float(np.mean(made["kl"])),
+        entropy=made["entropy"],
+        reward=float(np.mean(made["scores"])),
+    )
+
+
+def _samples(responses: dict[str, Facts], judges: list[Judge]) -> list[Sample]:
+    if not responses:
+        return []
+    verdicts = {
+        stage: {judge.name: judge(made["texts"][:SHOWN_SAMPLES]) for judge in judges} for stage, made in responses.items()
+    }
+    first = next(iter(responses.values()))
+    return [
+        Sample(
+            prompt,
+            {
+                stage: Response(made["texts"][i], {name: float(scores[i]) for name, scores in verdicts[stage].items()})
+                for stage, made in responses.items()
+            },
+        )
+        for i, prompt in enumerate(first["prompts"][:SHOWN_SAMPLES])
+    ]
+
+
+def hardware() -> str:
+    """What the numbers were measured on."""
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return f"{len(devices)} x {devices[0].device_kind}"

@@ -1,0 +1,76 @@
+"""From a configuration to jobs: device mesh, shared reader, the check of all data before anything is compiled."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlhfjax.config import Run, check
+from rlhfjax.data.datasets import default_data_dir, open_source
+from rlhfjax.errors import ConfigError
+from rlhfjax.sharding import make_mesh
+from rlhfjax.stages.data import open_batches
+from rlhfjax.stages.evaluate import evaluate
+from rlhfjax.stages.job import Job
+from rlhfjax.stages.offline import pretrain, reward, sft, tokenizer
+from rlhfjax.stages.ppo import ppo
+from rlhfjax.training.checkpoint import find_checkpoint, read_meta
+
+
+def make_jobs(run: Run, run_dir: Path, stages: list[str], report: Callable[[str], None]) -> list[Job]:
+    """One job a stage. Raises ConfigError when batch sizes or the mesh do not fit the devices that are here."""
+    check(run, jax.device_count())
+    data_dir = Path(run.data_dir) if run.data_dir else default_data_dir()
+    _check_sources(run, data_dir, stages)
+    mesh, readers = make_mesh(**run.mesh.model_dump()), {}
+    return [Job(run, stage, run_dir, data_dir, mesh, report, readers) for stage in stages]
+
+
+def execute(job: Job) -> dict[str, Any]:
+    """Run one stage."""
+    stages = {f.__name__: f for f in (tokenizer, pretrain, sft, reward, ppo, evaluate)}
+    return stages[job.stage](job)
+
+
+def check_data(jobs: list[Job]) -> None:
+    """Read every record that any stage will use, and check that model and tokenizer belong together."""
+    for job in jobs:
+        if job.stage != "tokenizer":
+            open_batches(job)
+    run, words = jobs[0].run, jobs[0].tokenizer.vocab_size
+    if run.model.checkpoint:
+        rows = read_meta(find_checkpoint(run.model.checkpoint))["model"]["vocab_size"]
+        if rows != words:
+            raise ConfigError(
+                f"model.checkpoint has a vocabulary of {rows}, the tokenizer one of {words}; use the tokenizer that the "
+                "model was trained with (leave tokenizer.path and tokenizer.data out to take it from the checkpoint)"
+            )
+
+
+def _check_sources(run: Run, data_dir: Path, stages: list[str]) -> None:
+    """Open every data entry once, so that a missing file fails at once and not after the stages before it."""
+    for entry, kind in _entries(run, stages):
+        open_source(entry.source, entry.split, data_dir, kind=kind)
+
+
+def _entries(run: Run, stages: list[str]) -> list[tuple[Any, str]]:
+    s, found = run.stages, [(entry, "document") for entry in run.tokenizer.data]
+    if s.pretrain:
+        found += [(entry, "document") for entry in s.pretrain.data + s.pretrain.validation]
+    if s.sft:
+        found += [(entry, "demonstration") for entry in s.sft.data + s.sft.validation]
+        found += [(entry, "document") for entry in (s.sft.pretraining.data if s.sft.pretraining else [])]
+    if s.reward:
+        found += [(entry, "comparison") for entry in s.reward.data + s.reward.validation]
+        found += [(entry, "demonstration") for entry in s.reward.normalize.data]
+    if s.ppo:
+        found += [(entry, "prompt") for entry in s.ppo.data]
+        found += [(entry, "document") for entry in (s.ppo.ptx.data if s.ppo.ptx else [])]
+    if s.evaluate:
+        found += [(entry, "prompt") for entry in s.evaluate.data]
+        found += [(entry, "document") for entry in s.evaluate.losses]
+        found += [(entry, "comparison") for entry in s.evaluate.comparisons]
+        ratings = s.evaluate.ratings
+        found += [(entry, "rated_text") for entry in ([ratings.judge, ratings.baseline, ratings.test] if ratings else [])]
+    return found

@@ -1,0 +1,276 @@
+"""Tokenizer, pretraining, supervised fine-tuning and the reward model."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhfjax.algorithms import LanguageModelling, RewardModelling
+from rlhfjax.algorithms.language_modelling import predicted
+from rlhfjax.config import schema
+from rlhfjax.data.batches import left_padded, right_padded
+from rlhfjax.data.datasets import open_source
+from rlhfjax.data.pipeline import Batches
+from rlhfjax.generation import SamplingParams, generate
+from rlhfjax.models import LanguageModel
+from rlhfjax.models.heads import init_head, rescale_head, with_head
+from rlhfjax.sharding import place_batch, state_shardings
+from rlhfjax.stages.data import held_out, open_batches
+from rlhfjax.stages.job import Job
+from rlhfjax.text.tokenizer import Tokenizer
+from rlhfjax.training.checkpoint import Checkpoints, find_checkpoint, meta_of, tokenizer_of, read_meta
+from rlhfjax.training.metrics import MetricsWriter
+from rlhfjax.training.offline import train_offline
+from rlhfjax.training.optimizer import learning_rate, make_optimizer
+from rlhfjax.training.state import abstract, init_state
+from rlhfjax.training.update import offline_step
+from rlhfjax.types import Params, PromptBatch, RankedBatch, TrainState
+
+Facts = dict[str, Any]
+Validate = Callable[[TrainState, dict[str, Batches]], dict[str, float]]
+
+
+def tokenizer(job: Job) -> Facts:
+    """Train the tokenizer on documents, or take the one that the configuration or the starting model has."""
+    c = job.run.tokenizer
+    if c.path:
+        made = Tokenizer.load(c.path)
+    elif job.run.model.checkpoint:
+        made = tokenizer_of(read_meta(find_checkpoint(job.run.model.checkpoint)))
+    else:
+        texts = itertools.chain.from_iterable(
+            (record["text"] for record in open_source(entry.source, entry.split, job.data_dir, kind="document"))
+            for entry in c.data
+        )
+        made = Tokenizer.train(itertools.islice(texts, c.documents), c.vocab_size, model_type=c.kind, seed=job.run.seed)
+    made.save(job.dir)
+    return {"vocab_size": made.vocab_size, "fingerprint": made.fingerprint}
+
+
+def pretrain(job: Job) -> Facts:
+    """Next-token prediction on packed documents."""
+    model, params = job.policy_from()
+    return _train_policy(job, model, params)
+
+
+def sft(job: Job) -> Facts:
+    """Supervised fine-tuning on demonstrations, with an optional share of pretraining text."""
+    model, params = job.policy_from("pretrain")
+    return _train_policy(job, model, params)
+
+
+def reward(job: Job) -> Facts:
+    """The reward model: the policy's decoder with a scalar head, on K-way rankings; then its scores are centred."""
+    c: schema.Reward = job.config
+    model, policy = job.policy_from("sft", "pretrain") if c.start_from == "sft" else job.policy_from("pretrain")
+    params = with_head(policy, init_head(job.key("init"), model.config.width))
+    measure = accuracy_meter(job, reward_modelling(model, c.loss))
+
+    def validate(state: TrainState, opened: dict[str, Batches]) -> dict[str, float]:
+        return _named("eval/rm/accuracy", {name: measure(state.params, data) for name, data in held_out(opened).items()})
+
+    return _train(
+        job,
+        reward_modelling(model, c.loss, c.dropout),
+        model,
+        params,
+        serve="reward",
+        validate=validate,
+        finish=partial(normalize_scores, job, model),
+        shown=("train/rm/loss", "train/rm/accuracy", "eval/rm/accuracy"),
+    )
+
+
+def language_modelling(model: LanguageModel, dropout: float = 0.0) -> LanguageModelling:
+    """The language-modelling loss of a decoder."""
+
+    def logits(params, batch, key):
+        return model.unembed(params, model.hidden(params, batch.tokens, batch.positions, batch.segments, dropout, key))
+
+    return LanguageModelling(logits)
+
+
+def reward_modelling(model: LanguageModel, loss: schema.RankingLoss, dropout: float = 0.0) -> RewardModelling:
+    """The ranking loss of a scalar model: one forward pass a candidate."""
+
+    def scores(params, batch: RankedBatch, key):
+        flat = (-1, batch.tokens.shape[-1])
+        rows = model.scores(params, batch.tokens.reshape(flat), batch.token_mask.reshape(flat), dropout, key)
+        return rows.reshape(batch.ranks.shape)
+
+    return RewardModelling(scores, loss.kind, loss.margin)
+
+
+def normalize_scores(job: Job, model: LanguageModel, params: Params) -> tuple[Params, Facts]:
+    """Shift (and scale) the head so that the scores of reference responses have mean 0 (and deviation 1).
+
+    The responses are people's demonstrations (Ouyang et al. 2022, C.2) or samples of the policy (Ziegler et al. 2019).
+    """
+    c: schema.Reward = job.config
+    n = c.normalize
+    if n.on == "none":
+        return params, {}
+    pairs = job.reader.demonstration_ids(n.data, c.batch.length, n.count)
+    if n.on == "samples":
+        pairs = _sampled(job, [prompt for prompt, _ in pairs], c.batch.length)
+    tokens, mask = right_padded([prompt + response for prompt, response in pairs], job.tokenizer.pad_id)
+    score = jax.jit(lambda p, t, m: jax.lax.map(lambda row: model.scores(p, row[0][None], row[1][None])[0], (t, m), batch_size=64))
+    before = score(params, tokens, mask)
+    gain = 1.0 / jnp.maximum(before.std(), 1e-6) if n.scale else jnp.float32(1.0)
+    params = params | {"head": rescale_head(params["head"], gain, -gain * before.mean())}
+    after = score(params, tokens, mask)
+    return params, {
+        "eval/rm/normalized_mean": float(after.mean()),
+        "eval/rm/normalized_std": float(after.std()),
+        "normalized_on": f"{len(pairs)} {n.on}",
+    }
+
+
+def _sampled(job: Job, prompts: list[list[int]], length: int) -> list[tuple[list[int], list[int]]]:
+    model, policy = job.policy_from("sft", "pretrain")
+    tokens, mask = left_padded(prompts, job.tokenizer.pad_id)
+    t = job.tokenizer
+    settings = SamplingParams(max_new_tokens=length - tokens.shape[1], stop_id=t.eos_id, pad_id=t.pad_id)
+    batch = PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32))
+    rollout = jax.device_get(jax.jit(partial(generate, model, sampling=settings))(policy, batch, job.key("samples")))
+    return [
+        (prompt, response[kept].tolist())
+        for prompt, response, kept in zip(prompts, rollout.response, rollout.response_mask, strict=True)
+    ]
+
+
+def loss_meter(job: Job, model: LanguageModel) -> Callable[[Params, Batches], float]:
+    """Mean loss over every target token of a data set, nats per token."""
+    algorithm = language_modelling(model)
+
+    @jax.jit
+    def total(params, batch, rows):
+        counted = jnp.arange(batch.tokens.shape[0]) < rows
+        batch = replace(batch, loss_mask=batch.loss_mask & counted[:, None])
+        return algorithm.loss(params, batch, jnp.float32(1.0))[0], predicted(batch).sum()
+
+    def measure(params: Params, batches: Batches) -> float:
+        sums = [total(params, place_batch(job.mesh, batch), rows) for batch, rows in batches.once()]
+        return float(sum(loss for loss, _ in sums) / sum(count for _, count in sums))
+
+    return measure
+
+
+def accuracy_meter(job: Job, algorithm: RewardModelling) -> Callable[[Params, Batches], float]:
+    """Share of the ranked pairs of a data set that the scores order as people did."""
+
+    @jax.jit
+    def total(params, batch, rows):
+        counted = jnp.arange(batch.ranks.shape[0]) < rows
+        batch = replace(batch, mask=batch.mask & counted[:, None])
+        weight = algorithm.weight(batch)
+        return algorithm.loss(params, batch, weight)[1]["train/rm/accuracy"] * weight["pairs"], weight["pairs"]
+
+    def measure(params: Params, batches: Batches) -> float:
+        sums = [total(params, place_batch(job.mesh, batch), rows) for batch, rows in batches.once()]
+        return float(sum(right for right, _ in sums) / sum(count for _, count in sums))
+
+    return measure
+
+
+def _named(metric: str, values: dict[str, float]) -> dict[str, float]:
+    """One metric a data set, and their mean under the plain name."""
+    if not values:
+        return {}
+    each = {f"{metric}/{name}": value for name, value in values.items()}
+    return each | {metric: float(np.mean(list(values.values())))}
+
+
+def _train_policy(job: Job, model: LanguageModel, params: Params) -> Facts:
+    measure = loss_meter(job, model)
+
+    def validate(state: TrainState, opened: dict[str, Batches]) -> dict[str, float]:
+        return _named("loss/validation", {name: measure(state.params, data) for name, data in held_out(opened).items()})
+
+    return _train(
+        job,
+        language_modelling(model, job.config.dropout),
+        model,
+        params,
+        serve="policy",
+        validate=validate,
+        shown=("loss/train", "loss/validation", "perf/train_tokens_per_s"),
+    )
+
+
+def _train(
+    job: Job,
+    algorithm: Any,
+    model: LanguageModel,
+    params: Params,
+    *,
+    serve: str,
+    validate: Validate,
+    shown: tuple[str, ...],
+    finish: Callable[[Params], tuple[Params, Facts]] = lambda params: (params, {}),
+) -> Facts:
+    """Train from the stage's last checkpoint on, and save what `finish` makes of the result."""
+    c, b = job.config, job.config.batch
+    opened = open_batches(job)
+    batches = opened["train"]
+    steps = c.steps or batches.steps(c.epochs)
+    optimizer = make_optimizer(c.optimizer, steps)
+    follow = (lambda params: params) if c.optimizer.ema_decay is not None else None
+    state = init_state(job.mesh, params, optimizer, follow)
+    meta = meta_of("average" if follow else serve, model, job.tokenizer, stage=job.stage)
+    checkpoints = Checkpoints(job.dir / "checkpoints", job.run.checkpoints.keep)
+    state, done = _restore(checkpoints, state, serve)
+    if done:
+        return done
+
+    def save(state: TrainState, facts: Facts | None = None) -> None:
+        average = {} if state.average is None else {"average": state.average}
+        models = {serve: state.params} | average
+        checkpoints.save(int(state.step), models, (state.optimizer, state.step), meta | {"facts": facts})
+
+    def on_step(state: TrainState, step: int) -> dict[str, float]:
+        if step % job.run.checkpoints.every == 0 and step != steps:
+            save(state)
+        return validate(state, opened) if step % c.validate_every == 0 or step == steps else {}
+
+    parts = b.size // (b.micro or b.size)
+    step_fn = jax.jit(
+        partial(offline_step, algorithm, optimizer, parts=parts, ema_decay=c.optimizer.ema_decay),
+        donate_argnums=0,
+        out_shardings=(state_shardings(job.mesh, state), None),
+    )
+    writer = MetricsWriter(job.dir, int(state.step), job.run.logging.tensorboard)
+    state = train_offline(
+        step_fn,
+        state,
+        job.put(batches.iterate(int(state.step))),
+        steps=steps,
+        key=job.key("steps"),
+        stage=job.stage,
+        writer=writer,
+        learning_rate=learning_rate(c.optimizer, steps),
+        shown=shown,
+        on_step=on_step,
+    )
+    writer.close()
+    params, facts = finish(state.params)
+    facts = {"step": steps, "parameters": sum(x.size for x in jax.tree.leaves(params))} | facts
+    save(TrainState(params, state.optimizer, state.step, state.average), facts)
+    checkpoints.close()
+    return facts
+
+
+def _restore(checkpoints: Checkpoints, state: TrainState, serve: str) -> tuple[TrainState, Facts | None]:
+    """The state at the last checkpoint, and the stage's facts when that was its last step."""
+    step = checkpoints.latest()
+    if step is None:
+        return state, None
+    average = {} if state.average is None else {"average": abstract(state.average)}
+    training = abstract((state.optimizer, state.step))
+    models, (optimizer, step), meta = checkpoints.restore(step, {serve: abstract(state.params)} | average, training)
+    return TrainState(models[serve], optimizer, step, models.get("average")), meta["facts"]

@@ -1,0 +1,207 @@
+"""Reinforcement learning from the reward model: PPO with the KL penalty and the pretraining mix."""
+
+import itertools
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhfjax.algorithms import Mix, Ppo
+from rlhfjax.config import schema
+from rlhfjax.functional import adaptive_kl, kl_estimate, token_log_probs
+from rlhfjax.generation import SamplingParams, generate
+from rlhfjax.models import LanguageModel
+from rlhfjax.models.heads import with_head, zero_head
+from rlhfjax.sharding import batch_sharding, state_shardings
+from rlhfjax.stages.data import open_batches
+from rlhfjax.stages.job import Job, sampling_params
+from rlhfjax.stages.offline import Facts, language_modelling
+from rlhfjax.training.checkpoint import Checkpoints, meta_of
+from rlhfjax.training.metrics import MetricsWriter
+from rlhfjax.training.online import OnlineSteps, train_online
+from rlhfjax.training.optimizer import learning_rate, make_optimizer
+from rlhfjax.training.state import abstract, init_state
+from rlhfjax.training.update import online_update
+from rlhfjax.types import OnlineState, Params, PromptBatch, Rollout, TrainState
+
+
+def ppo(job: Job) -> Facts:
+    """Sample, score against the reward model and the frozen SFT policy, estimate advantages, update; c.steps times."""
+    c: schema.Ppo = job.config
+    policy_model, policy = job.policy_from("sft", "pretrain")
+    reward_model, reward = job.load("reward")
+    from_reward = c.value.start_from == "reward"
+    value_model = reward_model if from_reward else policy_model
+    value = reward if from_reward else with_head(policy, zero_head(policy_model.config.width))
+    sampling = sampling_params(c.sampling, job.tokenizer)
+    algorithm = ppo_algorithm(c, policy_model, value_model)
+    optimizer = ppo_optimizer(c)
+
+    params = {"policy": policy, "value": value}
+    follow = (lambda params: params["policy"]) if c.optimizer.ema_decay is not None else None
+    train = init_state(job.mesh, params, optimizer, follow)
+    state = OnlineState(train, jnp.float32(c.kl.coef), jnp.int32(0))
+    state = jax.device_put(state, state_shardings(job.mesh, state))
+    checkpoints = Checkpoints(job.dir / "checkpoints", job.run.checkpoints.keep)
+    state = _restore(checkpoints, state)
+
+    steps = compiled_steps(job, state, algorithm, optimizer, policy_model, reward_model, sampling)
+    opened, start = open_batches(job), int(state.iteration)
+    pretraining = job.put(opened["ptx"].iterate(start)) if c.ptx else itertools.repeat(None)
+    meta = meta_of("average" if follow else "policy", policy_model, job.tokenizer, stage=job.stage)
+    writer = MetricsWriter(job.dir, start, job.run.logging.tensorboard)
+
+    def save(state: OnlineState, iteration: int) -> None:
+        average = {} if state.train.average is None else {"average": state.train.average}
+        training = (state.train.optimizer, state.train.step, state.kl_coef, state.iteration)
+        checkpoints.save(iteration, state.train.params | average, training, meta)
+
+    state = train_online(
+        steps,
+        state,
+        {"reference": policy, "reward": reward},
+        job.put(opened["train"].iterate(start)),
+        pretraining,
+        iterations=c.steps,
+        key=job.key("steps"),
+        stage=job.stage,
+        writer=writer,
+        learning_rate=learning_rate(c.optimizer, c.steps * updates_of(c)),
+        episodes=c.batch.size,
+        samples=partial(sample_rows, job),
+        samples_every=job.run.logging.samples_every,
+        save=save,
+        save_every=job.run.checkpoints.every,
+    )
+    writer.close()
+    if checkpoints.latest() != c.steps:
+        save(state, c.steps)
+    checkpoints.close()
+    return {"step": c.steps, "episodes": c.steps * c.batch.size, "kl_coef": float(state.kl_coef)}
+
+
+def updates_of(c: schema.Ppo) -> int:
+    """Optimizer steps in one iteration."""
+    return c.batch.epochs * (c.batch.size // (c.batch.minibatch or c.batch.size))
+
+
+def ppo_algorithm(c: schema.Ppo, policy_model: LanguageModel, value_model: LanguageModel) -> Ppo | Mix:
+    """PPO over the two models, with the pretraining loss in the same gradient where the recipe has it."""
+    algorithm = Ppo(
+        logits=lambda params, rollout: policy_model.response_logits(params["policy"], *_sequences(rollout)),
+        values=lambda params, rollout: value_model.response_values(params["value"], *_sequences(rollout)),
+        temperature=c.sampling.temperature,
+        clip=c.clip,
+        value_clip=c.value.clip,
+        value_coef=c.value.coef,
+        entropy_coef=c.entropy_coef,
+        **c.returns.model_dump(),
+        missing_eos=c.missing_eos.mode,
+        missing_eos_value=c.missing_eos.value,
+    )
+    if c.ptx is None:
+        return algorithm
+    decoder = language_modelling(policy_model)
+    return Mix(algorithm, c.ptx.coef, type(decoder)(lambda params, *rest: decoder.logits(params["policy"], *rest)))
+
+
+def ppo_optimizer(c: schema.Ppo) -> optax.GradientTransformation:
+    """AdamW for the policy and AdamW for the value model, each with its own learning rate and its own clipping."""
+    total = c.steps * updates_of(c)
+    each = {
+        "policy": make_optimizer(c.optimizer, total),
+        "value": make_optimizer(c.optimizer, total, peak=c.value.lr),
+    }
+    return optax.partition(each, lambda params: {name: jax.tree.map(lambda _: name, tree) for name, tree in params.items()})
+
+
+def compiled_steps(
+    job: Job,
+    state: OnlineState,
+    algorithm: Ppo | Mix,
+    optimizer: optax.GradientTransformation,
+    policy_model: LanguageModel,
+    reward_model: LanguageModel,
+    sampling: SamplingParams,
+) -> OnlineSteps:
+    """The four steps of an iteration, jitted with the layouts of the rules table; the state is donated to `update`."""
+    c: schema.Ppo = job.config
+    estimator = algorithm.first if isinstance(algorithm, Mix) else algorithm
+    rows, layout = batch_sharding(job.mesh), state_shardings(job.mesh, state)
+    minibatch = c.batch.minibatch or c.batch.size
+
+    def rollout(params: Params, prompts: PromptBatch, key: jax.Array) -> Rollout:
+        return generate(policy_model, params["policy"], prompts, key, sampling)
+
+    def score(params: Params, frozen: Any, rollout: Rollout) -> Rollout:
+        reference = {"policy": frozen["reference"]}
+        log_probs = rollout.sampled_log_probs
+        if c.sampling.old_log_probs == "recompute":
+            log_probs = token_log_probs(estimator.logits(params, rollout), rollout.response, sampling.temperature)
+        ref_log_probs = token_log_probs(estimator.logits(reference, rollout), rollout.response, sampling.temperature)
+        scores = reward_model.response_scores(frozen["reward"], *_sequences(rollout))
+        return rollout.scored(log_probs, ref_log_probs, estimator.values(params, rollout), scores)
+
+    def update(state: OnlineState, experience: Any, pretraining: Any, measured: dict, key: jax.Array):
+        train, metrics = online_update(
+            algorithm,
+            optimizer,
+            state.train,
+            experience,
+            pretraining,
+            key,
+            epochs=c.batch.epochs,
+            minibatches=c.batch.size // minibatch,
+            parts=minibatch // (c.batch.micro or minibatch),
+            kl_stop=c.kl.stop,
+            ema_decay=c.optimizer.ema_decay,
+        )
+        kl_coef = state.kl_coef
+        if c.kl.controller == "adaptive":
+            kl = measured["objective/kl"]
+            kl_coef = adaptive_kl(kl_coef, kl, target=c.kl.target, horizon=c.kl.horizon, episodes=c.batch.size)
+        return OnlineState(train, kl_coef, state.iteration + 1), metrics
+
+    return OnlineSteps(
+        rollout=jax.jit(rollout, out_shardings=rows),
+        score=jax.jit(score, out_shardings=rows),
+        estimate=jax.jit(estimator.estimate, out_shardings=(rows, None)),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(layout, None)),
+    )
+
+
+def sample_rows(job: Job, rollout: Rollout) -> list[dict[str, Any]]:
+    """Rows for samples.jsonl: what was asked, what was said, how it scored."""
+    count = job.run.logging.samples
+    some = jax.device_get(jax.tree.map(lambda x: x[:count], rollout))
+    kl = jax.device_get(kl_estimate(some.log_probs, some.ref_log_probs, "k1")) * some.response_mask
+    return [
+        {
+            "prompt": job.tokenizer.decode(some.prompt[i][some.prompt_mask[i]].tolist()),
+            "response": job.tokenizer.decode(some.response[i][some.response_mask[i]].tolist()),
+            "score": float(some.scores[i]),
+            "kl": float(kl[i].sum()),
+            "length": int(some.response_mask[i].sum()),
+            "finished": bool(some.finished[i]),
+        }
+        for i in range(len(some.scores))
+    ]
+
+
+def _sequences(rollout: Rollout) -> tuple:
+    return rollout.prompt, rollout.prompt_mask, rollout.response, rollout.response_mask
+
+
+def _restore(checkpoints: Checkpoints, state: OnlineState) -> OnlineState:
+    """The state at the last checkpoint, if there is one."""
+    latest = checkpoints.latest()
+    if latest is None:
+        return state
+    train = state.train
+    average = {} if train.average is None else {"average": abstract(train.average)}
+    training = abstract((train.optimizer, train.step, state.kl_coef, state.iteration))
+    models, (optimizer, step, kl_coef, iteration), _ = checkpoints.restore(latest, abstract(train.params) | average, training)
+    params = {name: models[name] for name in train.params}
+    return OnlineState(TrainState(params, optimizer, step, models.get("average")), kl_coef, iteration)

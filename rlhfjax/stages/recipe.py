@@ -1,0 +1,136 @@
+"""Runs the stages of a configuration in order, and knows what is already done.
+
+A stage is done when its `complete.json` is there; it is written last and in one piece. Everything else in a stage
+directory belongs to a stage that may be continued.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rlhfjax.config import Run, resolved, resolved_yaml
+from rlhfjax.errors import ConfigError
+from rlhfjax.stages.manifest import Manifest
+
+COMPLETE = "complete.json"
+console = Console(stderr=True, highlight=False)
+
+
+def report(text: str) -> None:
+    """One line of progress."""
+    console.print(text, markup=False)
+
+
+def run_recipe(run: Run, run_dir: Path, only: str | None = None, start_from: str | None = None) -> None:
+    """Run what is not done yet of the recipe; `only` one stage, or again from `start_from` on.
+
+    Raises ConfigError when the run directory was made with another configuration, or for a stage that the recipe lacks.
+    """
+    stages = stages_of(run)
+    for name in (only, start_from):
+        if name is not None and name not in stages:
+            raise ConfigError(f"stage: expected one of {', '.join(stages)} (the stages of this recipe), got {name!r}")
+    _settle_config(run, run_dir, stages, start_from)
+    if start_from:
+        for stage in stages[stages.index(start_from) :]:
+            shutil.rmtree(run_dir / stage, ignore_errors=True)
+    wanted = [only] if only else stages
+    open_stages = [stage for stage in wanted if not is_complete(run_dir, stage)]
+    if not open_stages:
+        report(f"nothing to do: {run_dir} has finished {', '.join(wanted)}")
+        _point_to_report(run_dir)
+        return
+    for stage in stages[: stages.index(open_stages[0])]:
+        if not is_complete(run_dir, stage):
+            raise ConfigError(f"stage {open_stages[0]} needs {stage}, which is not done in {run_dir}; run it first")
+    with Manifest(run, run_dir):
+        _run_stages(run, run_dir, open_stages)
+    _point_to_report(run_dir)
+
+
+def stages_of(run: Run) -> list[str]:
+    """The stages of a recipe in their order."""
+    from rlhfjax.stages.job import NAMES
+
+    return [name for name in NAMES if name == "tokenizer" or getattr(run.stages, name)]
+
+
+def is_complete(run_dir: Path, stage: str) -> bool:
+    """Whether a stage has finished."""
+    return (run_dir / stage / COMPLETE).exists()
+
+
+def _run_stages(run: Run, run_dir: Path, stages: list[str]) -> None:
+    # jax and the models are imported here, so that a finished run answers at once.
+    from rlhfjax.stages.jobs import check_data, execute, make_jobs
+
+    jobs = make_jobs(run, run_dir, stages, report)
+    for job in jobs:
+        began = time.monotonic()
+        if job.stage != "tokenizer" and job is next(j for j in jobs if j.stage != "tokenizer"):
+            check_data(jobs)
+        report(f"{job.stage}: started")
+        job.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = execute(job)
+        seconds = round(time.monotonic() - began, 1)
+        done = {"stage": job.stage, "seconds": seconds, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
+        write_json(job.dir / COMPLETE, done | facts)
+        report(f"{job.stage}: done in {seconds:.0f} s")
+
+
+def _settle_config(run: Run, run_dir: Path, stages: list[str], start_from: str | None) -> None:
+    """Write config.yaml into a new run directory; refuse another configuration in an existing one."""
+    path = run_dir / "config.yaml"
+    if path.exists():
+        before = _flat(_read_yaml(path))
+        changed = {key for key in before.keys() | _flat(resolved(run)).keys() if before.get(key) != _flat(resolved(run)).get(key)}
+        redone = stages[stages.index(start_from) :] if start_from else []
+        free = tuple(f"stages.{stage}." for stage in redone) + ("description", "logging.", "checkpoints.")
+        refused = sorted(key for key in changed if not key.startswith(free))
+        if refused:
+            now = _flat(resolved(run))
+            shown = "; ".join(f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in refused[:5])
+            raise ConfigError(
+                f"{run_dir} was made with another configuration: {shown}. Use another --run-dir, or --from STAGE to do "
+                "again what the change touches"
+            )
+    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_text(path, resolved_yaml(run))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    from rlhfjax.config import load_config
+
+    return resolved(load_config(path))
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {k: v for name, part in tree.items() for k, v in _flat(part, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): tree}
+
+
+def _point_to_report(run_dir: Path) -> None:
+    if (run_dir / "report.html").exists():
+        report(f"report: {run_dir / 'report.html'}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one piece, readable by its owner alone."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.chmod(part, 0o600)
+    part.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one piece."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

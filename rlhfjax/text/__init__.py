@@ -1,0 +1,1 @@
+"""Text and ids: the tokenizer, and conversations as ids."""

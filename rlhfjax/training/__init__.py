@@ -1,0 +1,1 @@
+"""Training: states, optimizers, compiled updates, the two loops, checkpoints and metrics."""

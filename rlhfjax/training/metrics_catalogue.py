@@ -1,0 +1,112 @@
+"""Every metric of metrics.jsonl: its unit, what it is taken over, and how it becomes one number. Imports no jax.
+
+Sums over tokens run over real response tokens, the one that ended the response included; prompts and padding never
+count. Batch means are over the global batch, whatever the number of devices, minibatches or micro batches.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column of metrics.jsonl; `mask` says which elements count, `reduction` how they become one number."""
+
+    name: str
+    unit: str
+    mask: str
+    reduction: str
+    meaning: str
+
+
+_RESPONSE = "response tokens"
+_ROLLOUTS = "rollouts"
+_TARGETS = "target tokens"
+_KL_SUM = "sum over tokens, mean over rollouts"
+_TOKEN_MEAN = "mean over tokens"
+_UPDATE_MEAN = "mean over tokens, then over updates"
+
+_LEARNING = (
+    Metric("step", "steps", "-", "count", "optimizer steps (offline stages) or PPO iterations so far"),
+    Metric("epoch", "epochs", "-", "count", "passes over the stage's data so far"),
+    Metric("episode", "episodes", "-", "count", "rollouts sampled so far"),
+    Metric("lr", "1/step", "-", "value", "learning rate of the last update"),
+    Metric("loss/train", "nats", _TARGETS, _TOKEN_MEAN, "-log p of the next token"),
+    Metric("loss/validation", "nats", _TARGETS, _TOKEN_MEAN, "the same on held-out data, dropout off"),
+    Metric("loss/validation/NAME", "nats", _TARGETS, _TOKEN_MEAN, "the same on the data set NAME"),
+    Metric("grad/norm", "-", "parameters", "L2 norm", "gradient before clipping (offline stages)"),
+)
+
+_REWARD_MODEL = (
+    Metric("train/rm/loss", "nats", "pairs without ties", "1/C(K,2) a prompt, mean over prompts", "ranking loss"),
+    Metric("train/rm/accuracy", "fraction", "pairs without ties", "mean over pairs of a prompt, then prompts",
+           "pairs whose better response scores higher"),
+    Metric("train/rm/margin", "score", "pairs without ties", "mean over pairs of a prompt, then prompts",
+           "score of the better response minus that of the worse"),
+    Metric("eval/rm/loss", "nats", "pairs without ties", "1/C(K,2) a prompt, mean over prompts", "held-out rankings"),
+    Metric("eval/rm/accuracy", "fraction", "pairs without ties", "mean over pairs of a prompt, then prompts",
+           "held-out rankings"),
+    Metric("eval/rm/margin", "score", "pairs without ties", "mean over pairs of a prompt, then prompts",
+           "held-out rankings"),
+)  # fmt: skip
+
+_OBJECTIVE = (
+    Metric("objective/scores", "score", _ROLLOUTS, "mean", "reward model's score, before the rule for missing EOS"),
+    Metric("objective/scores_std", "score", _ROLLOUTS, "standard deviation", "spread of those scores"),
+    Metric("objective/rlhf_reward", "score", _RESPONSE, _KL_SUM, "final score + non_score_reward: PPO's objective"),
+    Metric("objective/non_score_reward", "score", _RESPONSE, _KL_SUM, "-kl_coef x KL: negative where KL is positive"),
+    Metric("objective/kl", "nats", _RESPONSE, _KL_SUM, "KL(policy, reference) of a response, k1 = log p - log p_ref"),
+    Metric("objective/kl_k2", "nats", _RESPONSE, _KL_SUM, "the same by k2 = (log p - log p_ref)^2 / 2"),
+    Metric("objective/kl_k3", "nats", _RESPONSE, _KL_SUM, "the same by k3 = p_ref/p - 1 - log(p_ref/p) >= 0"),
+    Metric("objective/kl_per_token", "nats/token", _RESPONSE, _TOKEN_MEAN, "k1"),
+    Metric("objective/kl_k2_per_token", "nats/token", _RESPONSE, _TOKEN_MEAN, "k2"),
+    Metric("objective/kl_k3_per_token", "nats/token", _RESPONSE, _TOKEN_MEAN, "k3"),
+    Metric("objective/kl_coef", "score/nat", "-", "value", "coefficient of the KL penalty in this iteration"),
+    Metric("objective/entropy", "nats", _RESPONSE, _KL_SUM, "-log p of the sampled tokens"),
+    Metric("objective/length", "tokens", _RESPONSE, "count, mean over rollouts", "length, the last token included"),
+    Metric("objective/eos_rate", "fraction", _ROLLOUTS, "mean", "responses that ended by themselves"),
+    Metric("objective/truncated_rate", "fraction", _ROLLOUTS, "mean", "responses cut at max_new_tokens: 1 - eos_rate"),
+)  # fmt: skip
+
+_UPDATE = (
+    Metric("loss/policy_avg", "advantage", _RESPONSE, _UPDATE_MEAN, "clipped surrogate loss"),
+    Metric("loss/value_avg", "score^2", _RESPONSE, _UPDATE_MEAN, "clipped value loss, with its 1/2, before value.coef"),
+    Metric("loss/ptx", "nats", "pretraining targets", _UPDATE_MEAN, "pretraining loss of PPO-ptx, before ptx.coef"),
+    Metric("policy/approxkl_avg", "nats/token", _RESPONSE, _UPDATE_MEAN, "1/2 (log p - log p_old)^2 inside the update"),
+    Metric("policy/clipfrac_avg", "fraction", _RESPONSE, _UPDATE_MEAN, "ratios outside 1 +- clip"),
+    Metric("policy/entropy_avg", "nats/token", _RESPONSE, _UPDATE_MEAN, "entropy of the policy at its temperature"),
+    Metric("policy/first_minibatch_ratio_err", "-", _RESPONSE, _TOKEN_MEAN,
+           "|ratio - 1| in the first minibatch: 0 unless sampling and training disagree"),
+    Metric("policy/epochs_run", "epochs", "-", "value", "inner epochs done before kl.stop ended them"),
+    Metric("val/ratio", "-", _RESPONSE, _UPDATE_MEAN, "p / p_old"),
+    Metric("val/ratio_err", "-", _RESPONSE, _UPDATE_MEAN, "|p / p_old - 1|"),
+    Metric("val/clipfrac_avg", "fraction", _RESPONSE, _UPDATE_MEAN, "values that moved further than value.clip"),
+    Metric("val/explained_variance", "fraction", _RESPONSE, "1 - Var(return - value) / Var(return)",
+           "how well the value model predicts returns, before the update"),
+    Metric("grad/policy_norm", "-", "parameters", "L2 norm, mean over updates", "policy gradient before clipping"),
+    Metric("grad/value_norm", "-", "parameters", "L2 norm, mean over updates", "value gradient before clipping"),
+    Metric("grad/ptx_to_ppo_norm_ratio", "-", "parameters", "ratio of L2 norms, mean over updates",
+           "|ptx.coef x pretraining gradient| / |PPO gradient|, of the policy"),
+    Metric("rollout_vs_train/logp_absdiff_max", "nats", _RESPONSE, "maximum",
+           "|log p while sampling - log p in training| of one token"),
+)  # fmt: skip
+
+_SPEED = (
+    Metric("perf/prefill_tokens_per_s", "tokens/s", "prompt tokens", "per iteration", "prompts read while sampling"),
+    Metric("perf/decode_tokens_per_s", "tokens/s", _RESPONSE, "per iteration", "response tokens sampled"),
+    Metric("perf/train_tokens_per_s", "tokens/s", "tokens of the batch, padding included", "per step",
+           "tokens through forward and backward"),
+    Metric("perf/mfu", "fraction", "-", "per step", "model FLOP/s as a share of the machine's peak"),
+    Metric("timing/rollout_s", "s", "-", "per iteration", "wall time of sampling"),
+    Metric("timing/score_s", "s", "-", "per iteration", "wall time of scores, values and log-probabilities"),
+    Metric("timing/estimate_s", "s", "-", "per iteration", "wall time of rewards and advantages"),
+    Metric("timing/update_s", "s", "-", "per iteration", "wall time of all updates of an iteration"),
+)  # fmt: skip
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric for metric in (*_LEARNING, *_REWARD_MODEL, *_OBJECTIVE, *_UPDATE, *_SPEED)
+}
+
+
+def metric_of(name: str) -> Metric | None:
+    """The entry of a logged name; `loss/validation/chat` is an instance of `loss/validation/NAME`."""
+    return METRICS.get(name) or METRICS.get(f"{name.rpartition('/')[0]}/NAME")

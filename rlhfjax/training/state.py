@@ -1,0 +1,36 @@
+"""Training states: created, saved and restored in their shardings."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from rlhfjax.sharding import state_shardings
+from rlhfjax.types import Params, TrainState
+
+
+def init_state(
+    mesh: Mesh, params: Params, optimizer: optax.GradientTransformation, average_of: Callable | None = None
+) -> TrainState:
+    """A fresh training state around `params`; `average_of(params)` picks what the moving average follows, if any."""
+
+    def build(params):
+        average = None if average_of is None else average_of(params)
+        return TrainState(params, optimizer.init(params), jnp.int32(0), average)
+
+    shardings = state_shardings(mesh, jax.eval_shape(build, params))
+    # Donation is off: the parameters often come from a model that is still needed (the reference).
+    return jax.jit(build, out_shardings=shardings)(params)
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes, types and shardings of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def place(mesh: Mesh, params: Params) -> Params:
+    """Parameters laid out on the mesh by the rules table."""
+    return jax.device_put(params, state_shardings(mesh, params))

@@ -1,0 +1,136 @@
+"""Gradients over micro batches, one optimizer step, and PPO's epochs x minibatches as one scan."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from rlhfjax.algorithms.mix import Mix, MixedBatch
+from rlhfjax.types import Params, TrainState
+
+
+def gradients(
+    algorithm: Any, params: Params, batch: Any, key: jax.Array, parts: int = 1
+) -> tuple[Params, dict[str, Array]]:
+    """Gradient of the loss over `batch`, taken in `parts` equal parts one after the other.
+
+    The loss is normalised by the count of the whole batch, so the result does not depend on `parts`.
+    """
+    if isinstance(algorithm, Mix):
+        return _mixed_gradients(algorithm, params, batch, key, parts)
+    weight = algorithm.weight(batch)
+
+    def part_gradients(part, key):
+        (_, metrics), grads = jax.value_and_grad(algorithm.loss, has_aux=True)(params, part, weight, key)
+        return grads, metrics
+
+    if parts == 1:
+        return part_gradients(batch, key)
+    split = jax.tree.map(lambda x: _split(x, parts), batch)
+    keys = jax.random.split(key, parts)
+    total = jax.tree.map(jnp.zeros_like, jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], split), key))
+
+    def add(total, inputs):
+        return jax.tree.map(jnp.add, total, part_gradients(*inputs)), None
+
+    return jax.lax.scan(add, total, (split, keys))[0]
+
+
+def _split(x: Array, parts: int) -> Array:
+    # Row i goes to part i % parts: every part holds rows of every device, and none has to move.
+    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+
+def _mixed_gradients(algorithm: Mix, params: Params, batch: MixedBatch, key: jax.Array, parts: int):
+    first, metrics = gradients(algorithm.first, params, batch.first, key, parts)
+    second, second_metrics = gradients(algorithm.second, params, batch.second, key, parts)
+    second = jax.tree.map(lambda g: algorithm.coef * g, second)
+    ratio = optax.global_norm(second) / jnp.maximum(optax.global_norm(first.get("policy", first)), 1e-12)
+    metrics = metrics | {"loss/ptx": second_metrics["loss/train"], "grad/ptx_to_ppo_norm_ratio": ratio}
+    return jax.tree.map(jnp.add, first, second), metrics
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, state: TrainState, grads: Params, ema_decay: float | None = None
+) -> TrainState:
+    """One optimizer step; the average moves as average = decay x average + (1 - decay) x params."""
+    updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if average is not None:
+        tracked = params["policy"] if isinstance(params, dict) and "policy" in params else params
+        average = optax.incremental_update(tracked, average, 1.0 - ema_decay)
+    return TrainState(params, opt_state, state.step + 1, average)
+
+
+def offline_step(
+    algorithm: Any,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: Any,
+    key: jax.Array,
+    parts: int = 1,
+    ema_decay: float | None = None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step of pretraining, supervised fine-tuning or reward modelling."""
+    grads, metrics = gradients(algorithm, state.params, batch, key, parts)
+    metrics = metrics | {"grad/norm": optax.global_norm(grads), "tokens": batch.real_tokens()}
+    return apply_gradients(optimizer, state, grads, ema_decay), metrics
+
+
+def online_update(
+    algorithm: Any,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    experience: Any,
+    pretraining: Any,
+    key: jax.Array,
+    *,
+    epochs: int,
+    minibatches: int,
+    parts: int = 1,
+    kl_stop: float | None = None,
+    ema_decay: float | None = None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """`epochs` passes over the experience, reshuffled each time, `minibatches` steps a pass, as one scan.
+
+    `pretraining` (None without ptx) holds the sequences of all the steps. Once the approximate KL of a step exceeds
+    `kl_stop`, the steps that are left do nothing. Metrics are means over the steps that ran.
+    """
+    size = jax.tree.leaves(experience)[0].shape[0]
+    steps = epochs * minibatches
+    shuffle_key, step_key = jax.random.split(key)
+    order = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(shuffle_key, epochs))
+    order = order.reshape(steps, size // minibatches)
+    extra = jax.tree.map(lambda x: _split(x, steps), pretraining)
+
+    def take_step(state, rows, extra, key):
+        minibatch = jax.tree.map(lambda x: x[rows], experience)
+        batch = MixedBatch(minibatch, extra) if isinstance(algorithm, Mix) else minibatch
+        grads, metrics = gradients(algorithm, state.params, batch, key, parts)
+        norms = {f"grad/{name}_norm": optax.global_norm(tree) for name, tree in grads.items()}
+        return apply_gradients(optimizer, state, grads, ema_decay), metrics | norms
+
+    shapes = jax.eval_shape(take_step, state, order[0], jax.tree.map(lambda x: x[0], extra), step_key)[1]
+    nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(carry, inputs):
+        state, running = carry
+        rows, extra, key = inputs
+        if kl_stop is None:
+            state, metrics = take_step(state, rows, extra, key)
+            return (state, running), (metrics, running)
+        state, metrics = jax.lax.cond(
+            running, lambda: take_step(state, rows, extra, key), lambda: (state, nothing)
+        )
+        return (state, running & (metrics["policy/approxkl_avg"] <= kl_stop)), (metrics, running)
+
+    inputs = (order, extra, jax.random.split(step_key, steps))
+    (state, _), (metrics, ran) = jax.lax.scan(body, (state, jnp.bool_(True)), inputs)
+    taken = ran.sum().astype(jnp.float32)
+    means = {name: values.sum() / taken for name, values in metrics.items()}
+    means["policy/first_minibatch_ratio_err"] = metrics["val/ratio_err"][0]
+    means["policy/epochs_run"] = taken / minibatches
+    return state, means

@@ -1,0 +1,111 @@
+"""The values that flow through a run. Shapes: B sequences, T tokens, P prompt tokens, R response tokens, K candidates.
+
+Prompt and response stay apart, so that no algorithm slices a sequence at an offset. Masks are True on real tokens and
+are made from lengths, never from token ids.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+Params = Any  # nested dicts of arrays
+
+
+def _pytree(cls):
+    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
+
+
+@_pytree
+class TokenBatch:
+    """Packed sequences for language modelling.
+
+    `segments` numbers the documents of a row from 1; 0 is padding. `loss_mask` marks the tokens that are targets.
+    """
+
+    tokens: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    loss_mask: Bool[Array, "B T"]
+
+    def real_tokens(self) -> Int[Array, ""]:
+        """Tokens that are not padding."""
+        return (self.segments > 0).sum()
+
+
+@_pytree
+class RankedBatch:
+    """K ranked responses a prompt (rank 1 best, equal = tie); `mask` marks the candidates that are present."""
+
+    tokens: Int[Array, "B K T"]
+    token_mask: Bool[Array, "B K T"]
+    ranks: Int[Array, "B K"]
+    mask: Bool[Array, "B K"]
+
+    def real_tokens(self) -> Int[Array, ""]:
+        """Tokens that are not padding."""
+        return (self.token_mask & self.mask[:, :, None]).sum()
+
+
+@_pytree
+class PromptBatch:
+    """Left-padded prompts. `uid` names the sample: equal uids and keys draw equal responses."""
+
+    tokens: Int[Array, "B P"]
+    mask: Bool[Array, "B P"]
+    uid: Int[Array, "B"]
+
+
+@_pytree
+class Rollout:
+    """Prompts with sampled responses; what `score` adds is None until then.
+
+    `response_mask` includes the token that ended the response; `finished` says whether there was one.
+    """
+
+    prompt: Int[Array, "B P"]
+    prompt_mask: Bool[Array, "B P"]
+    response: Int[Array, "B R"]
+    response_mask: Bool[Array, "B R"]
+    finished: Bool[Array, "B"]
+    sampled_log_probs: Float[Array, "B R"]
+    log_probs: Float[Array, "B R"] | None = None
+    ref_log_probs: Float[Array, "B R"] | None = None
+    values: Float[Array, "B R"] | None = None
+    scores: Float[Array, "B"] | None = None
+
+    def scored(self, log_probs: Array, ref_log_probs: Array, values: Array, scores: Array) -> "Rollout":
+        """The same rollout with what the models say of it."""
+        return replace(self, log_probs=log_probs, ref_log_probs=ref_log_probs, values=values, scores=scores)
+
+
+@_pytree
+class Experience:
+    """What the update reads: a rollout with its advantages and returns."""
+
+    rollout: Rollout
+    advantages: Float[Array, "B R"]
+    returns: Float[Array, "B R"]
+
+
+@_pytree
+class TrainState:
+    """Parameters, optimizer state and, where kept, their exponential moving average; `step` counts updates."""
+
+    params: Params
+    optimizer: Any
+    step: Int[Array, ""]
+    average: Params | None = None
+
+
+@_pytree
+class OnlineState:
+    """A training state with the KL coefficient; `train.params` is {"policy": …, "value": …}.
+
+    `iteration` counts rounds of sampling and updating; `train.step` counts the optimizer steps in them.
+    """
+
+    train: TrainState
+    kl_coef: Float[Array, ""]
+    iteration: Int[Array, ""]

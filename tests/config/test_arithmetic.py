@@ -1,0 +1,172 @@
+"""Mesh, batches, lengths, shapes and stages that do not go together."""
+
+import pytest
+
+from rlhfjax.config import check, describe, least_devices, load_config, mesh_shape
+from rlhfjax.config.schema import Mesh
+from rlhfjax.errors import ConfigError
+
+FULL = """\
+name: full
+model: {layers: 2, width: 16, heads: 4, kv_heads: 2, mlp_width: 32, context: 32}
+tokenizer: {vocab_size: 64, data: [{source: a.jsonl}]}
+stages:
+  pretrain: {data: [{source: a.jsonl}], steps: 20, batch: {size: 16, micro: 8, length: 32}, optimizer: {lr: 1}}
+  sft: {data: [{source: b.jsonl}], epochs: 2, batch: {size: 8, length: 16}, optimizer: {lr: 1}}
+  reward:
+    data: [{source: c.jsonl}]
+    steps: 5
+    batch: {size: 8, length: 16, candidates: 4}
+    optimizer: {lr: 1}
+    normalize: {data: [{source: b.jsonl}]}
+  ppo:
+    data: [{source: d.jsonl}]
+    steps: 10
+    batch: {size: 32, minibatch: 16, micro: 8, epochs: 2, prompt_length: 8}
+    sampling: {max_new_tokens: 8}
+    optimizer: {lr: 1}
+    ptx: {coef: 1, ratio: 2, length: 32, data: [{source: a.jsonl}]}
+  evaluate: {data: [{source: d.jsonl}], batch: {size: 16, prompt_length: 8}, sampling: {max_new_tokens: 8}}
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    path = tmp_path / "full.yaml"
+    path.write_text(FULL, encoding="utf-8")
+    return lambda *overrides: load_config(path, overrides)
+
+
+def problem(run, devices=1):
+    with pytest.raises(ConfigError) as caught:
+        check(run, devices)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "sizes"),
+    [
+        ({}, 1, (1, 1, 1, 1)),
+        ({}, 6, (6, 1, 1, 1)),
+        ({"fsdp": 2, "tensor": 2}, 8, (2, 2, 1, 2)),
+        ({"data": 2, "fsdp": -1}, 8, (2, 4, 1, 1)),
+        ({"data": 2, "fsdp": 2, "sequence": 2, "tensor": 1}, 8, (2, 2, 2, 1)),
+    ],
+)
+def test_mesh_takes_all_devices(mesh, devices, sizes):
+    assert tuple(mesh_shape(Mesh(**mesh), devices).values()) == sizes
+
+
+def test_mesh_that_does_not_fit_shows_its_product():
+    with pytest.raises(ConfigError, match="fsdp 3 x sequence 1 x tensor 1 = 3 must divide the number of devices, 8"):
+        mesh_shape(Mesh(fsdp=3), 8)
+    with pytest.raises(ConfigError, match="data 2 x fsdp 2 x sequence 1 x tensor 1 = 4, expected the number of dev"):
+        mesh_shape(Mesh(data=2, fsdp=2), 8)
+    with pytest.raises(ConfigError, match="must divide the number of devices, 1;"):
+        mesh_shape(Mesh(fsdp=2), 1)
+
+
+def test_least_devices():
+    assert least_devices(Mesh()) == 1
+    assert least_devices(Mesh(fsdp=4, tensor=2)) == 8
+    assert least_devices(Mesh(data=2, fsdp=4)) == 8
+
+
+def test_what_fits_passes(load):
+    check(load(), 1)
+    check(load(), 8)
+    check(load("mesh={data: 2, fsdp: 2, tensor: 2}"), 8)
+    check(load("mesh={data: 2, sequence: 8}"), 16)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices", "expected"),
+    [
+        (["stages.sft.batch.size=12"], 8,
+         "stages.sft.batch.size 12 must be a multiple of mesh.data x mesh.fsdp = 8 x 1 = 8; make it 8 or 16"),
+        (["stages.sft.batch.size=4"], 8, "stages.sft.batch.size 4 must be a multiple of mesh.data x mesh.fsdp = "
+         "8 x 1 = 8; make it 8, or"),
+        (["stages.pretrain.batch.micro=4", "mesh.fsdp=4"], 8,
+         "stages.pretrain.batch.micro 4 must be a multiple of mesh.data x mesh.fsdp = 2 x 4 = 8"),
+        (["stages.reward.batch.size=6"], 4, "stages.reward.batch.size 6 must be a multiple"),
+        (["stages.reward.batch.micro=2"], 4, "stages.reward.batch.micro 2 must be a multiple"),
+        (["stages.ppo.batch.micro=4", "stages.ppo.ptx=null"], 8, "stages.ppo.batch.micro 4 must be a multiple"),
+        (["stages.ppo.ptx.ratio=0.25"], 8, "stages.ppo.ptx.ratio 0.25 x micro batch 8 = 2 must be a multiple"),
+        (["stages.ppo.batch.micro=1", "stages.ppo.ptx.ratio=0.5"], 1, "ptx.ratio 0.5 x micro batch 1 = 0.5 must be"),
+        (["stages.evaluate.batch.size=20"], 8, "stages.evaluate.batch.size 20 must be a multiple"),
+        (["stages.pretrain.batch.length=33"], 1, "stages.pretrain.batch.length 33 is more than model.context 32"),
+        (["stages.sft.batch.length=40"], 1, "stages.sft.batch.length 40 is more than model.context 32"),
+        (["stages.reward.batch.length=40"], 1, "stages.reward.batch.length 40 is more than model.context 32"),
+        (["stages.ppo.ptx.length=40"], 1, "stages.ppo.ptx.length 40 is more than model.context 32"),
+        (["stages.ppo.sampling.max_new_tokens=25"], 1,
+         "stages.ppo: batch.prompt_length 8 + sampling.max_new_tokens 25 = 33 is more than model.context 32"),
+        (["stages.evaluate.sampling.max_new_tokens=25"], 1, "stages.evaluate: batch.prompt_length 8 + sampling"),
+        (["mesh.sequence=3", "stages.pretrain.batch.length=30", "stages.ppo.ptx.length=30",
+          "stages.sft.batch.length=15", "stages.evaluate=null", "stages.reward.batch.length=15"], 3,
+         "= 16 must be a multiple of mesh.sequence 3"),
+        (["mesh.sequence=8", "stages.sft.batch.length=12"], 8,
+         "stages.sft.batch.length 12 must be a multiple of mesh.sequence 8"),
+        (["mesh.tensor=4"], 4, "model.kv_heads 2 must be a multiple of mesh.tensor 4"),
+        (["mesh.tensor=2", "model.mlp_width=33"], 2, "model.mlp_width 33 must be a multiple of mesh.tensor 2"),
+        (["mesh.tensor=2", "tokenizer.vocab_size=65"], 2, "vocab_size 65 must be a multiple of mesh.tensor 2"),
+        (["mesh.tensor=2", "model.heads=1", "model.kv_heads=1"], 2, "model.heads 1 must be a multiple of mesh"),
+        (["mesh.fsdp=32", "stages={pretrain: {data: [{source: a}], steps: 1, batch: {size: 32, length: 8}, "
+          "optimizer: {lr: 1}}}"], 32, "model.width 16 must be a multiple of mesh.fsdp 32"),
+        (["model.architecture.head_dim=3"], 1, "rope turns pairs, so width / heads (or architecture.head_dim) must be "
+         "even, got 3"),
+        (["tokenizer={}"], 1, "tokenizer: give data (texts to train one on) or path"),
+        (["model={checkpoint: x}"], 1, "tokenizer: a model from a checkpoint brings its own"),
+        (["stages.sft=null"], 1, "stages.ppo needs a policy to start from; add stages.sft or model.checkpoint"),
+        (["stages.sft=null"], 1, "stages.reward starts from sft; add stages.sft or model.checkpoint"),
+        (["stages.reward=null"], 1, "stages.ppo needs a reward model; add stages.reward"),
+        (["stages.pretrain=null", "stages.reward.start_from=pretrain"], 1, "stages.reward starts from pretrain"),
+        (["stages.sft=null", "stages.ppo=null", "stages.reward.start_from=pretrain",
+          "stages.reward.normalize.on=samples"], 1, "normalize.on: samples needs a policy to sample"),
+        (["stages.pretrain=null", "stages.sft=null", "stages.ppo=null", "stages.reward=null"], 1,
+         "stages.evaluate needs a model"),
+        (["stages.ppo=null", "stages.reward=null", "stages.evaluate.comparisons=[{source: c}]"], 1,
+         "stages.evaluate.comparisons measures the reward model; add stages.reward"),
+        (["stages={}"], 1, "stages: nothing to run"),
+        (["stages.pretrain.optimizer.warmup_steps=21"], 1,
+         "stages.pretrain.optimizer.warmup_steps 21 is more than its 20 updates"),
+        (["stages.ppo.optimizer.warmup_steps=41"], 1, "warmup_steps 41 is more than its 40 updates"),
+        (["stages.ppo.sampling.stop_after=8"], 1, "stages.ppo.sampling.stop_after 8 must be below max_new_tokens 8"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit(load, overrides, devices, expected):
+    assert expected in problem(load(*overrides), devices)
+
+
+def test_a_single_problem_is_one_line_and_several_are_listed(load):
+    assert "\n" not in problem(load("stages.sft.batch.size=12"), 8)
+    lines = problem(load("stages.sft.batch.size=12", "stages.pretrain.batch.length=40"), 8).splitlines()
+    assert lines[0] == "full: 2 problems"
+    assert len(lines) == 3
+
+
+def test_boundaries_are_allowed(load):
+    check(load("stages.ppo.sampling.max_new_tokens=24"), 1)  # 8 + 24 = the context
+    check(load("stages.ppo.optimizer.warmup_steps=40"), 1)  # 10 steps x 2 epochs x 2 minibatches
+
+
+def test_a_checkpoint_brings_shape_and_tokenizer(load):
+    run = load("model={checkpoint: runs/x}", "tokenizer={}", "stages.sft=null", "stages.pretrain=null")
+    check(run, 1)
+    check(load("model={checkpoint: runs/x}", "tokenizer={}", "stages.sft.batch.length=99"), 1)
+
+
+def test_description_shows_what_is_derived(load):
+    text = describe(load())
+    for part in (
+        "data 1 x fsdp 1 x sequence 1 x tensor 1 = 1 device (the fewest that fit",
+        "20 steps of 16 sequences x 32 = 512 tokens a step, 10,240 in all; 2 micro batches of 8 accumulated",
+        "2 epochs of 8 sequences x 16 = 128 tokens a step; no accumulation",
+        "5 steps of 8 prompts x up to 4 responses of up to 16 tokens = up to 48 pairs a step",
+        "10 steps x 32 rollouts = 320 episodes; 2 epochs of 2 minibatches of 16 = 4 updates a step, 40 in all",
+        "2 micro batches of 8 accumulated; up to 8 + 8 = 16 tokens",
+        "ptx: 32 sequences x 32 = 1,024 tokens an update",
+        "512 samples in 32 batches of 16",
+    ):
+        assert part in text
+    assert "data 4 x fsdp 1 x sequence 1 x tensor 1 = 4 devices\n" in describe(load(), 4)
+    assert "from checkpoint runs/x" in describe(load("model={checkpoint: runs/x}", "tokenizer={}"))

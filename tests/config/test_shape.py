@@ -1,0 +1,45 @@
+"""Shapes and parameter counts from the configuration alone, against the model itself and published sizes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from rlhfjax.config.schema import Architecture, Model
+from rlhfjax.config.shape import model_shape, parameter_count
+from rlhfjax.models import LanguageModel, decoder_config
+
+MODELS = [
+    Model(layers=2, width=24, heads=4, context=10),
+    Model(layers=1, width=24, heads=4, kv_heads=2, mlp_width=20, context=10),
+    Model(family="gpt2", layers=3, width=16, heads=2, context=12),
+    Model(family="gpt2", layers=1, width=16, heads=2, kv_heads=1, context=12, architecture=Architecture(tied=False)),
+    Model(layers=1, width=16, heads=2, context=8, architecture=Architecture(biases=True, norm="layer", head_dim=6)),
+    Model(layers=2, width=16, heads=2, context=8, architecture=Architecture(activation="gelu", positions="learned")),
+]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_agrees_with_the_decoder(model):
+    shape = model.model_dump(exclude={"checkpoint", "architecture", "dtype"})
+    config = decoder_config(**shape, **model.architecture.model_dump(), vocab_size=11)
+    ours = dataclasses.asdict(model_shape(model))
+    assert ours == {name: getattr(config, name) for name in ours}
+    params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
+    counted = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+    assert parameter_count(model_shape(model), 11) == counted
+
+
+def test_gpt2_small_has_its_published_size():
+    # Radford et al. 2019; the released checkpoint holds 124,439,808 parameters.
+    model = Model(family="gpt2", layers=12, width=768, heads=12, context=1024)
+    assert parameter_count(model_shape(model), 50257) == 124_439_808
+
+
+def test_tinyllama_has_its_published_size():
+    # TinyLlama 1.1B: 1,100,048,384 parameters, output matrix not tied.
+    model = Model(
+        layers=22, width=2048, heads=32, kv_heads=4, mlp_width=5632, context=2048, architecture=Architecture(tied=False)
+    )
+    assert parameter_count(model_shape(model), 32000) == 1_100_048_384

@@ -1,0 +1,207 @@
+"""Record schemas: both accepted forms of each kind, and for every wrong one where, what was expected and got."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhfjax.data import records
+from rlhfjax.data.records import KINDS, parse_record, read_jsonl
+from rlhfjax.errors import ConfigError, DataError
+
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+SYSTEM = {"role": "system", "content": ""}
+PAIR = {"prompt": "p", "responses": ["a", "b"], "ranks": [2, 1]}
+RATING = {"output_id": "o", "labeler_id": "l", "likert": 7, "flags": {"hate": True}}
+
+ACCEPTED = [
+    ("document", {"text": "a\nb"}, {"text": "a\nb"}),
+    ("demonstration", {"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "c"}),
+    ("demonstration", {"messages": [SYSTEM, USER, ASSISTANT]}, {"messages": [SYSTEM, USER, ASSISTANT]}),
+    ("comparison", PAIR, PAIR),
+    ("comparison", {**PAIR, "labeler_id": "7", "prompt_id": "3"}, {**PAIR, "labeler_id": "7", "prompt_id": "3"}),
+    (
+        "comparison",
+        {"messages": [USER], "responses": ["a", "", "b"], "ranks": [1, 1, 2]},
+        {"messages": [USER], "responses": ["a", "", "b"], "ranks": [1, 1, 2]},
+    ),
+    (
+        "comparison",
+        {"prompt": "p", "chosen": "good", "rejected": "bad"},
+        {"prompt": "p", "responses": ["good", "bad"], "ranks": [1, 2]},
+    ),
+    ("prompt", {"prompt": " p "}, {"prompt": " p "}),
+    (
+        "prompt",
+        {"messages": [USER, ASSISTANT, USER], "prompt_id": "1", "use_case": "chat"},
+        {"messages": [USER, ASSISTANT, USER], "prompt_id": "1", "use_case": "chat"},
+    ),
+    ("rating", RATING, RATING),
+    ("document", {"text": "a", "source": None, "extra": 1}, {"text": "a", "extra": {"source": None, "extra": 1}}),
+]
+
+
+@pytest.mark.parametrize(("kind", "given_object", "canonical"), ACCEPTED)
+def test_accepted_forms(kind, given_object, canonical):
+    assert parse_record(kind, given_object, "f:1") == canonical
+
+
+REFUSED = [
+    ("document", [], "expected an object"),
+    ("document", {}, "text: expected this field"),
+    ("document", {"txt": "a"}, "is 'txt' meant"),
+    ("document", {"text": 3}, "text: expected a string, got a whole number"),
+    ("document", {"text": " \n"}, "text: expected text, got nothing but white space"),
+    ("document", {"text": ""}, "got an empty string"),
+    ("document", {"text": "a\0"}, "text: expected text, got a NUL"),
+    ("document", {"text": "a\ud83d"}, "half of a surrogate pair"),
+    ("document", {"text": "a", "meta": {"k": ["\udc00"]}}, "meta.k[0]: expected Unicode text"),
+    ("document", {"text": "a", "\ud800": 1}, "a field name: expected Unicode"),
+    ("demonstration", {"prompt": "p"}, "completion: expected this field"),
+    ("demonstration", {"completion": "p"}, "prompt: expected this field"),
+    ("demonstration", {"prompt": "  ", "completion": "c"}, "prompt: expected text"),
+    ("demonstration", {"messages": [USER, ASSISTANT], "prompt": "p"}, "either messages or prompt, got both"),
+    ("demonstration", {"messages": [USER, ASSISTANT], "completion": "p"}, "either messages or completion, got both"),
+    ("demonstration", {"messages": [USER]}, "from the assistant, got one from the user"),
+    ("demonstration", {"messages": [ASSISTANT]}, "a message to answer before the answer"),
+    ("demonstration", {"messages": [{**USER, "content": " "}, ASSISTANT]}, "text in the last user message"),
+    ("prompt", {"messages": []}, "got an empty list"),
+    ("prompt", {"messages": [USER, ASSISTANT]}, "from the user, got one from the assistant"),
+    ("prompt", {"messages": "Hi"}, "messages: expected a list"),
+    ("prompt", {"messages": ["Hi"]}, "messages[0]: expected an object with exactly role and content, got a string"),
+    ("prompt", {"messages": [{"role": "user"}]}, "exactly role and content"),
+    ("prompt", {"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role: expected one of system, user"),
+    ("prompt", {"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content: expected a string"),
+    ("prompt", {"prompt": "p", "prompt_id": 7}, "prompt_id: expected a string, got a whole number"),
+    ("prompt", {"prompt": "p", "use_case": ""}, "use_case: expected text"),
+    ("comparison", {"prompt": "p"}, "responses: expected this field"),
+    ("comparison", {**PAIR, "ranks": [1]}, "one rank for each of 2 responses, got 1 ranks"),
+    ("comparison", {**PAIR, "responses": ["a"], "ranks": [1]}, "at least 2 responses"),
+    ("comparison", {**PAIR, "responses": ["a", 1]}, "responses[1]: expected a string"),
+    ("comparison", {**PAIR, "responses": ["", " "]}, "at least one response with text"),
+    ("comparison", {**PAIR, "ranks": [1, 2.0]}, "ranks[1]: expected a whole number, got a number"),
+    ("comparison", {**PAIR, "ranks": [True, 2]}, "ranks[0]: expected a whole number, got a boolean"),
+    ("comparison", {**PAIR, "ranks": [0, 1]}, "ranks[0]: expected a rank from 1"),
+    ("comparison", {**PAIR, "ranks": [1, 2**40]}, "ranks[1]: expected a rank from 1"),
+    ("comparison", {**PAIR, "chosen": "a"}, "either responses or chosen, got both"),
+    ("comparison", {"prompt": "p", "chosen": "a"}, "rejected: expected this field"),
+    ("comparison", {"prompt": "p", "chosen": "a", "rejected": None}, "rejected: expected a string, got null"),
+    ("rating", {**RATING, "likert": 8}, "likert: expected a whole number from 1 to 7"),
+    ("rating", {**RATING, "likert": True}, "got a boolean"),
+    ("rating", {**RATING, "flags": []}, "flags: expected an object, got a list"),
+    ("rating", {**RATING, "labeler_id": 3}, "labeler_id: expected a string"),
+]
+
+
+@pytest.mark.parametrize(("kind", "given_object", "message"), REFUSED)
+def test_refused_forms(kind, given_object, message):
+    with pytest.raises(DataError) as error:
+        parse_record(kind, given_object, "file.jsonl:12")
+    assert str(error.value).startswith("file.jsonl:12: ")
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_unknown_kind_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'comparison'"):
+        parse_record("comparisons", PAIR, "f:1")
+
+
+def test_deep_values_are_refused_and_not_a_crash(tmp_path):
+    for depth in (200, 200_000):
+        path = tmp_path / f"{depth}.jsonl"
+        path.write_text('{"text": "a", "x": ' + "[" * depth + "]" * depth + "}\n")
+        with pytest.raises(DataError, match=r"jsonl:1: expected"):
+            list(read_jsonl(path, "document"))
+
+
+def test_errors_never_quote_the_text(tmp_path):
+    path = tmp_path / "private.jsonl"
+    path.write_text('{"prompt": "SECRET", "completion": ["SECRET"]}\n')
+    with pytest.raises(DataError) as error:
+        list(read_jsonl(path, "demonstration"))
+    assert "SECRET" not in str(error.value)
+
+
+def test_byte_order_mark_crlf_and_blank_lines(tmp_path):
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes('\ufeff{"text": "é"}\r\n\r\n{"text": "b"}'.encode())
+    assert list(read_jsonl(path, "document")) == [{"text": "é"}, {"text": "b"}]
+
+
+BAD_FILES = [
+    (b'{"text": "a"}\n{"text": \n', ":2: expected JSON, got Expecting value at column 9"),
+    (b'{"text": "a"}\n{"text": "b', ":2: expected JSON, got Unterminated string"),
+    (b'{"text": "a"}\n"b"\n', ":2: expected an object with the fields of a document, got a string"),
+    (b'{"text": "a"}\n\n{"text": NaN}\n', ":3: expected JSON, got NaN, which is no JSON number"),
+    (b'{"text": "a"} {"text": "b"}\n', ":1: expected JSON, got Extra data"),
+    (b'[\n{"text": "a"}\n]\n', ":1: expected JSON"),
+    (b'{"text": "a\xff"}\n', ":1: expected UTF-8 text, got byte 0xff at byte 12"),
+    ('{"text": "a"}\n'.encode("utf-16"), ":1: expected UTF-8 text"),
+    (b'{"text": "a\\ud800"}\n', ":1: text: expected Unicode text"),
+    (b'{"text": "a\\u0000"}\n', ":1: text: expected text, got a NUL"),
+    (b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", ":1: expected JSON, got Exceeds the limit"),
+    (b"", ": expected at least one document, got an empty file"),
+    (b"\xef\xbb\xbf\r\n \n", ": expected at least one document, got an empty file"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_FILES)
+def test_bad_files(tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        list(read_jsonl(path, "document"))
+    assert f"{path}{message}" in str(error.value)
+
+
+def test_missing_file_and_folder(tmp_path):
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(DataError, match="expected a readable JSONL file"):
+            list(read_jsonl(path, "document"))
+
+
+def test_a_line_over_the_limit_is_refused_before_it_is_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
+    path = tmp_path / "long.jsonl"
+    line = json.dumps({"text": "x" * (100 - len('{"text": ""}') - 1)}) + "\n"
+    assert len(line) == 100
+    path.write_text(line * 2)
+    assert len(list(read_jsonl(path, "document"))) == 2
+    path.write_text(line + line.replace("x", "xx", 1))
+    with pytest.raises(DataError, match=r"jsonl:2: expected lines of at most"):
+        list(read_jsonl(path, "document"))
+
+
+def test_reading_is_lazy(tmp_path):
+    path = tmp_path / "lazy.jsonl"
+    path.write_text('{"text": "a"}\nnot JSON\n')
+    stream = read_jsonl(path, "document")
+    assert next(stream) == {"text": "a"}
+    with pytest.raises(DataError, match=":2:"):
+        next(stream)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=12,
+)
+FIELD = st.sampled_from(
+    ["text", "prompt", "completion", "messages", "responses", "ranks", "chosen", "rejected", "likert", "flags", "x"]
+)
+
+
+@given(kind=st.sampled_from(KINDS), obj=st.dictionaries(FIELD, JSON, max_size=6))
+def test_any_object_is_a_record_or_a_data_error(kind, obj):
+    """Nothing is lost: the canonical record and what is under `extra` give the object back."""
+    try:
+        record = parse_record(kind, obj, "f:1")
+    except DataError:
+        return
+    extra = record.pop("extra", {})
+    if "chosen" in obj and "chosen" not in extra:
+        record["chosen"], record["rejected"] = record.pop("responses")
+        assert record.pop("ranks") == [1, 2]
+    assert {**record, **extra} == obj

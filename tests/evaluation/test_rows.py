@@ -1,0 +1,103 @@
+"""The rows of an evaluation, by hand on toy data and on the real ratings where they are prepared."""
+
+import numpy as np
+import pytest
+
+from rlhfjax.errors import DataError
+from rlhfjax.evaluation.judges import Judge, fit_ridge_judge, tfidf_ridge_baseline, vader_judge
+from rlhfjax.evaluation.pairwise import RatedTexts
+from rlhfjax.evaluation.rows import MEASURES, accuracy_row, comparison_row, human_row, policy_row, win_row
+
+LENGTH = Judge("length", "characters", lambda texts: [len(text) for text in texts])
+
+
+def toy_texts() -> RatedTexts:
+    """Two batches of two texts: means 1 and 0 (training labeler), the held-out labeler the other way round, weakly."""
+    ratings = [[3, 0], [0, 1], [4, 4], [0, 0]]
+    return RatedTexts.from_rows(ratings, [0, 0, 1, 1], [[False, True]] * 4)
+
+
+def test_accuracy_row_by_hand():
+    """Scores order both batches as the means do. Held-out labeler: against in batch 0, with in batch 1. Means 1.5, .5, 4,
+    0: clear pairs across batches are 1.5–4 (wrong), 1.5–0 (right), .5–4 (wrong); .5–0 is not over 0.5 apart."""
+    row = accuracy_row("model", [3.0, 2.0, 1.0, 0.0], toy_texts())
+    estimates = {measure: interval.estimate for measure, interval in row.values.items() if interval}
+    assert estimates == {
+        "within_heldout": 0.5,
+        "within_mean": 1.0,
+        "within_clear": 1.0,
+        "across_clear": pytest.approx(1 / 3),
+    }
+    assert set(row.values) <= set(MEASURES)
+
+
+def test_human_row_by_hand():
+    """In batch 0 the two labelers disagree, in batch 1 they agree; with two labelers the others are one labeler.
+    Across, a column at a time: (3, 0), (4, 0) against (0, 1), (4, 0) of the other column."""
+    row = human_row(toy_texts())
+    assert row.values["within_heldout"].estimate == row.values["within_mean"].estimate == 0.5
+    # column 1: 3–4 right, 3–0 tie of the other (no pair), 0–4 right, 0–0 tie; column 2 the mirror: 0–4, 1–4, 1–0 tie
+    assert row.values["across_clear"].estimate == 1.0
+    assert row.values.keys() == accuracy_row("model", [1, 2, 3, 4], toy_texts()).values.keys()
+
+
+def test_measures_without_pairs_are_none():
+    row = accuracy_row("model", [1.0, 2.0], RatedTexts.from_rows([[1], [2]], [0, 0]))
+    assert row.values["within_heldout"] is None
+    assert row.values["across_clear"] is None
+    assert row.values["within_mean"].estimate == 1.0
+
+
+def test_comparison_row():
+    row = comparison_row("model", [2.0, 1.0, 1.0, 2.0], [[1, 2], [1, 2]])
+    assert row.values["comparisons"].estimate == 0.5
+
+
+def test_win_row_by_hand():
+    row = win_row(LENGTH, "ppo", ["long text", "a", "tie"], "sft", ["text", "ab", "two"])
+    assert (row.judge, row.policy, row.baseline) == ("length", "ppo", "sft")
+    assert row.win.estimate == 0.5
+    assert (row.policy_mean, row.baseline_mean) == (pytest.approx(13 / 3), 3.0)
+
+
+def test_policy_row_by_hand():
+    row = policy_row("sft", [[1, 1, 1, 1], [2]], [True, False], kl=0.5)
+    assert (row.length, row.distinct_1, row.distinct_2, row.eos_rate) == (2.5, 2 / 5, 1 / 3, 0.5)
+    assert row.repetition == 0.5  # 111 twice in the first response
+    assert (row.kl, row.entropy) == (0.5, None)
+
+
+def test_wrong_input_is_named():
+    with pytest.raises(DataError, match="a flag for each of 1"):
+        policy_row("sft", [[1]], [True, False])
+    with pytest.raises(DataError, match="one length"):
+        win_row(LENGTH, "ppo", ["a"], "sft", ["a", "b"])
+
+
+def test_real_ratings_give_the_known_accuracies():
+    """Published figures for these ratings: TF-IDF ridge .64/.65/.71/.80, word list .61/.60/.66/.67, people .79–.83."""
+    data = pytest.importorskip("rlhfjax.data.datasets")
+    try:
+        splits = {
+            split: [source[i] for i in range(len(source))]
+            for split in ("rm", "judge", "test")
+            for source in [data.open_source("movies/ratings", split, data.default_data_dir())]
+        }
+    except DataError:
+        pytest.skip("the movies dataset is not prepared on this machine")
+    test, rm = splits["test"], splits["rm"]
+    texts = [row["text"] for row in test]
+    rated = RatedTexts.from_rows(*([row[key] for row in test] for key in ("ratings", "batch", "heldout")))
+    judged = splits["judge"]
+    judge = fit_ridge_judge([row["text"] for row in judged], [np.mean(row["ratings"]) for row in judged])
+    baseline = tfidf_ridge_baseline([row["text"] for row in rm], [row["mean_train"] for row in rm])
+    expected = {
+        baseline: (0.645, 0.655, 0.71, 0.80),
+        judge: (0.635, 0.645, 0.70, 0.785),
+        vader_judge(): (0.61, 0.61, 0.66, 0.67),
+    }
+    for scorer, figures in expected.items():
+        row = accuracy_row(scorer.name, scorer(texts), rated)
+        assert [v.estimate for v in row.values.values() if v] == pytest.approx(figures, abs=0.02), scorer.name
+    people = human_row(rated).values
+    assert [v.estimate for v in people.values() if v] == pytest.approx((0.81, 0.84, 0.92, 0.94), abs=0.025)

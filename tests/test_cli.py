@@ -1,0 +1,386 @@
+"""Every verb: what it calls, what it prints, its exit codes, and its help. What trains or generates is replaced."""
+
+import inspect
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import rlhfjax
+from rlhfjax.cli import app
+from rlhfjax.config import load_config, resolved_yaml
+from rlhfjax.errors import ConfigError, DataError, IntegrityError, Stopped
+from rlhfjax.training.metrics_catalogue import METRICS
+
+PYTHON = [sys.executable, "-m", "rlhfjax.cli"]
+
+
+class Completion(NamedTuple):
+    text: str
+    tokens: list
+    log_probs: list
+    finish_reason: str
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replaces everything that trains, generates or downloads; holds what it was called with."""
+    made = []
+
+    def module(name, **functions):
+        fake = types.ModuleType(f"rlhfjax.{name}")
+        for key, function in functions.items():
+            setattr(fake, key, function)
+        monkeypatch.setitem(sys.modules, fake.__name__, fake)
+        parent = "rlhfjax.data" if "." in name else "rlhfjax"
+        if parent in sys.modules:
+            monkeypatch.setattr(sys.modules[parent], name.split(".")[-1], fake, raising=False)
+
+    def record(name, result=None):
+        def function(*args, **kwargs):
+            made.append((name, args, kwargs))
+            return result(*args, **kwargs) if callable(result) else result
+
+        return function
+
+    class Model:
+        generate = staticmethod(
+            record("generate", lambda prompts, n, **_: [[Completion(f"a{i}", [], [], "eos") for i in range(n)]])
+        )
+
+    rows = ["tokens \x1b[31mred\x1b[0m", "mask"]
+    module("stages", run_recipe=record("run_recipe"), inspect_batch=record("inspect_batch", rows))
+    module("data.movies", prepare_movies=record("prepare_movies", lambda where, cache, say: [Path(where) / "movies"]))
+    module("data.jsonl", prepare_jsonl=record("prepare_jsonl", "made/it"))
+    records = [{"prompt": f"p{i}", "text": "\x1b]0;title\x07x"} for i in range(9)]
+    module("data.datasets", open_source=record("open_source", records), default_data_dir=lambda: "DEFAULT")
+    module("environment", environment_report=record("environment_report", "python  3"))
+    monkeypatch.setattr(rlhfjax, "load", record("load", Model()), raising=False)
+    return made
+
+
+def call(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args], prog_name="rlhfjax")
+
+
+def error(*args, code=2):
+    result = call(*args)
+    assert result.exit_code == code, result.output
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.output
+    return result.stderr
+
+
+def verbs():
+    def walk(command, names):
+        for name, child in getattr(command, "commands", {}).items():
+            yield from walk(child, [*names, name])
+        if not hasattr(command, "commands"):
+            yield names, command
+
+    return list(walk(typer.main.get_command(app), []))
+
+
+def examples():
+    for names, command in verbs():
+        lines = [line.strip() for line in inspect.cleandoc(command.help).splitlines()]
+        for line in lines:
+            if line.startswith("rlhfjax "):
+                yield pytest.param(names, line, id=line)
+
+
+def test_the_verbs_are_these():
+    assert {" ".join(names) for names, _ in verbs()} == {
+        "run", "ls", "cp", "show", "validate", "schema", "generate", "env", "metrics", "data prepare", "data inspect",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [names for names, _ in verbs()], ids=" ".join)
+def test_every_help_shows_an_example(names):
+    result = call(*names, "--help")
+    assert result.exit_code == 0
+    assert f"\n    rlhfjax {' '.join(names)}" in result.stdout
+
+
+@pytest.mark.parametrize(("names", "line"), list(examples()))
+def test_every_example_runs(names, line, calls):
+    words = shlex.split(line.split(" > ")[0])[1:]
+    assert words[: len(names)] == names
+    result = call(*words)
+    assert result.exit_code == 0, result.output
+
+
+def test_version():
+    assert call("--version").stdout == "rlhfjax 0.1.0\n"
+
+
+def test_run_hands_over(calls, tmp_path):
+    assert call("run", "quickstart", "stages.ppo.steps=3", "--run-dir", "x", "--only", "sft", "seed=4").exit_code == 0
+    [(name, (run, run_dir, only, start_from), _)] = calls
+    assert (name, str(run_dir), only, start_from) == ("run_recipe", "x", "sft", None)
+    assert (run.stages.ppo.steps, run.seed) == (3, 4)
+
+
+def test_run_has_a_directory_by_default(calls):
+    assert call("run", "quickstart", "name=other", "--from", "reward").exit_code == 0
+    assert str(calls[0][1][1]) == os.path.join("runs", "other")
+    assert calls[0][1][2:] == (None, "reward")
+
+
+def test_run_refuses_before_anything_starts(calls):
+    assert "expected a stage of quickstart: tokenizer, pretrain, sft" in error("run", "quickstart", "--only", "rm")
+    assert "--from ppo: expected a stage" in error("run", "quickstart", "stages.ppo=null", "--from", "ppo")
+    assert "give one of them" in error("run", "quickstart", "--only", "sft", "--from", "sft")
+    assert "did you mean quickstart?" in error("run", "quickstrat")
+    assert "override 'steps': expected dotted.key=value, such as " in error("run", "quickstart", "steps")
+    assert "stages.ppo.stpes: unknown key; did you mean stages.ppo.steps?" in error(
+        "run", "quickstart", "stages.ppo.stpes=1"
+    )
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("exception", "code"),
+    [(ConfigError("bad"), 2), (DataError("bad"), 3), (IntegrityError("bad"), 4), (Stopped("bad"), 42)],
+)
+def test_expected_errors_have_their_codes(exception, code, calls, monkeypatch):
+    def fail(*_):
+        raise exception
+
+    monkeypatch.setattr(sys.modules["rlhfjax.stages"], "run_recipe", fail)
+    result = call("run", "quickstart")
+    assert (result.exit_code, result.stderr, result.stdout) == (code, "error: bad\n", "")
+
+
+def test_errors_cannot_steer_the_terminal(calls, monkeypatch):
+    def fail(*_):
+        raise DataError("row \x1b]0;owned\x07 \x1b[2Jx")
+
+    monkeypatch.setattr(sys.modules["rlhfjax.stages"], "run_recipe", fail)
+    assert call("run", "quickstart").stderr == "error: row  x\n"
+
+
+def test_a_bug_keeps_its_traceback_and_exits_with_1(calls, monkeypatch):
+    monkeypatch.setattr(sys.modules["rlhfjax.stages"], "run_recipe", lambda *_: 1 / 0)
+    result = call("run", "quickstart")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_an_interrupt_is_neat(calls, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["rlhfjax.stages"], "run_recipe", interrupt)
+    result = call("run", "quickstart")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["rn"], "No such command 'rn'. Did you mean 'run'?\nsee: rlhfjax --help"),
+        (["run"], "Missing argument 'CONFIG'\nsee: rlhfjax run --help"),
+        (["run", "quickstart", "--onyl", "sft"], "No such option: --onyl"),
+        (["generate", "x"], "Missing option '--prompt'"),
+        (["generate", "x", "--prompt", "a", "--n", "0"], "Invalid value for '--n'"),
+        (["generate", "x", "--prompt", "a", "--temperature", "hot"], "Invalid value for '--temperature'"),
+        (["validate", "quickstart", "--devices", "0"], "Invalid value for '--devices'"),
+        (["ls", "more"], "unexpected extra argument"),
+        (["data", "prepare"], "Missing argument 'NAME'\nsee: rlhfjax data prepare --help"),
+        (["--nope"], "No such option: --nope"),
+    ],
+)
+def test_usage_errors_are_two_lines(arguments, expected):
+    text = error(*arguments)
+    assert expected in text
+    assert len(text.splitlines()) == 2
+
+
+def test_no_arguments_show_the_help():
+    result = call()
+    assert result.exit_code == 2
+    assert "Commands:" in result.stderr
+
+
+def test_ls_and_cp(tmp_path):
+    lines = call("ls").stdout.splitlines()
+    assert any(line.startswith("quickstart ") and "laptop" in line for line in lines)
+    assert call("cp", "quickstart", "mine.yaml").exit_code == 0
+    copied = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+    assert copied.startswith("# ")  # comments and all
+    assert load_config("mine.yaml") == load_config("quickstart")
+    (tmp_path / "mine.yaml").write_text("mine", encoding="utf-8")
+    assert "mine.yaml: exists already; choose another path, or --force" in error("cp", "quickstart", "mine.yaml")
+    assert (tmp_path / "mine.yaml").read_text(encoding="utf-8") == "mine"
+    assert call("cp", "quickstart", "mine.yaml", "--force").exit_code == 0
+    assert (tmp_path / "mine.yaml").read_text(encoding="utf-8") == copied
+    assert call("cp", "quickstart", ".").exit_code == 0
+    assert (tmp_path / "quickstart.yaml").exists()
+    assert "cannot be written: No such file or directory" in error("cp", "quickstart", "no/where.yaml")
+
+
+def test_show_prints_what_loads_equal(tmp_path):
+    shown = call("show", "quickstart", "stages.ppo.kl.coef=0.5").stdout
+    assert shown == resolved_yaml(load_config("quickstart", ["stages.ppo.kl.coef=0.5"]))
+    (tmp_path / "again.yaml").write_text(shown, encoding="utf-8")
+    assert call("show", "again.yaml").stdout == shown
+
+
+def test_validate_says_so_and_shows_the_arithmetic():
+    result = call("validate", "quickstart", "mesh.fsdp=2", "--devices", "4")
+    assert result.stdout.startswith("quickstart is valid\n")
+    assert "data 2 x fsdp 2 x sequence 1 x tensor 1 = 4 devices" in result.stdout
+    assert "5,120 episodes" in result.stdout
+    assert "= 3 must divide the number of devices, 4" in error("validate", "quickstart", "mesh.fsdp=3", "--devices", 4)
+    assert "stages.sft.batch.length 64 is more than model.context 48" in error(
+        "validate", "quickstart", "stages.sft.batch.length=64"
+    )
+
+
+def test_schema_is_json():
+    assert json.loads(call("schema").stdout)["properties"]["seed"]["type"] == "integer"
+
+
+def test_metrics_lists_every_metric():
+    lines = call("metrics").stdout.splitlines()
+    assert lines[0].split() == ["name", "unit", "mask", "reduction", "meaning"]
+    assert [line.split()[0] for line in lines[1:]] == list(METRICS)
+
+
+def test_generate_passes_everything_on(calls):
+    result = call(
+        "generate", "CKPT", "--prompt", "hi", "--max-new-tokens", 5, "--temperature", 0.5, "--top-k", 3, "--top-p", 0.9,
+        "--seed", 7, "--n", 2,
+    )  # fmt: skip
+    assert result.stdout == "[1] a0\n[2] a1\n"
+    assert calls == [
+        ("load", ("CKPT",), {}),
+        ("generate", (["hi"],),
+         {"max_new_tokens": 5, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 7, "n": 2}),
+    ]  # fmt: skip
+
+
+def test_generate_defaults_are_those_of_the_python_interface(calls):
+    assert call("generate", "CKPT", "--prompt", "hi").stdout == "a0\n"
+    assert calls[1][2] == {"max_new_tokens": 64, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, "n": 1}
+
+
+def test_data_prepare(calls, tmp_path):
+    result = call("data", "prepare", "movies", "--data-dir", "d", "--cache-dir", "c")
+    assert result.stdout == os.path.join("d", "movies") + "\n"
+    assert [str(arg) for arg in calls[0][1][:2]] == ["d", "c"]
+    assert (
+        call("data", "prepare", "mine", "--kind", "prompt", "--split", "train=a=b.jsonl", "--split", "test=c").exit_code
+        == 0
+    )
+    paths, kind, name, where = calls[1][1]
+    assert {split: str(path) for split, path in paths.items()} == {"train": "a=b.jsonl", "test": "c"}
+    assert (kind, name, where) == ("prompt", "mine", "DEFAULT")
+
+
+def test_data_prepare_says_what_is_missing(calls):
+    assert "expected movies, or --kind KIND with --split" in error("data", "prepare", "mine")
+    assert "--split SPLIT=FILE.jsonl is missing" in error("data", "prepare", "mine", "--kind", "prompt")
+    assert "--kind (document, " in error("data", "prepare", "mine", "--split", "train=a")
+    assert "--split a.jsonl is not SPLIT=FILE.jsonl" in error(
+        "data", "prepare", "m", "--kind", "x", "--split", "a.jsonl"
+    )
+    assert "is given twice" in error("data", "prepare", "m", "--kind", "x", "--split", "t=a", "--split", "t=b")
+    assert calls == []
+
+
+def test_data_inspect(calls):
+    result = call("data", "inspect", "quickstart", "reward", "seed=3", "--index", 2, "--run-dir", "r")
+    assert result.stdout == "tokens red\nmask\n"
+    run, stage, run_dir, index = calls[0][1]
+    assert (run.seed, stage, str(run_dir), index) == (3, "reward", "r", 2)
+    assert "STAGE rm: expected a stage of quickstart" in error("data", "inspect", "quickstart", "rm")
+    shown = call("data", "inspect", "movies/chat@validation", "--index", 7).stdout
+    assert calls[1][1] == ("movies/chat", "validation", "DEFAULT", None)
+    assert "movies/chat@validation: 9 records" in shown
+    assert "[7]" in shown
+    assert "[8]" in shown
+    assert '"p7"' in shown
+    assert "\x1b" not in shown
+
+
+# In a process of its own ---------------------------------------------------------------------------------------------
+
+
+def process(*args, **kwargs):
+    return subprocess.run([*PYTHON, *args], capture_output=True, text=True, check=False, **kwargs)
+
+
+def test_a_process_exits_with_the_code():
+    done = process("validate", "quickstart", "stages.ppo.clip=0.2x")
+    assert done.returncode == 2
+    assert done.stderr == 'error: override stages.ppo.clip: expected a number > 0, got "0.2x"\n'
+    assert done.stdout == ""
+
+
+def test_a_process_shows_a_bug_with_its_traceback():
+    program = "import sys, rlhfjax.cli as c; c.configuration.shipped = lambda: 1 / 0; sys.argv = ['x', 'ls']; c.main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last)")
+    assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+def test_a_closed_pipe_is_quiet():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as output:
+        done = subprocess.run([*PYTHON, "schema"], stdout=output, stderr=subprocess.PIPE, check=False)
+    assert done.stderr == b""
+    assert done.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["show", "quickstart"],
+        ["validate", "quickstart"],
+        ["ls"],
+        ["schema"],
+        ["metrics"],
+    ],
+    ids=" ".join,
+)
+def test_jax_is_not_imported(arguments):
+    program = (
+        "import sys; from rlhfjax.cli import app\n"
+        "try: app(sys.argv[1:])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'jax' not in sys.modules and 'flax' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_env_lists_versions_and_no_other_variable():
+    secrets = {"MY_TOKEN": "hunter2", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = process("env", env=os.environ | secrets)
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.split(None, 1) for line in done.stdout.splitlines())
+    assert rows["rlhfjax"].strip() == "0.1.0"
+    assert {"python", "platform", "jax", "jaxlib", "numpy"} <= set(rows)
+    assert rows["XLA_FLAGS"].strip() == secrets["XLA_FLAGS"]
+    assert rows["devices"].strip() == "2 x cpu (cpu)"
+    assert "hunter2" not in done.stdout
