@@ -11,13 +11,11 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 Params = Any  # nested dicts of arrays
+_UNSCORED: Any = None  # fields of a rollout that only `scored` fills in
 
 
-def _pytree(cls):
-    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
-
-
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TokenBatch:
     """Packed sequences for language modelling.
 
@@ -34,7 +32,8 @@ class TokenBatch:
         return (self.segments > 0).sum()
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class RankedBatch:
     """K ranked responses a prompt (rank 1 best, equal = tie); `mask` marks the candidates that are present."""
 
@@ -48,7 +47,8 @@ class RankedBatch:
         return (self.token_mask & self.mask[:, :, None]).sum()
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class PromptBatch:
     """Left-padded prompts. `uid` names the sample: equal uids and keys draw equal responses."""
 
@@ -57,7 +57,8 @@ class PromptBatch:
     uid: Int[Array, "B"]
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Rollout:
     """Prompts with sampled responses; what `score` adds is None until then.
 
@@ -70,17 +71,18 @@ class Rollout:
     response_mask: Bool[Array, "B R"]
     finished: Bool[Array, "B"]
     sampled_log_probs: Float[Array, "B R"]
-    log_probs: Float[Array, "B R"] | None = None
-    ref_log_probs: Float[Array, "B R"] | None = None
-    values: Float[Array, "B R"] | None = None
-    scores: Float[Array, "B"] | None = None
+    log_probs: Float[Array, "B R"] = _UNSCORED
+    ref_log_probs: Float[Array, "B R"] = _UNSCORED
+    values: Float[Array, "B R"] = _UNSCORED
+    scores: Float[Array, "B"] = _UNSCORED
 
     def scored(self, log_probs: Array, ref_log_probs: Array, values: Array, scores: Array) -> "Rollout":
         """The same rollout with what the models say of it."""
         return replace(self, log_probs=log_probs, ref_log_probs=ref_log_probs, values=values, scores=scores)
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Experience:
     """What the update reads: a rollout with its advantages and returns."""
 
@@ -89,7 +91,8 @@ class Experience:
     returns: Float[Array, "B R"]
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TrainState:
     """Parameters, optimizer state and, where kept, their exponential moving average; `step` counts updates."""
 
@@ -99,7 +102,8 @@ class TrainState:
     average: Params | None = None
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class OnlineState:
     """A training state with the KL coefficient; `train.params` is {"policy": …, "value": …}.
 

@@ -219,7 +219,7 @@ def test_no_arguments_show_the_help():
 
 def test_ls_and_cp(tmp_path):
     lines = call("ls").stdout.splitlines()
-    assert any(line.startswith("quickstart ") and "laptop" in line for line in lines)
+    assert any(line.startswith("quickstart ") and len(line.split()) > 1 for line in lines)
     assert call("cp", "quickstart", "mine.yaml").exit_code == 0
     copied = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
     assert copied.startswith("# ")  # comments and all
@@ -245,10 +245,11 @@ def test_validate_says_so_and_shows_the_arithmetic():
     result = call("validate", "quickstart", "mesh.fsdp=2", "--devices", "4")
     assert result.stdout.startswith("quickstart is valid\n")
     assert "data 2 x fsdp 2 x sequence 1 x tensor 1 = 4 devices" in result.stdout
-    assert "5,120 episodes" in result.stdout
+    ppo = load_config("quickstart").stages.ppo
+    assert f"{ppo.steps * ppo.batch.size:,} episodes" in result.stdout
     assert "= 3 must divide the number of devices, 4" in error("validate", "quickstart", "mesh.fsdp=3", "--devices", 4)
-    assert "stages.sft.batch.length 64 is more than model.context 48" in error(
-        "validate", "quickstart", "stages.sft.batch.length=64"
+    assert "stages.sft.batch.length 9999 is more than model.context" in error(
+        "validate", "quickstart", "stages.sft.batch.length=9999"
     )
 
 

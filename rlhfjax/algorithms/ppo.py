@@ -19,6 +19,7 @@ from rlhfjax.functional import (
     masked_mean,
     masked_sum,
     token_log_probs,
+    value_clip_fraction,
     whiten,
 )
 from rlhfjax.types import Experience, Params, Rollout
@@ -58,7 +59,9 @@ class Ppo:
         """Scores and KL to rewards, advantages and returns, over the whole batch."""
         mask, scores = rollout.response_mask, self.final_scores(rollout)
         rewards = kl_penalized_rewards(scores, rollout.log_probs, rollout.ref_log_probs, mask, kl_coef)
-        non_score = kl_penalized_rewards(jnp.zeros_like(scores), rollout.log_probs, rollout.ref_log_probs, mask, kl_coef)
+        non_score = kl_penalized_rewards(
+            jnp.zeros_like(scores), rollout.log_probs, rollout.ref_log_probs, mask, kl_coef
+        )
         shaped = whiten(rewards, mask, shift_mean=False) if self.whiten_rewards else rewards
         advantages, returns = gae(shaped, rollout.values, mask, self.gamma, self.lam)
         residual = jnp.where(mask, returns - rollout.values, 0.0)
@@ -82,6 +85,8 @@ class Ppo:
             "objective/non_score_reward": non_score.sum(axis=1).mean(),
             "objective/rlhf_reward": rewards.sum(axis=1).mean(),
             "objective/length": mask.sum(axis=1).astype(jnp.float32).mean(),
+            "objective/entropy": -masked_sum(rollout.log_probs, mask) / mask.shape[0],
+            "tokens": mask.sum(),
             "objective/eos_rate": rollout.finished.astype(jnp.float32).mean(),
             "val/explained_variance": explained,
             "rollout_vs_train/logp_absdiff_max": jnp.where(
@@ -105,21 +110,22 @@ class Ppo:
         values = self.values(params, rollout)
         old = rollout.log_probs
         policy = clipped_surrogate(log_probs, old, experience.advantages, mask, self.clip, normalizer=weight)
-        value = clipped_value_loss(
-            values, rollout.values, experience.returns, mask, self.value_clip, normalizer=weight
-        )
+        value = clipped_value_loss(values, rollout.values, experience.returns, mask, self.value_clip, normalizer=weight)
         loss = policy + self.value_coef * value - self.entropy_coef * spread
         ratio = jnp.exp(jnp.where(mask, log_probs - old, 0.0))
-        moved = jnp.abs(values - rollout.values) > self.value_clip
         return loss, {
             "loss/policy_avg": policy,
             "loss/value_avg": value,
             "policy/entropy_avg": spread,
             "policy/approxkl_avg": approx_kl(log_probs, old, mask, normalizer=weight),
-            "policy/clipfrac_avg": clip_fraction(log_probs, old, mask, self.clip, normalizer=weight),
+            "policy/clipfrac_avg": clip_fraction(
+                log_probs, old, experience.advantages, mask, self.clip, normalizer=weight
+            ),
             "val/ratio": masked_sum(ratio, mask) / weight,
             "val/ratio_err": masked_sum(jnp.abs(ratio - 1.0), mask) / weight,
-            "val/clipfrac_avg": masked_sum(moved.astype(jnp.float32), mask) / weight,
+            "val/clipfrac_avg": value_clip_fraction(
+                values, rollout.values, experience.returns, mask, self.value_clip, normalizer=weight
+            ),
         }
 
 

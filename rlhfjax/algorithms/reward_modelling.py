@@ -33,8 +33,6 @@ class RewardModelling:
         self, params: Params, batch: RankedBatch, weight: dict[str, Array], key: jax.Array | None = None
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         scores = self.scores(params, batch, key)
-        loss = ranking_loss(
-            scores, batch.ranks, batch.mask, self.kind, self.margin, normalizer=weight["prompts"]
-        )
+        loss = ranking_loss(scores, batch.ranks, batch.mask, self.kind, self.margin, normalizer=weight["prompts"])
         accuracy = pairwise_accuracy(scores, batch.ranks, batch.mask, normalizer=weight["pairs"])
         return loss, {"train/rm/loss": loss, "train/rm/accuracy": accuracy}

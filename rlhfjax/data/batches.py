@@ -5,11 +5,12 @@ Prompts and responses are tokenised apart and their ids joined; text is never to
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from rlhfjax.errors import DataError
-from rlhfjax.text.chat import encode_demonstration, encode_prompt, encode_response, encode_all_turns
+from rlhfjax.text.chat import encode_all_turns, encode_demonstration, encode_prompt, encode_response
 from rlhfjax.text.tokenizer import Tokenizer
 
 CHUNK = 1024  # records read and tokenised at a time
@@ -23,7 +24,7 @@ class Ragged:
     offsets: np.ndarray
 
     @classmethod
-    def of(cls, rows: Iterable[Sequence[int]], dtype=np.int32) -> "Ragged":
+    def of(cls, rows: Iterable[Sequence[int] | np.ndarray], dtype: Any = np.int32) -> "Ragged":
         lengths, parts = [0], []
         for row in rows:
             lengths.append(len(row))
@@ -90,7 +91,7 @@ def document_rows(source, tokenizer: Tokenizer, length: int) -> TokenRows:
 
 
 def demonstration_rows(source, tokenizer: Tokenizer, train_on: str) -> TokenRows:
-    """Prompt and completion of every demonstration; targets are the completion (or every assistant turn) and its EOS."""
+    """Prompt and completion of every demonstration; targets are the completion (or all answers) and its EOS."""
     rows, targets = [], []
     for record in _records(source):
         if train_on == "all" and "messages" in record:
@@ -230,7 +231,7 @@ class PromptItems:
         row = self.rows[self.keep[i]]
         tokens[self.length - len(row) :] = row
         mask[self.length - len(row) :] = True
-        return {"tokens": tokens, "mask": mask, "uid": np.int32(self.keep[i])}
+        return {"tokens": tokens, "mask": mask, "uid": np.asarray(self.keep[i], np.int32)}
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -70,7 +70,7 @@ def _pip_download(pinned: PinnedFile, work: Path, cache_dir: Path) -> Path:
     form = "--no-binary" if pinned.filename.endswith(_SOURCE_SUFFIX) else "--only-binary"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-deps", "--require-hashes", form, ":all:", "--dest", str(work), "-r", str(requirements)]
-    remedy = f"go online, or put {pinned.filename} in {cache_dir} yourself"
+    remedy = f"install pip and go online, or put {pinned.filename} in {cache_dir} yourself"
     try:
         done = subprocess.run(
             command,

@@ -32,7 +32,7 @@ Records = Callable[[], Iterator[dict[str, Any]]]
 
 
 class Movies(RecordBuilder):
-    """TFDS builder `movies`, one config per dataset; `tables` gives each config's splits."""
+    """TFDS builder `movies`, one config per dataset. `tables` gives each config its splits, else they are computed."""
 
     name = NAME
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in KINDS]

@@ -109,7 +109,7 @@ class Reader:
         return self._once(("demonstrations", entry.source, entry.split, batch, train_on), make)
 
     def comparisons(self, data: Sequence, batch, shuffle: bool = True) -> Batches:
-        """Ranked candidates. With `overlong: drop` a candidate that is too long is left out, and a comparison without two."""
+        """Ranked candidates; `overlong: drop` leaves out candidates that are too long, and comparisons without two."""
         sources = [self._ranked_source(entry, batch) for entry in data]
         return self._batches(sources, [entry.weight for entry in data], batch.size, RankedBatch, shuffle)
 

@@ -27,7 +27,7 @@ _STAGING_PREFIX = ".incomplete-"
 
 
 class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A TFDS builder of canonical records of one kind; with a manifest of kind, counts and digests."""
+    """A TFDS builder of canonical records of one kind, with a manifest of kind, counts and digests beside them."""
 
     VERSION: ClassVar = tfds.core.Version(VERSION)
     made_from: dict[str, str]  # SHA-256 of what the records were read from

@@ -95,7 +95,9 @@ def _fit_tfidf_ridge(texts: Sequence[str], ratings: ArrayLike, seed: int, name: 
             f"{name}: expected texts that hold words, got none usable in {len(texts)} texts: {error}"
         ) from error
     folds = KFold(_FOLDS, shuffle=True, random_state=seed)  # files are often sorted by rating
-    search = GridSearchCV(Ridge(solver="sparse_cg"), {"alpha": _ALPHAS}, cv=folds, scoring="neg_mean_squared_error")
+    search = GridSearchCV(
+        Ridge(solver="sparse_cg", tol=1e-3), {"alpha": _ALPHAS}, cv=folds, scoring="neg_mean_squared_error"
+    )
     ridge: Any = search.fit(matrix, targets).best_estimator_
     return Judge(name, "rating", lambda batch: ridge.predict(features.transform(batch)))
 

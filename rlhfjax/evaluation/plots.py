@@ -6,6 +6,7 @@ on a light screen, a dark one and on paper. No window system is needed and no ma
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from rlhfjax.evaluation.display import change, number
+from rlhfjax.evaluation.display import change, number, one_line
 from rlhfjax.evaluation.results import AccuracyRow, WinRow
 
 Series = tuple[Float[np.ndarray, "S"], Float[np.ndarray, "S"]]
@@ -82,11 +83,15 @@ def reward_against_kl(
 def accuracy_bars(rows: Sequence[AccuracyRow], measures: Mapping[str, str]) -> Figure:
     """Share of pairs ordered right from chance (50 %) up: a group of bars a measure, a colour a row, 95 % whiskers."""
     height = 0.8 / len(rows)
-    figure, axes = _bars_panel(len(measures) * (len(rows) + 1) * 0.19 + 0.7, list(measures.values()))
+    figure, axes = _bars_panel(
+        len(measures) * (len(rows) + 1) * 0.19 + 0.7, [one_line(title) for title in measures.values()]
+    )
     for i, row in enumerate(rows):
         known = [(y, row.values[key]) for y, key in enumerate(measures) if row.values.get(key) is not None]
         places = np.array([y for y, _ in known]) + (i - (len(rows) - 1) / 2) * height
-        _interval_bars(axes, places, [v for _, v in known if v], height * 0.85, _COLOURS[i % len(_COLOURS)], row.name)
+        _interval_bars(
+            axes, places, [v for _, v in known if v], height * 0.85, _COLOURS[i % len(_COLOURS)], one_line(row.name)
+        )
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -95,7 +100,7 @@ def accuracy_bars(rows: Sequence[AccuracyRow], measures: Mapping[str, str]) -> F
 @matplotlib.rc_context(_STYLE)
 def win_rate_bars(rows: Sequence[WinRow]) -> Figure:
     """How often the policy beats the baseline, from an even match (50 %), with 95 % whiskers."""
-    names = [f"{row.policy} over {row.baseline}\n{row.judge}" for row in rows]
+    names = [f"{one_line(row.policy)} over {one_line(row.baseline)}\n{one_line(row.judge)}" for row in rows]
     figure, axes = _bars_panel(0.5 * len(rows) + 0.6, names)
     _interval_bars(axes, np.arange(len(rows)), [row.win for row in rows], 0.5, _COLOURS[0])
     axes.set_xlim(min(0.0, *axes.get_xlim()), 1.0)
@@ -111,11 +116,13 @@ def heldout_loss_bars(losses: Mapping[str, Mapping[str, float]]) -> Figure:
     before: dict[str, float] = {}
     for i, (stage, by_set) in enumerate(losses.items()):
         places = np.array([sets.index(name) for name in by_set]) + (i - (len(losses) - 1) / 2) * height
-        bars = axes.barh(places, list(by_set.values()), height * 0.85, color=_COLOURS[i % len(_COLOURS)], label=stage)
+        bars = axes.barh(
+            places, list(by_set.values()), height * 0.85, color=_COLOURS[i % len(_COLOURS)], label=one_line(stage)
+        )
         said = [number(v) + (f" ({change(v, before[n])})" if n in before else "") for n, v in by_set.items()]
         axes.bar_label(bars, said, padding=3, fontsize=8)
         before.update(by_set)
-    axes.set_yticks(range(len(sets)), sets)
+    axes.set_yticks(range(len(sets)), [one_line(name) for name in sets])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 1.35 * axes.get_xlim()[1])
@@ -127,7 +134,8 @@ def heldout_loss_bars(losses: Mapping[str, Mapping[str, float]]) -> Figure:
 def to_svg(figure: Figure, name: str, description: str) -> Markup:
     """The figure as an SVG element to stand inside a page: ids carry `name`, no reference leads out of it."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser draws the text, with its own fonts
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -135,9 +143,10 @@ def to_svg(figure: Figure, name: str, description: str) -> Markup:
     opening, body = svg.split(">", 1)
     box = re.search(r'viewBox="[^"]*"', opening)
     body = body.replace("xlink:href=", "href=").replace(_INK, "currentColor")
-    body = re.sub(r'\bid="', f'id="{name}-', body)
-    body = re.sub(r'(url\(|href=")#', rf"\1#{name}-", body)
-    return Markup(f'<svg {box[0] if box else ""} role="img" aria-label="{escape(description)}">{body}')
+    prefix = re.sub(r"[^A-Za-z0-9]", "-", name)  # a stage may be called anything
+    body = re.sub(r'\bid="', f'id="{prefix}-', body)
+    body = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", body)
+    return Markup(f'<svg {box[0] if box else ""} role="img" aria-label="{escape(one_line(description))}">{body}')
 
 
 def _panel(ylabel: str, xlabel: str = "step", size: tuple[float, float] = (4.6, 2.6)) -> tuple[Figure, Axes]:

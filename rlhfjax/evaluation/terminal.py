@@ -16,7 +16,7 @@ def summary_table(run: ReportData) -> Table:
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("key figure", overflow="fold")
     for row in summary_rows(run):
-        table.add_row(Text(one_line(row.stage)), row.time, Text(one_line(row.figure)))
+        table.add_row(Text(one_line(row.stage)), Text(one_line(row.time)), Text(one_line(row.figure)))
     return table
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from rlhfjax.functional.likelihood import token_log_probs
 from rlhfjax.functional.logits import filter_logits
@@ -51,9 +51,7 @@ def draw(
     return token, token_log_probs(logits, token, sampling.temperature)
 
 
-def generate(
-    model: Sampler, params: Params, prompts: PromptBatch, key: jax.Array, sampling: SamplingParams
-) -> Rollout:
+def generate(model: Sampler, params: Params, prompts: PromptBatch, key: jax.Array, sampling: SamplingParams) -> Rollout:
     """Responses to a batch of prompts, [B, max_new_tokens] tokens, padded after the end."""
     rows = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, prompts.uid)
     batch, length = prompts.tokens.shape[0], sampling.max_new_tokens

@@ -5,6 +5,7 @@ that nobody else has to know where in a sequence the response begins.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,13 +60,16 @@ class LanguageModel:
         key: jax.Array | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states; tokens attend to earlier tokens of the same segment. Dropout needs a key."""
-        decoder = Decoder(self.config, dropout if key is not None else 0.0)
         rngs = None if key is None else {"dropout": key}
-        return decoder.apply({"params": params}, tokens, positions, segments, method="hidden", rngs=rngs)[0]
+        rate = dropout if key is not None else 0.0
+        return self._apply("hidden", params, tokens, positions, segments, dropout=rate, rngs=rngs)[0]
+
+    def _apply(self, method: str, params: Params, *args: Any, dropout: float = 0.0, rngs: Any = None) -> Any:
+        return Decoder(self.config, dropout).apply({"params": params}, *args, method=method, rngs=rngs)
 
     def unembed(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Hidden states to float32 logits."""
-        return Decoder(self.config).apply({"params": params}, hidden, method="logits")
+        return self._apply("logits", params, hidden)
 
     def logits(self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of a padded batch, padding on either side."""
@@ -120,29 +124,23 @@ class LanguageModel:
         batch, length = prompt.shape
         empty = jnp.zeros((c.layers, batch, length + new_tokens, c.kv_heads, c.head_dim), c.compute_dtype)
         segments = jnp.pad(prompt_mask.astype(jnp.int32), ((0, 0), (0, new_tokens)), constant_values=1)
-        hidden, (keys, values) = Decoder(c).apply(
-            {"params": params},
-            prompt,
-            positions_of(prompt_mask),
-            prompt_mask.astype(jnp.int32),
-            segments,
-            (empty, empty),
-            method="hidden",
+        hidden, (keys, values) = self._apply(
+            "hidden", params, prompt, positions_of(prompt_mask), prompt_mask.astype(jnp.int32), segments, (empty, empty)
         )
         lengths = prompt_mask.sum(axis=1, dtype=jnp.int32)
         return self.unembed(params, hidden[:, -1]), Cache(keys, values, segments, jnp.int32(length), lengths)
 
     def decode(self, params: Params, cache: Cache, tokens: Int[Array, "B"]) -> tuple[Float[Array, "B V"], Cache]:
         """Append one token a row; logits of the next."""
-        hidden, (keys, values) = Decoder(self.config).apply(
-            {"params": params},
+        hidden, (keys, values) = self._apply(
+            "hidden",
+            params,
             tokens[:, None],
             cache.lengths[:, None],
             jnp.ones_like(tokens)[:, None],
             cache.segments,
             (cache.keys, cache.values),
             cache.index,
-            method="hidden",
         )
         cache = Cache(keys, values, cache.segments, cache.index + 1, cache.lengths + 1)
         return self.unembed(params, hidden[:, 0]), cache

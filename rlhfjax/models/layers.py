@@ -37,7 +37,7 @@ class DecoderConfig:
 
 
 def rotate(x: Float[Array, "B T H D"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T H D"]:
-    """Rotary position embedding, half-split form (Su et al. 2021): pairs (i, i + D/2) turn by position / theta^(2i/D)."""
+    """Rotary position embedding, half-split (Su et al. 2021): pair (i, i + D/2) turns by position / theta^(2i/D)."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None, :]
@@ -53,7 +53,7 @@ def _norm(config: DecoderConfig, name: str):
     return nn.LayerNorm(epsilon=config.norm_eps, dtype=config.compute_dtype, name=name)
 
 
-def _dense(config: DecoderConfig, features, name: str, axis=-1, std: float | None = None):
+def _dense(config: DecoderConfig, features, name: str, axis: int | tuple[int, ...] = -1, std: float | None = None):
     return nn.DenseGeneral(
         features,
         axis=axis,

@@ -44,7 +44,9 @@ def _ppo(job: Job) -> dict[str, Batches]:
 
 def _evaluate(job: Job) -> dict[str, Batches]:
     c: schema.Evaluate = job.config
-    length = job.run.model.context if not job.run.model.checkpoint else c.batch.prompt_length + c.sampling.max_new_tokens
+    length = (
+        job.run.model.context if not job.run.model.checkpoint else c.batch.prompt_length + c.sampling.max_new_tokens
+    )
     documents = schema.Batch(size=c.batch.size, length=length)
     losses = {_name(entry): job.reader.documents([entry], documents, shuffle=False) for entry in c.losses}
     return {"train": job.reader.prompts(c.data, c.batch, shuffle=False)} | losses

@@ -3,8 +3,9 @@
 import json
 import os
 import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,14 @@ import numpy as np
 from rlhfjax.config import schema
 from rlhfjax.data.batches import right_padded
 from rlhfjax.data.datasets import open_source
+from rlhfjax.data.pipeline import Batches
 from rlhfjax.evaluation.judges import Judge, fit_ridge_judge, tfidf_ridge_baseline, vader_judge
 from rlhfjax.evaluation.pairwise import RatedTexts
 from rlhfjax.evaluation.report import write_report
-from rlhfjax.evaluation.results import AccuracyRow, Evaluation, PolicyRow, Response, Sample, WinRow
+from rlhfjax.evaluation.results import AccuracyRow, Evaluation, PolicyRow, Response, Sample
 from rlhfjax.evaluation.rows import REWARD_MODEL, accuracy_row, comparison_row, human_row, policy_row, win_row
 from rlhfjax.evaluation.run_data import read_run
-from rlhfjax.functional import entropy, masked_sum, token_log_probs
+from rlhfjax.functional import entropy, token_log_probs
 from rlhfjax.generation import generate
 from rlhfjax.models import LanguageModel
 from rlhfjax.sharding import place_batch
@@ -36,7 +38,6 @@ SHOWN_SAMPLES = 24
 
 def evaluate(job: Job) -> Facts:
     """Measure every model of the run and write evaluation.json and report.html."""
-    c: schema.Evaluate = job.config
     stages = [stage for stage in POLICIES if getattr(job.run.stages, stage)]
     models = {stage: job.load(stage) for stage in stages}
     opened = open_batches(job)
@@ -45,13 +46,13 @@ def evaluate(job: Job) -> Facts:
         measure = loss_meter(job, model)
         losses[stage] = {name: measure(params, data) for name, data in held_out(opened).items()}
     compared = {stage: models[stage] for stage in ("sft", "ppo") if stage in models}
-    responses = {stage: respond(job, opened["train"], i, compared, stage) for i, stage in enumerate(compared)}
+    responses = {stage: respond(job, opened["train"], compared, stage) for stage in compared}
     scorer = _RewardScorer(job) if job.run.stages.reward else None
     accuracy, judge_accuracy, judges = _accuracies(job, scorer)
     rows = []
     if len(compared) == 2:
-        texts = {stage: responses[stage]["texts"] for stage in compared}
-        rows = [win_row(judge, "ppo", texts["ppo"], "sft", texts["sft"], seed=job.run.seed) for judge in judges]
+        ours, theirs = responses["ppo"].texts, responses["sft"].texts
+        rows = [win_row(judge, "ppo", ours, "sft", theirs, seed=job.run.seed) for judge in judges]
     seconds = {
         stage: json.loads((job.run_dir / stage / COMPLETE).read_text())["seconds"]
         for stage in ("tokenizer", *stages, *(["reward"] if scorer else []))
@@ -75,45 +76,68 @@ def evaluate(job: Job) -> Facts:
     return {}
 
 
-def respond(job: Job, prompts: Any, index: int, models: dict[str, tuple[LanguageModel, Params]], stage: str) -> Facts:
-    """One response to each evaluation prompt, with KL against the SFT policy, entropy, and the reward model's score."""
+@dataclass
+class Responses:
+    """A policy's responses to the evaluation prompts; `texts` are what judges read, prompt included.
+
+    `kl` is nats a response against the SFT policy, `entropy` nats a token, `scores` the reward model's.
+    """
+
+    prompts: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+    ended: list[bool] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    entropy: float = 0.0
+
+
+def respond(job: Job, prompts: Batches, compared: dict[str, tuple[LanguageModel, Params]], stage: str) -> Responses:
+    """One response to each of the first `samples` evaluation prompts, drawn by the policy of `stage`."""
     c: schema.Evaluate = job.config
-    model, params = models[stage]
-    reference_model, reference = models.get("sft", models[stage])
-    reward_model, reward = job.load("reward") if job.run.stages.reward else (None, None)
-    settings = sampling_params(c.sampling, job.tokenizer)
-    key = jax.random.fold_in(job.key("samples"), index)
+    made, spread = Responses(), 0.0
+    key = jax.random.fold_in(job.key("samples"), list(compared).index(stage))
+    sample = _sampler(job, compared, stage)
+    for step in range(-(-c.samples // c.batch.size)):
+        rollout, kl, entropies, scores = jax.device_get(
+            sample(place_batch(job.mesh, prompts[step], split_tokens=False), key)
+        )
+        for i in range(min(c.batch.size, c.samples - len(made.texts))):
+            prompt = rollout.prompt[i][rollout.prompt_mask[i]].tolist()
+            response = rollout.response[i][rollout.response_mask[i]].tolist()
+            made.prompts.append(job.tokenizer.decode(prompt))
+            made.texts.append(_judged_text(c, job.tokenizer.decode(prompt + response)))
+            made.tokens.append(response)
+            made.ended.append(bool(rollout.finished[i]))
+            made.kl.append(float(kl[i]))
+            made.scores.append(float(scores[i]))
+            spread += float(entropies[i])
+    made.entropy = spread / sum(len(tokens) for tokens in made.tokens)
+    return made
+
+
+def _sampler(job: Job, compared: dict[str, tuple[LanguageModel, Params]], stage: str) -> Callable:
+    """A compiled function of (prompts, key): rollout, KL and summed entropy of each response, and its score.
+
+    KL and entropy are those of the unscaled policy, whatever temperature the responses are drawn at.
+    """
+    model, params = compared[stage]
+    reference_model, reference = compared.get("sft", compared[stage])
+    reward_model, reward = job.load("reward") if job.run.stages.reward else (model, None)
+    settings = sampling_params(job.config.sampling, job.tokenizer)
 
     @jax.jit
-    def sample(params, reference, reward, batch):
+    def sample(params, reference, reward, batch, key):
         made = generate(model, params, batch, key, settings)
         parts = (made.prompt, made.prompt_mask, made.response, made.response_mask)
         logits = model.response_logits(params, *parts)
-        # KL and entropy are those of the unscaled policy, whatever temperature the samples are drawn at.
-        kl = token_log_probs(logits, made.response) - token_log_probs(
-            reference_model.response_logits(reference, *parts), made.response
-        )
-        scores = jnp.zeros(len(batch.uid)) if reward is None else reward_model.response_scores(reward, *parts)
-        spread = masked_sum(entropy(logits), made.response_mask)
-        return made, jnp.where(made.response_mask, kl, 0.0).sum(axis=1), spread, scores
+        ref_log_probs = token_log_probs(reference_model.response_logits(reference, *parts), made.response)
+        kl = jnp.where(made.response_mask, token_log_probs(logits, made.response) - ref_log_probs, 0.0)
+        spread = jnp.where(made.response_mask, entropy(logits), 0.0)
+        scores = jnp.zeros(kl.shape[0]) if reward is None else reward_model.response_scores(reward, *parts)
+        return made, kl.sum(axis=1), spread.sum(axis=1), scores
 
-    made = {name: [] for name in ("texts", "prompts", "tokens", "ended", "kl", "scores", "spread")}
-    for step in range(-(-c.samples // c.batch.size)):
-        out, kl, spread, scores = jax.device_get(
-            sample(params, reference, reward, place_batch(job.mesh, prompts[step], split_tokens=False))
-        )
-        made["spread"].append(spread)
-        for i in range(len(kl)):
-            prompt = out.prompt[i][out.prompt_mask[i]].tolist()
-            response = out.response[i][out.response_mask[i]].tolist()
-            made["prompts"].append(job.tokenizer.decode(prompt))
-            made["texts"].append(_judged_text(c, job.tokenizer.decode(prompt + response)))
-            made["tokens"].append(response)
-        for name, values in (("ended", out.finished), ("kl", kl), ("scores", scores)):
-            made[name].extend(values.tolist())
-    total = sum(len(tokens) for tokens in made["tokens"])
-    made["entropy"] = float(sum(made["spread"])) / total
-    return {name: rows[: c.samples] if isinstance(rows, list) else rows for name, rows in made.items()}
+    return lambda batch, key: sample(params, reference, reward, batch, key)
 
 
 def _judged_text(c: schema.Evaluate, text: str) -> str:
@@ -144,9 +168,7 @@ class _RewardScorer:
         return np.concatenate(scores)
 
 
-def _accuracies(
-    job: Job, scorer: _RewardScorer | None
-) -> tuple[list[AccuracyRow], list[AccuracyRow], list[Judge]]:
+def _accuracies(job: Job, scorer: _RewardScorer | None) -> tuple[list[AccuracyRow], list[AccuracyRow], list[Judge]]:
     """Accuracy of reward model, baseline, lexicon and people on the same held-out pairs; and of the judges."""
     c: schema.Evaluate = job.config
     seed, judges, accuracy, judge_accuracy = job.run.seed, [], [], []
@@ -180,34 +202,28 @@ def _accuracies(
     return accuracy, judge_accuracy, judges
 
 
-def _policy_row(stage: str, made: Facts) -> PolicyRow:
+def _policy_row(stage: str, made: Responses) -> PolicyRow:
     return policy_row(
         stage,
-        made["tokens"],
-        made["ended"],
-        kl=float(np.mean(made["kl"])),
-        entropy=made["entropy"],
-        reward=float(np.mean(made["scores"])),
+        made.tokens,
+        made.ended,
+        kl=float(np.mean(made.kl)),
+        entropy=made.entropy,
+        reward=float(np.mean(made.scores)),
     )
 
 
-def _samples(responses: dict[str, Facts], judges: list[Judge]) -> list[Sample]:
+def _samples(responses: dict[str, Responses], judges: list[Judge]) -> list[Sample]:
     if not responses:
         return []
-    verdicts = {
-        stage: {judge.name: judge(made["texts"][:SHOWN_SAMPLES]) for judge in judges} for stage, made in responses.items()
-    }
-    first = next(iter(responses.values()))
-    return [
-        Sample(
-            prompt,
-            {
-                stage: Response(made["texts"][i], {name: float(scores[i]) for name, scores in verdicts[stage].items()})
-                for stage, made in responses.items()
-            },
-        )
-        for i, prompt in enumerate(first["prompts"][:SHOWN_SAMPLES])
-    ]
+    prompts = next(iter(responses.values())).prompts[:SHOWN_SAMPLES]
+    shown = {stage: made.texts[:SHOWN_SAMPLES] for stage, made in responses.items()}
+    verdicts = {stage: {judge.name: judge(texts) for judge in judges} for stage, texts in shown.items()}
+
+    def response(stage: str, i: int) -> Response:
+        return Response(shown[stage][i], {name: float(scores[i]) for name, scores in verdicts[stage].items()})
+
+    return [Sample(prompt, {stage: response(stage, i) for stage in responses}) for i, prompt in enumerate(prompts)]
 
 
 def hardware() -> str:

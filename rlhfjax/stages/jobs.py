@@ -43,8 +43,8 @@ def check_data(jobs: list[Job]) -> None:
         rows = read_meta(find_checkpoint(run.model.checkpoint))["model"]["vocab_size"]
         if rows != words:
             raise ConfigError(
-                f"model.checkpoint has a vocabulary of {rows}, the tokenizer one of {words}; use the tokenizer that the "
-                "model was trained with (leave tokenizer.path and tokenizer.data out to take it from the checkpoint)"
+                f"model.checkpoint has a vocabulary of {rows}, the tokenizer one of {words}; use the tokenizer "
+                "that the model was trained with (without tokenizer.path and tokenizer.data it is taken from the checkpoint)"
             )
 
 
@@ -72,5 +72,7 @@ def _entries(run: Run, stages: list[str]) -> list[tuple[Any, str]]:
         found += [(entry, "document") for entry in s.evaluate.losses]
         found += [(entry, "comparison") for entry in s.evaluate.comparisons]
         ratings = s.evaluate.ratings
-        found += [(entry, "rated_text") for entry in ([ratings.judge, ratings.baseline, ratings.test] if ratings else [])]
+        found += [
+            (entry, "rated_text") for entry in ([ratings.judge, ratings.baseline, ratings.test] if ratings else [])
+        ]
     return found

@@ -13,7 +13,18 @@ from typing import Any
 
 from rlhfjax.config import Run, config_hash, resolved
 
-PACKAGES = ("rlhfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "sentencepiece", "numpy")
+PACKAGES = (
+    "rlhfjax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "tensorflow-datasets",
+    "grain",
+    "sentencepiece",
+    "numpy",
+)
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
 
 
@@ -26,7 +37,7 @@ class Manifest:
 
     def __enter__(self) -> "Manifest":
         self.line = describe(self.run) | {"attempt": len(self._lines()) + 1, "status": "running", "exit_code": None}
-        self._write(self._lines() + [json.dumps(self.line)])
+        self._write([*self._lines(), json.dumps(self.line)])
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -34,7 +45,7 @@ class Manifest:
         code = 0 if kind is None else getattr(error, "exit_code", 130 if kind is KeyboardInterrupt else 1)
         self.line |= {"status": status, "exit_code": code, "ended": _now()}
         if error is not None:
-            self.line["error"] = f"{kind.__name__}: {str(error)[:500]}"
+            self.line["error"] = f"{type(error).__name__}: {str(error)[:500]}"
         self._write([*self._lines()[:-1], json.dumps(self.line)])
 
     def _lines(self) -> list[str]:
@@ -76,7 +87,9 @@ def _git() -> dict[str, Any] | None:
         return None
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
+        ).stdout.strip()
 
     return {"sha": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
 

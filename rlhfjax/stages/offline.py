@@ -23,7 +23,7 @@ from rlhfjax.sharding import place_batch, state_shardings
 from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.text.tokenizer import Tokenizer
-from rlhfjax.training.checkpoint import Checkpoints, find_checkpoint, meta_of, tokenizer_of, read_meta
+from rlhfjax.training.checkpoint import Checkpoints, find_checkpoint, load_model, meta_of, read_meta, tokenizer_of
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.offline import train_offline
 from rlhfjax.training.optimizer import learning_rate, make_optimizer
@@ -72,7 +72,9 @@ def reward(job: Job) -> Facts:
     measure = accuracy_meter(job, reward_modelling(model, c.loss))
 
     def validate(state: TrainState, opened: dict[str, Batches]) -> dict[str, float]:
-        return _named("eval/rm/accuracy", {name: measure(state.params, data) for name, data in held_out(opened).items()})
+        return _named(
+            "eval/rm/accuracy", {name: measure(state.params, data) for name, data in held_out(opened).items()}
+        )
 
     return _train(
         job,
@@ -119,7 +121,9 @@ def normalize_scores(job: Job, model: LanguageModel, params: Params) -> tuple[Pa
     if n.on == "samples":
         pairs = _sampled(job, [prompt for prompt, _ in pairs], c.batch.length)
     tokens, mask = right_padded([prompt + response for prompt, response in pairs], job.tokenizer.pad_id)
-    score = jax.jit(lambda p, t, m: jax.lax.map(lambda row: model.scores(p, row[0][None], row[1][None])[0], (t, m), batch_size=64))
+    score = jax.jit(
+        lambda p, t, m: jax.lax.map(lambda row: model.scores(p, row[0][None], row[1][None])[0], (t, m), batch_size=64)
+    )
     before = score(params, tokens, mask)
     gain = 1.0 / jnp.maximum(before.std(), 1e-6) if n.scale else jnp.float32(1.0)
     params = params | {"head": rescale_head(params["head"], gain, -gain * before.mean())}
@@ -136,7 +140,7 @@ def _sampled(job: Job, prompts: list[list[int]], length: int) -> list[tuple[list
     tokens, mask = left_padded(prompts, job.tokenizer.pad_id)
     t = job.tokenizer
     settings = SamplingParams(max_new_tokens=length - tokens.shape[1], stop_id=t.eos_id, pad_id=t.pad_id)
-    batch = PromptBatch(tokens, mask, np.arange(len(tokens), dtype=np.int32))
+    batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
     rollout = jax.device_get(jax.jit(partial(generate, model, sampling=settings))(policy, batch, job.key("samples")))
     return [
         (prompt, response[kept].tolist())
@@ -159,6 +163,28 @@ def loss_meter(job: Job, model: LanguageModel) -> Callable[[Params, Batches], fl
         return float(sum(loss for loss, _ in sums) / sum(count for _, count in sums))
 
     return measure
+
+
+def reward_meter(job: Job, model: LanguageModel, count: int = 64) -> Callable[[Params], dict[str, float]]:
+    """Mean score that the reward model at `reward_model` gives samples for validation prompts.
+
+    InstructGPT chose its SFT checkpoint by this, not by validation loss (Ouyang et al. 2022, C.1).
+    """
+    c: schema.Sft = job.config
+    scorer, reward = load_model(find_checkpoint(str(c.reward_model)), job.mesh)
+    pairs = job.reader.demonstration_ids(c.validation, c.batch.length, count)
+    tokens, mask = left_padded([prompt for prompt, _ in pairs], job.tokenizer.pad_id)
+    t = job.tokenizer
+    settings = SamplingParams(max_new_tokens=c.batch.length - 1, stop_id=t.eos_id, pad_id=t.pad_id)
+    batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
+
+    @jax.jit
+    def mean_score(params, key):
+        made = generate(model, params, batch, key, settings)
+        parts = (made.prompt, made.prompt_mask, made.response, made.response_mask)
+        return scorer.response_scores(reward, *parts).mean()
+
+    return lambda params: {"eval/reward_score": float(mean_score(params, job.key("samples")))}
 
 
 def accuracy_meter(job: Job, algorithm: RewardModelling) -> Callable[[Params, Batches], float]:
@@ -190,8 +216,12 @@ def _train_policy(job: Job, model: LanguageModel, params: Params) -> Facts:
     measure = loss_meter(job, model)
 
     def validate(state: TrainState, opened: dict[str, Batches]) -> dict[str, float]:
-        return _named("loss/validation", {name: measure(state.params, data) for name, data in held_out(opened).items()})
+        losses = {name: measure(state.params, data) for name, data in held_out(opened).items()}
+        return _named("loss/validation", losses) | (reward_score(state.params) if reward_score else {})
 
+    reward_score = None
+    if getattr(job.config, "select_by", "last") == "reward_score":
+        reward_score = reward_meter(job, model)
     return _train(
         job,
         language_modelling(model, job.config.dropout),
@@ -223,21 +253,27 @@ def _train(
     follow = (lambda params: params) if c.optimizer.ema_decay is not None else None
     state = init_state(job.mesh, params, optimizer, follow)
     meta = meta_of("average" if follow else serve, model, job.tokenizer, stage=job.stage)
-    checkpoints = Checkpoints(job.dir / "checkpoints", job.run.checkpoints.keep)
+    select = getattr(c, "select_by", "last")
+    checkpoints = Checkpoints(job.dir / "checkpoints", job.run.checkpoints.keep, keep_best=select != "last")
     state, done = _restore(checkpoints, state, serve)
     if done:
         return done
 
-    def save(state: TrainState, facts: Facts | None = None) -> None:
+    def save(state: TrainState, facts: Facts | None = None, score: float | None = None) -> None:
         average = {} if state.average is None else {"average": state.average}
         models = {serve: state.params} | average
-        checkpoints.save(int(state.step), models, (state.optimizer, state.step), meta | {"facts": facts})
+        checkpoints.save(int(state.step), models, (state.optimizer, state.step), meta | {"facts": facts}, score)
 
     def on_step(state: TrainState, step: int) -> dict[str, float]:
-        if step % job.run.checkpoints.every == 0 and step != steps:
+        measured = validate(state, opened) if step % c.validate_every == 0 or step == steps else {}
+        if select != "last" and measured and step != steps:
+            save(state, score=_selection_score(select, measured))
+        elif step % job.run.checkpoints.every == 0 and step != steps:
             save(state)
-        return validate(state, opened) if step % c.validate_every == 0 or step == steps else {}
+        last_measured.update(measured)
+        return measured
 
+    last_measured: dict[str, float] = {}
     parts = b.size // (b.micro or b.size)
     step_fn = jax.jit(
         partial(offline_step, algorithm, optimizer, parts=parts, ema_decay=c.optimizer.ema_decay),
@@ -260,9 +296,16 @@ def _train(
     writer.close()
     params, facts = finish(state.params)
     facts = {"step": steps, "parameters": sum(x.size for x in jax.tree.leaves(params))} | facts
-    save(TrainState(params, state.optimizer, state.step, state.average), facts)
+    score = None if select == "last" else _selection_score(select, last_measured)
+    save(TrainState(params, state.optimizer, state.step, state.average), facts, score)
+    chosen = checkpoints.best() if select != "last" else steps
     checkpoints.close()
-    return facts
+    return facts | {"step": chosen}
+
+
+def _selection_score(select: str, measured: dict[str, float]) -> float:
+    """Higher is better: the reward model's mean score of samples, or the negative validation loss."""
+    return measured["eval/reward_score"] if select == "reward_score" else -measured["loss/validation"]
 
 
 def _restore(checkpoints: Checkpoints, state: TrainState, serve: str) -> tuple[TrainState, Facts | None]:

@@ -1,6 +1,7 @@
 """Reinforcement learning from the reward model: PPO with the KL penalty and the pretraining mix."""
 
 import itertools
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -69,6 +70,7 @@ def ppo(job: Job) -> Facts:
         stage=job.stage,
         writer=writer,
         learning_rate=learning_rate(c.optimizer, c.steps * updates_of(c)),
+        updates=updates_of(c),
         episodes=c.batch.size,
         samples=partial(sample_rows, job),
         samples_every=job.run.logging.samples_every,
@@ -110,11 +112,11 @@ def ppo_algorithm(c: schema.Ppo, policy_model: LanguageModel, value_model: Langu
 def ppo_optimizer(c: schema.Ppo) -> optax.GradientTransformation:
     """AdamW for the policy and AdamW for the value model, each with its own learning rate and its own clipping."""
     total = c.steps * updates_of(c)
-    each = {
+    each: dict[Hashable, optax.GradientTransformation] = {
         "policy": make_optimizer(c.optimizer, total),
         "value": make_optimizer(c.optimizer, total, peak=c.value.lr),
     }
-    return optax.partition(each, lambda params: {name: jax.tree.map(lambda _: name, tree) for name, tree in params.items()})
+    return optax.partition(each, {"policy": "policy", "value": "value"})
 
 
 def compiled_steps(
@@ -202,6 +204,8 @@ def _restore(checkpoints: Checkpoints, state: OnlineState) -> OnlineState:
     train = state.train
     average = {} if train.average is None else {"average": abstract(train.average)}
     training = abstract((train.optimizer, train.step, state.kl_coef, state.iteration))
-    models, (optimizer, step, kl_coef, iteration), _ = checkpoints.restore(latest, abstract(train.params) | average, training)
+    models, (optimizer, step, kl_coef, iteration), _ = checkpoints.restore(
+        latest, abstract(train.params) | average, training
+    )
     params = {name: models[name] for name in train.params}
     return OnlineState(TrainState(params, optimizer, step, models.get("average")), kl_coef, iteration)

@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,6 +51,8 @@ def run_recipe(run: Run, run_dir: Path, only: str | None = None, start_from: str
             raise ConfigError(f"stage {open_stages[0]} needs {stage}, which is not done in {run_dir}; run it first")
     with Manifest(run, run_dir):
         _run_stages(run, run_dir, open_stages)
+    if "evaluate" in open_stages:
+        _print_results(run_dir)
     _point_to_report(run_dir)
 
 
@@ -91,9 +91,13 @@ def _settle_config(run: Run, run_dir: Path, stages: list[str], start_from: str |
     path = run_dir / "config.yaml"
     if path.exists():
         before = _flat(_read_yaml(path))
-        changed = {key for key in before.keys() | _flat(resolved(run)).keys() if before.get(key) != _flat(resolved(run)).get(key)}
+        changed = {
+            key
+            for key in before.keys() | _flat(resolved(run)).keys()
+            if before.get(key) != _flat(resolved(run)).get(key)
+        }
         redone = stages[stages.index(start_from) :] if start_from else []
-        free = tuple(f"stages.{stage}." for stage in redone) + ("description", "logging.", "checkpoints.")
+        free = (*(f"stages.{stage}." for stage in redone), "description", "logging.", "checkpoints.")
         refused = sorted(key for key in changed if not key.startswith(free))
         if refused:
             now = _flat(resolved(run))
@@ -116,6 +120,20 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(tree, dict):
         return {k: v for name, part in tree.items() for k, v in _flat(part, f"{prefix}{name}.").items()}
     return {prefix.rstrip("."): tree}
+
+
+def _print_results(run_dir: Path) -> None:
+    """The summary table and three samples before and after."""
+    from rlhfjax.evaluation.report import write_report
+    from rlhfjax.evaluation.run_data import read_run
+    from rlhfjax.evaluation.terminal import samples_table, summary_table
+
+    run = read_run(run_dir)
+    write_report(run_dir / "report.html", run)  # once more, now that the manifest has the end of this attempt
+    out = Console(highlight=False)
+    out.print(summary_table(run))
+    if run.evaluation:
+        out.print(samples_table(run.evaluation))
 
 
 def _point_to_report(run_dir: Path) -> None:

@@ -35,7 +35,9 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int, keep_best: bool = False):
         policies: list[Any] = [preservation_policy.LatestN(keep)]
         if keep_best:
-            policies.append(preservation_policy.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False))
+            policies.append(
+                preservation_policy.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
+            )
         options = ocp.CheckpointManagerOptions(
             create=True,
             cleanup_tmp_directories=True,
@@ -62,7 +64,9 @@ class Checkpoints:
         )
         self._manager.save(step, args=args, force=True, metrics=None if score is None else {"score": score})
 
-    def restore(self, step: int, models: Mapping[str, Any], training: Any) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    def restore(
+        self, step: int, models: Mapping[str, Any], training: Any
+    ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
         """Models, training state and meta of a step, in the shapes and shardings of the given abstract trees."""
         items = {name: ocp.args.StandardRestore(tree) for name, tree in models.items()}
         args = ocp.args.Composite(**items, training=ocp.args.StandardRestore(training), meta=ocp.args.JsonRestore())
@@ -124,7 +128,11 @@ def read_meta(step_dir: Path) -> dict[str, Any]:
 
 
 def load_model(
-    step_dir: Path, mesh: jax.sharding.Mesh | None = None, *, item: str | None = None, dtype: str = "auto",
+    step_dir: Path,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    item: str | None = None,
+    dtype: str = "auto",
     remat: str = "none",
 ) -> tuple[LanguageModel, Params]:
     """A model of a step directory and its parameters, laid out on the mesh, or on the default device without one.
@@ -133,7 +141,7 @@ def load_model(
     when it cannot be read.
     """
     meta = read_meta(step_dir)
-    item = item or meta["serve"]
+    item = str(item or meta["serve"])
     model = LanguageModel(DecoderConfig(**(meta["model"] | {"dtype": compute_dtype(dtype), "remat": remat})))
     shapes = jax.eval_shape(model.init_scalar if item in SCALAR else model.init, jax.random.key(0))
     if mesh is None:

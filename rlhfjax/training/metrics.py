@@ -24,9 +24,7 @@ class MetricsWriter:
         directory.mkdir(parents=True, exist_ok=True)
         self._file = _open_from(directory / "metrics.jsonl", start_step)
         self._samples = _open_from(directory / "samples.jsonl", start_step)
-        self._board = (
-            SummaryWriter(str(directory / "tensorboard"), purge_step=start_step) if tensorboard else None
-        )
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Write the metrics of one step; returns them as floats."""

@@ -27,30 +27,29 @@ _UPDATE_MEAN = "mean over tokens, then over updates"
 
 _LEARNING = (
     Metric("step", "steps", "-", "count", "optimizer steps (offline stages) or PPO iterations so far"),
-    Metric("epoch", "epochs", "-", "count", "passes over the stage's data so far"),
     Metric("episode", "episodes", "-", "count", "rollouts sampled so far"),
     Metric("lr", "1/step", "-", "value", "learning rate of the last update"),
     Metric("loss/train", "nats", _TARGETS, _TOKEN_MEAN, "-log p of the next token"),
     Metric("loss/validation", "nats", _TARGETS, _TOKEN_MEAN, "the same on held-out data, dropout off"),
     Metric("loss/validation/NAME", "nats", _TARGETS, _TOKEN_MEAN, "the same on the data set NAME"),
+    Metric("eval/reward_score", "score", "validation prompts", "mean", "reward model's score of samples (select_by)"),
     Metric("grad/norm", "-", "parameters", "L2 norm", "gradient before clipping (offline stages)"),
 )
 
 _REWARD_MODEL = (
     Metric("train/rm/loss", "nats", "pairs without ties", "1/C(K,2) a prompt, mean over prompts", "ranking loss"),
-    Metric("train/rm/accuracy", "fraction", "pairs without ties", "mean over pairs of a prompt, then prompts",
+    Metric("train/rm/accuracy", "fraction", "pairs without ties", "mean over pairs",
            "pairs whose better response scores higher"),
-    Metric("train/rm/margin", "score", "pairs without ties", "mean over pairs of a prompt, then prompts",
-           "score of the better response minus that of the worse"),
-    Metric("eval/rm/loss", "nats", "pairs without ties", "1/C(K,2) a prompt, mean over prompts", "held-out rankings"),
-    Metric("eval/rm/accuracy", "fraction", "pairs without ties", "mean over pairs of a prompt, then prompts",
+    Metric("eval/rm/accuracy", "fraction", "pairs without ties", "mean over pairs, then data sets",
            "held-out rankings"),
-    Metric("eval/rm/margin", "score", "pairs without ties", "mean over pairs of a prompt, then prompts",
-           "held-out rankings"),
+    Metric("eval/rm/accuracy/NAME", "fraction", "pairs without ties", "mean over pairs", "the same on NAME alone"),
+    Metric("eval/rm/normalized_mean", "score", "responses of normalize.data", "mean", "after normalisation: 0"),
+    Metric("eval/rm/normalized_std", "score", "responses of normalize.data", "standard deviation",
+           "after normalisation: 1 with normalize.scale"),
 )  # fmt: skip
 
 _OBJECTIVE = (
-    Metric("objective/scores", "score", _ROLLOUTS, "mean", "reward model's score, before the rule for missing EOS"),
+    Metric("objective/scores", "score", _ROLLOUTS, "mean", "reward model's score, after the rule for missing EOS"),
     Metric("objective/scores_std", "score", _ROLLOUTS, "standard deviation", "spread of those scores"),
     Metric("objective/rlhf_reward", "score", _RESPONSE, _KL_SUM, "final score + non_score_reward: PPO's objective"),
     Metric("objective/non_score_reward", "score", _RESPONSE, _KL_SUM, "-kl_coef x KL: negative where KL is positive"),
@@ -64,7 +63,6 @@ _OBJECTIVE = (
     Metric("objective/entropy", "nats", _RESPONSE, _KL_SUM, "-log p of the sampled tokens"),
     Metric("objective/length", "tokens", _RESPONSE, "count, mean over rollouts", "length, the last token included"),
     Metric("objective/eos_rate", "fraction", _ROLLOUTS, "mean", "responses that ended by themselves"),
-    Metric("objective/truncated_rate", "fraction", _ROLLOUTS, "mean", "responses cut at max_new_tokens: 1 - eos_rate"),
 )  # fmt: skip
 
 _UPDATE = (
@@ -72,14 +70,14 @@ _UPDATE = (
     Metric("loss/value_avg", "score^2", _RESPONSE, _UPDATE_MEAN, "clipped value loss, with its 1/2, before value.coef"),
     Metric("loss/ptx", "nats", "pretraining targets", _UPDATE_MEAN, "pretraining loss of PPO-ptx, before ptx.coef"),
     Metric("policy/approxkl_avg", "nats/token", _RESPONSE, _UPDATE_MEAN, "1/2 (log p - log p_old)^2 inside the update"),
-    Metric("policy/clipfrac_avg", "fraction", _RESPONSE, _UPDATE_MEAN, "ratios outside 1 +- clip"),
+    Metric("policy/clipfrac_avg", "fraction", _RESPONSE, _UPDATE_MEAN, "tokens whose gradient the clip removes"),
     Metric("policy/entropy_avg", "nats/token", _RESPONSE, _UPDATE_MEAN, "entropy of the policy at its temperature"),
     Metric("policy/first_minibatch_ratio_err", "-", _RESPONSE, _TOKEN_MEAN,
            "|ratio - 1| in the first minibatch: 0 unless sampling and training disagree"),
     Metric("policy/epochs_run", "epochs", "-", "value", "inner epochs done before kl.stop ended them"),
     Metric("val/ratio", "-", _RESPONSE, _UPDATE_MEAN, "p / p_old"),
     Metric("val/ratio_err", "-", _RESPONSE, _UPDATE_MEAN, "|p / p_old - 1|"),
-    Metric("val/clipfrac_avg", "fraction", _RESPONSE, _UPDATE_MEAN, "values that moved further than value.clip"),
+    Metric("val/clipfrac_avg", "fraction", _RESPONSE, _UPDATE_MEAN, "tokens whose value gradient the clip removes"),
     Metric("val/explained_variance", "fraction", _RESPONSE, "1 - Var(return - value) / Var(return)",
            "how well the value model predicts returns, before the update"),
     Metric("grad/policy_norm", "-", "parameters", "L2 norm, mean over updates", "policy gradient before clipping"),
@@ -91,11 +89,9 @@ _UPDATE = (
 )  # fmt: skip
 
 _SPEED = (
-    Metric("perf/prefill_tokens_per_s", "tokens/s", "prompt tokens", "per iteration", "prompts read while sampling"),
     Metric("perf/decode_tokens_per_s", "tokens/s", _RESPONSE, "per iteration", "response tokens sampled"),
-    Metric("perf/train_tokens_per_s", "tokens/s", "tokens of the batch, padding included", "per step",
-           "tokens through forward and backward"),
-    Metric("perf/mfu", "fraction", "-", "per step", "model FLOP/s as a share of the machine's peak"),
+    Metric("perf/train_tokens_per_s", "tokens/s", "tokens of the batch without padding", "per step",
+           "tokens trained on; in PPO response tokens x inner epochs"),
     Metric("timing/rollout_s", "s", "-", "per iteration", "wall time of sampling"),
     Metric("timing/score_s", "s", "-", "per iteration", "wall time of scores, values and log-probabilities"),
     Metric("timing/estimate_s", "s", "-", "per iteration", "wall time of rewards and advantages"),

@@ -35,6 +35,7 @@ def train_online(
     stage: str,
     writer: MetricsWriter,
     learning_rate: Callable[[int], Any],
+    updates: int,
     episodes: int,
     samples: Callable[[Rollout], list[dict[str, Any]]],
     samples_every: int,
@@ -43,7 +44,7 @@ def train_online(
 ) -> OnlineState:
     """Sample, score, estimate, update, from the iteration after the last saved one to `iterations`.
 
-    Metrics are written one iteration late.
+    `updates` is the optimizer steps of an iteration. Metrics are written one iteration late.
     """
     start = int(state.iteration)
     progress = ProgressLine(stage, start, iterations)
@@ -56,18 +57,28 @@ def train_online(
         experience, metrics = clock("estimate", steps.estimate(rollout, state.kl_coef))
         state, update_metrics = clock("update", steps.update(state, experience, next(pretraining), metrics, update_key))
         if pending:
-            latest = writer.write(*pending)
+            latest = _write(writer, *pending)
         metrics = metrics | update_metrics | clock.seconds
-        pending = (iteration, metrics | {"lr": learning_rate(iteration - 1), "episode": iteration * episodes})
+        rate = learning_rate((iteration - 1) * updates)
+        pending = (iteration, metrics | {"lr": rate, "episode": iteration * episodes})
         if iteration % samples_every == 0 or iteration == 1:
             writer.write_samples(iteration, samples(rollout))
         if iteration % save_every == 0 and iteration != iterations:
             save(state, iteration)
         progress.show(iteration, {name.split("/")[-1]: latest[name] for name in _SHOWN if name in latest})
     if pending:
-        writer.write(*pending)
+        _write(writer, *pending)
     progress.close()
     return state
+
+
+def _write(writer: MetricsWriter, iteration: int, metrics: Metrics) -> dict[str, float]:
+    tokens = float(metrics.pop("tokens"))
+    rates = {
+        "perf/decode_tokens_per_s": tokens / metrics["timing/rollout_s"],
+        "perf/train_tokens_per_s": tokens * float(metrics["policy/epochs_run"]) / metrics["timing/update_s"],
+    }
+    return writer.write(iteration, metrics | rates)
 
 
 _SHOWN = ("objective/scores", "objective/kl", "objective/length", "loss/ptx")

@@ -1,6 +1,6 @@
 """AdamW with the schedules of the recipe."""
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import jax
 import optax
@@ -10,7 +10,7 @@ class Settings(Protocol):
     """The `optimizer` section of a configuration (see rlhfjax.config.schema.Optimizer)."""
 
     lr: float
-    schedule: str
+    schedule: Literal["constant", "linear", "cosine"]
     warmup_steps: int
     warmup_from: float
     final: float

@@ -57,10 +57,10 @@ def apply_gradients(
 ) -> TrainState:
     """One optimizer step; the average moves as average = decay x average + (1 - decay) x params."""
     updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
     average = state.average
-    if average is not None:
-        tracked = params["policy"] if isinstance(params, dict) and "policy" in params else params
+    if average is not None and ema_decay is not None:
+        tracked = params.get("policy", params)
         average = optax.incremental_update(tracked, average, 1.0 - ema_decay)
     return TrainState(params, opt_state, state.step + 1, average)
 
@@ -122,9 +122,7 @@ def online_update(
         if kl_stop is None:
             state, metrics = take_step(state, rows, extra, key)
             return (state, running), (metrics, running)
-        state, metrics = jax.lax.cond(
-            running, lambda: take_step(state, rows, extra, key), lambda: (state, nothing)
-        )
+        state, metrics = jax.lax.cond(running, lambda: take_step(state, rows, extra, key), lambda: (state, nothing))
         return (state, running & (metrics["policy/approxkl_avg"] <= kl_stop)), (metrics, running)
 
     inputs = (order, extra, jax.random.split(step_key, steps))

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlhfjax.config.reading import MAX_CHARACTERS, Dumper, YamlError, read_yaml
@@ -99,6 +99,8 @@ _VALUES = st.recursive(
 
 
 @given(_VALUES)
+@example({"\x85": "a\u2028b\u2029", "x": "\ufeff\x85"})
+@example(["1e-3", "on", "0o7", "1_0", ".5", "", "~", 1e-7, -1e300])
 def test_what_the_dumper_writes_reads_back(value):
     read = read_yaml(yaml.dump(value, Dumper=Dumper, allow_unicode=True, sort_keys=False))[0]
     assert read == value

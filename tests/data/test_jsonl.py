@@ -1,5 +1,6 @@
 """JSONL → TFDS → records gives back what was written, once, in order, or nothing at all."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhfjax.data import jsonl
+from rlhfjax.data import jsonl, writing
 from rlhfjax.data.datasets import fingerprint, open_source
 from rlhfjax.data.jsonl import prepare_jsonl
 from rlhfjax.errors import ConfigError, DataError
@@ -167,6 +168,27 @@ def test_after_kill_9_nothing_looks_prepared_and_the_next_run_cleans_up(tmp_path
     prepare_jsonl({"train": source}, "document", "mine", data_dir)
     assert seen(data_dir) == ["mine"]
     assert list(open_source("mine", "train", data_dir)) == [{"text": "a"}]
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with writing.staging(tmp_path), (tmp_path / ".lock").open() as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (tmp_path / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_what_another_process_prepared_while_this_one_waited_is_kept(tmp_path, monkeypatch):
+    source, staging = write(tmp_path / "a.jsonl", [{"text": "a"}]), jsonl.staging
+
+    def late(data_dir):
+        monkeypatch.setattr(jsonl, "staging", staging)
+        prepare_jsonl({"train": source}, "document", "mine", data_dir)
+        return staging(data_dir)
+
+    monkeypatch.setattr(jsonl, "staging", late)
+    folder = prepare_jsonl({"train": source}, "document", "mine", tmp_path / "data")
+    assert list(open_source("mine", "train", tmp_path / "data")) == [{"text": "a"}]
+    assert folder.is_dir()
 
 
 QUIET = """

@@ -52,6 +52,12 @@ def ratings_of(tables) -> dict[str, list[int]]:
     return {r["text"]: source[int(r["text_id"]) - 1] for split in tables["ratings"].values() for r in split}
 
 
+def texts_of(comparison) -> list[str]:
+    """The snippets that a comparison ranks: a response goes on where the prompt `Review:` ends, so with a space."""
+    assert all(response.startswith(" ") for response in comparison["responses"])
+    return [response[1:] for response in comparison["responses"]]
+
+
 def batches_of(records):
     return {record["batch"] for record in records}
 
@@ -78,7 +84,7 @@ def test_batches_and_texts_are_in_one_split_only(tables):
 
 def test_every_training_text_comes_from_rm_and_every_check_from_test(tables):
     rm, test = ({record["text"] for record in tables["ratings"][split]} for split in ("rm", "test"))
-    whole = lambda record: f"{record['prompt']} {record['completion']}".removeprefix("Review: ")  # noqa: E731
+    whole = lambda record: f"{record['prompt']}{record['completion']}".removeprefix("Review: ")  # noqa: E731
     assert {record["text"].removeprefix("Review: ") for record in tables["snippets"]["train"]} == rm
     assert {record["text"].removeprefix("Review: ") for record in tables["snippets"]["validation"]} == test
     assert set(map(whole, tables["demonstrations"]["train"])) < rm
@@ -90,12 +96,12 @@ def test_every_training_text_comes_from_rm_and_every_check_from_test(tables):
         ("across", "train", rm),
         ("across", "validation", rm),
     ]:
-        assert {text for record in tables[config][split] for text in record["responses"]} <= allowed
+        assert {text for record in tables[config][split] for text in texts_of(record)} <= allowed
 
 
 def test_reward_validation_batches_are_not_trained_on_within_or_across(tables):
     seen = {
-        split: {text for config in ("comparisons", "across") for r in tables[config][split] for text in r["responses"]}
+        split: {text for config in ("comparisons", "across") for r in tables[config][split] for text in texts_of(r)}
         for split in ("train", "validation")
     }
     assert seen["train"].isdisjoint(seen["validation"])
@@ -127,7 +133,7 @@ def test_ranks_are_the_labelers_own_ratings(tables):
     for split in SPLITS["comparisons"]:
         for record in tables["comparisons"][split]:
             column = int(record["labeler_id"].split("-")[1])
-            scores = [own_score[text][column] for text in record["responses"]]
+            scores = [own_score[text][column] for text in texts_of(record)]
             levels = sorted(set(scores), reverse=True)
             assert record["ranks"] == [levels.index(score) + 1 for score in scores]
             assert len(levels) > 1
@@ -138,7 +144,7 @@ def test_ranks_are_the_labelers_own_ratings(tables):
 def test_a_labeler_ranks_each_text_of_the_batch_at_most_once_and_cuts_differ(tables):
     groups: dict[str, list[tuple[str, ...]]] = {}
     for record in tables["comparisons"]["train"]:
-        groups.setdefault(record["labeler_id"], []).append(tuple(sorted(record["responses"])))
+        groups.setdefault(record["labeler_id"], []).append(tuple(sorted(texts_of(record))))
     for cut in groups.values():
         assert max(Counter(text for group in cut for text in group).values()) == 1
     assert len(set(map(frozenset, groups.values()))) == len(groups)
@@ -156,19 +162,19 @@ def test_all_tied_comparisons_are_dropped_and_the_rest_of_a_labeler_kept():
     (record,) = labeler_rankings([batch], heldout=False)
     assert record["labeler_id"] == "000-01"
     assert sorted(record["ranks"])[:2] == [1, 2]
-    assert record["ranks"][record["responses"].index("text 0")] == 1
+    assert record["ranks"][texts_of(record).index("text 0")] == 1
 
 
 def test_across_rankings_mix_batches_and_rank_by_the_training_mean(tables):
     by_text = {record["text"]: record for record in tables["ratings"]["rm"]}
     for split in SPLITS["across"]:
         for record in tables["across"][split]:
-            rated = [by_text[text] for text in record["responses"]]
+            rated = [by_text[text] for text in texts_of(record)]
             assert len({r["batch"] for r in rated}) == len(rated) == 9
             means = [r["mean_train"] for r in rated]
             assert np.all(np.diff(np.array(means)[np.argsort(record["ranks"], kind="stable")]) <= 1e-6)
             assert record["labeler_id"] == "mean"
-    counts = Counter(text for record in tables["across"]["train"] for text in record["responses"])
+    counts = Counter(text for record in tables["across"]["train"] for text in texts_of(record))
     assert max(counts.values()) <= 4
     assert np.mean(list(counts.values())) > 3.5
 
@@ -193,7 +199,7 @@ def test_demonstrations_cut_after_4_to_6_words(tables):
     for record in tables["demonstrations"]["train"]:
         words = record["prompt"].split()
         assert words[0] == "Review:"
-        assert f"{record['prompt']} {record['completion']}" == f"Review: {source[record['prompt_id']]}"
+        assert record["prompt"] + record["completion"] == f"Review: {source[record['prompt_id']]}"
         assert len(record["completion"].split()) >= 3
         shown[len(words) - 1] += 1
     assert set(shown) == {4, 5, 6}

@@ -1,9 +1,10 @@
 """Record schemas: both accepted forms of each kind, and for every wrong one where, what was expected and got."""
 
 import json
+import tracemalloc
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfjax.data import records
@@ -174,6 +175,18 @@ def test_a_line_over_the_limit_is_refused_before_it_is_read_whole(tmp_path, monk
         list(read_jsonl(path, "document"))
 
 
+def test_a_file_without_line_ends_takes_no_more_memory_than_a_line_may(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1000)
+    path = tmp_path / "huge.jsonl"
+    path.write_bytes(b"x" * (8 << 20))
+    tracemalloc.start()
+    with pytest.raises(DataError, match="expected lines of at most"):
+        list(read_jsonl(path, "document"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 << 20
+
+
 def test_reading_is_lazy(tmp_path):
     path = tmp_path / "lazy.jsonl"
     path.write_text('{"text": "a"}\nnot JSON\n')
@@ -193,6 +206,7 @@ FIELD = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(kind=st.sampled_from(KINDS), obj=st.dictionaries(FIELD, JSON, max_size=6))
 def test_any_object_is_a_record_or_a_data_error(kind, obj):
     """Nothing is lost: the canonical record and what is under `extra` give the object back."""

@@ -86,16 +86,16 @@ def test_interval_across_batches_draws_batches_too():
     """The estimate of every resample is the count over drawn pairs of batches, each as often as both were drawn."""
     texts = ragged_texts()
     interval = pairwise_accuracy(SCORES, texts, "mean", "across", resamples=4000)
-    ids, rng, found = np.unique(texts.batches), np.random.default_rng(11), []
+    means, ids, rng, found = texts.means, np.unique(texts.batches), np.random.default_rng(11), []
     for _ in range(300):
         drawn = rng.choice(ids, ids.size)
         right = [
-            agreement(SCORES[a] - SCORES[b], texts.means[a] - texts.means[b])
+            agreement(SCORES[a] - SCORES[b], means[a] - means[b])
             for g, h in combinations(drawn, 2)
             if g != h
             for a in np.flatnonzero(texts.batches == g)
             for b in np.flatnonzero(texts.batches == h)
-            if texts.means[a] != texts.means[b]
+            if means[a] != means[b]
         ]
         if right:
             found.append(np.mean(right))
@@ -131,13 +131,12 @@ def test_human_ceilings_are_those_of_the_loops():
 
 
 def test_human_ceiling_by_hand():
-    """Labelers 1 and 2 agree on a > b; 3 says b > a. Of six ordered pairs of labelers two agree; 3 is against the mean
-    of the others, and so are 1 and 2 (means 1 and 1.5): their others tie or not?"""
+    """Labelers 1 and 2 say a > b, 3 says b > a: of six ordered pairs of labelers, (1, 2) and (2, 1) agree. The others of
+    1 hold a at 1.0 and b at 2.0, of 2 a at 1.0 and b at 1.5, of 3 a at 2.0 and b at 0.5: nobody is with the others."""
     texts = RatedTexts.from_rows([[2, 2, 0], [0, 1, 3]], [0, 0])
     ceiling = human_ceiling(texts)
     assert ceiling.labeler is not None
     assert ceiling.labeler.estimate == pytest.approx(1 / 3)
-    # others of 1: 1.0 against 2.0, of 2: 1.0 against 1.5, of 3: 2.0 against 0.5; nobody is with the others
     assert ceiling.mean is not None
     assert ceiling.mean.estimate == 0.0
     assert ceiling.across is None

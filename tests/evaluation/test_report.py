@@ -99,7 +99,7 @@ def test_text_of_models_is_only_ever_text(run_dir):
 
 
 def test_names_configuration_and_attempts_are_text_too(tmp_path):
-    evil = "<img src=x onerror=alert(1)>'\"$x_$ \ud800"
+    evil = "<img src=x onerror=alert(1)>'\"$x_$ 語\ud800"
     row = AccuracyRow(evil, {evil: Interval(0.6, 0.5, 0.7)})
     evaluation = Evaluation(
         0,

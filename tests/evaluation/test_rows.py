@@ -18,8 +18,8 @@ def toy_texts() -> RatedTexts:
 
 
 def test_accuracy_row_by_hand():
-    """Scores order both batches as the means do. Held-out labeler: against in batch 0, with in batch 1. Means 1.5, .5, 4,
-    0: clear pairs across batches are 1.5–4 (wrong), 1.5–0 (right), .5–4 (wrong); .5–0 is not over 0.5 apart."""
+    """Scores order both batches as the means do. Held-out labeler: against in batch 0, with in batch 1. Means 1.5, .5,
+    4, 0: clear pairs across batches are 1.5–4 (wrong), 1.5–0 (right), .5–4 (wrong); .5–0 is not over 0.5 apart."""
     row = accuracy_row("model", [3.0, 2.0, 1.0, 0.0], toy_texts())
     estimates = {measure: interval.estimate for measure, interval in row.values.items() if interval}
     assert estimates == {
@@ -32,11 +32,11 @@ def test_accuracy_row_by_hand():
 
 
 def test_human_row_by_hand():
-    """In batch 0 the two labelers disagree, in batch 1 they agree; with two labelers the others are one labeler.
-    Across, a column at a time: (3, 0), (4, 0) against (0, 1), (4, 0) of the other column."""
+    """In batch 0 the two labelers disagree, in batch 1 they agree; with two labelers the others are one labeler. Across,
+    the first column (3, 0 | 4, 0) has three unequal pairs besides 0–0: 3–4, 3–0, 0–4. The second (0, 1 | 4, 0) holds
+    the first two texts 0–4 and 0–0, the third 1–4: where both differ, they agree. The second column is the mirror."""
     row = human_row(toy_texts())
     assert row.values["within_heldout"].estimate == row.values["within_mean"].estimate == 0.5
-    # column 1: 3–4 right, 3–0 tie of the other (no pair), 0–4 right, 0–0 tie; column 2 the mirror: 0–4, 1–4, 1–0 tie
     assert row.values["across_clear"].estimate == 1.0
     assert row.values.keys() == accuracy_row("model", [1, 2, 3, 4], toy_texts()).values.keys()
 

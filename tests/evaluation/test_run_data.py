@@ -23,7 +23,7 @@ def test_an_empty_directory_is_a_run_that_did_nothing(tmp_path):
 
 
 def test_after_a_resume_the_later_line_holds(tmp_path):
-    """Steps 2 and 3 were logged, the checkpoint was that of step 1: they come again. Evaluation has lines of its own."""
+    """Steps 2 and 3 were logged, the checkpoint was that of step 1: they come again. Validation has its own line."""
     rows = [(1, 5.0), (2, 4.0), (3, 3.0), (2, 4.5), (3, 3.5)]
     lines = [{"step": step, "loss/train": loss} for step, loss in rows]
     write_lines(tmp_path / "sft" / "metrics.jsonl", [*lines, {"step": 2, "loss/validation": 9.0}])

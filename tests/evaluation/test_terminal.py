@@ -30,7 +30,7 @@ def test_summary_of_a_run_that_did_nothing():
 
 
 def test_samples_cannot_act_on_the_terminal(evaluation):
-    """Markup stays as it was written, an escape sequence of a model is spelt out and no bell or override gets through."""
+    """Markup stays as it was written, an escape sequence of a model is spelt out, no override gets through."""
     shown = printed(samples_table(evaluation))
     assert "[red]fine[/red]" in shown
     assert "\x1b[31m" not in shown

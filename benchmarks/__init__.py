@@ -1,0 +1,1 @@
+"""Measurements of the package that tests do not make: results of whole runs, beside the commands that made them."""

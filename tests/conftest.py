@@ -1,0 +1,20 @@
+"""Eight CPU devices, strict types and ranks, and checks of key reuse, for every test."""
+
+import os
+
+import jax
+
+# Most of a run is compiling programs that then run once: LLVM's optimisations cost more than they save here.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+
+
+def pytest_configure(config):
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_debug_key_reuse", True)
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # Another run of the tests may be writing the entry.
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")

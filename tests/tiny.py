@@ -1,0 +1,93 @@
+"""Tiny models for tests. Their parameters are nowhere 0 or 1, and are made without compiling anything."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhfjax.models import LanguageModel, decoder_config
+from rlhfjax.types import RankedBatch, TokenBatch
+
+VOCAB = 40
+SHAPE = {"vocab_size": VOCAB, "layers": 2, "width": 16, "heads": 4, "context": 32}
+STYLES = {
+    "gpt2": ("gpt2", {}),
+    "gpt2-gqa": ("gpt2", {"kv_heads": 2}),
+    "llama": ("llama", {}),
+    "llama-gqa": ("llama", {"kv_heads": 2}),
+}
+
+
+def tiny(style: str = "llama-gqa", **changes) -> LanguageModel:
+    """A decoder of two layers and width 16."""
+    family, own = STYLES[style]
+    return LanguageModel(decoder_config(family, **(SHAPE | own | changes)))
+
+
+def random_tree(shapes, seed: int = 0, std: float = 0.4):
+    """Normal values for a tree of shapes; scales of norms are around 1."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        return jnp.asarray(rng.normal(float(path[-1].key == "scale"), std, shape.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def params_of(model: LanguageModel, seed: int = 0):
+    """Parameters of a policy."""
+    return random_tree(jax.eval_shape(model.init, jax.random.key(0)), seed)
+
+
+def scalar_params_of(model: LanguageModel, seed: int = 0):
+    """Parameters of a reward or value model."""
+    return random_tree(jax.eval_shape(model.init_scalar, jax.random.key(0)), seed)
+
+
+def random_tokens(*shape: int, seed: int = 0, low: int = 0, high: int = VOCAB):
+    """Token ids, uniform."""
+    return jnp.asarray(np.random.default_rng(seed).integers(low, high, shape), jnp.int32)
+
+
+def right_mask(lengths, width: int):
+    """True on the first `lengths[i]` of `width` tokens."""
+    return jnp.asarray(np.arange(width) < np.asarray(lengths)[..., None])
+
+
+def left_mask(lengths, width: int):
+    """True on the last `lengths[i]` of `width` tokens."""
+    return jnp.asarray(np.arange(width) >= width - np.asarray(lengths)[..., None])
+
+
+def token_batch(rows: int, length: int, seed: int = 0) -> TokenBatch:
+    """Rows of very different lengths, some of two packed documents; only part of the tokens are targets."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, length + 1, rows)
+    lengths[:2] = 2, length
+    first = np.minimum(rng.integers(1, length + 1, rows), lengths)
+    slots = np.arange(length)[None, :]
+    segments = np.where(slots < first[:, None], 1, 2) * (slots < lengths[:, None])
+    positions = np.where(slots < first[:, None], slots, slots - first[:, None]) * (segments > 0)
+    targets = (segments > 0) & (rng.random((rows, length)) < 0.7)
+    targets[:, 1] = True
+    tokens = random_tokens(rows, length, seed=seed)
+    return TokenBatch(
+        tokens, jnp.asarray(segments, jnp.int32), jnp.asarray(positions, jnp.int32), jnp.asarray(targets)
+    )
+
+
+def ranked_batch(prompts: int, candidates: int, length: int, seed: int = 0) -> RankedBatch:
+    """Rankings with ties, absent candidates and rows of different lengths; the first prompt has all candidates."""
+    rng = np.random.default_rng(seed)
+    present = rng.integers(2, candidates + 1, prompts)
+    present[0] = candidates
+    lengths = rng.integers(2, length + 1, (prompts, candidates))
+    mask = np.arange(candidates) < present[:, None]
+    ranks = rng.integers(1, 4, (prompts, candidates))
+    ranks[:, :2] = [1, 2]
+    token_mask = np.asarray(right_mask(lengths, length)) & mask[:, :, None]
+    return RankedBatch(
+        random_tokens(prompts, candidates, length, seed=seed),
+        jnp.asarray(token_mask),
+        jnp.asarray(ranks, jnp.int32),
+        jnp.asarray(mask),
+    )
