@@ -1,5 +1,6 @@
 """Results of whole runs as Markdown: one table a configuration, one column a seed."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,9 +25,7 @@ def _caption(runs: list[Result]) -> str:
 
     versions = each(lambda run: f"rlhfjax {run['versions']['rlhfjax']}, jax {run['versions']['jax']}")
     again = sum(run["attempts"] > 1 for run in runs)
-    resumed = (
-        f" {again} of {len(runs)} runs were resumed; times are of the last attempt at each stage." if again else ""
-    )
+    resumed = f" {again} of {len(runs)} took several attempts; times are of each stage's last." if again else ""
     return (
         f"{each(lambda run: '`' + run['command'] + '`')} on {each(lambda run: run['hardware'])}, "
         f"{each(lambda run: run['date'][:10])}, {versions}. Brackets are 95 % intervals within one run.{resumed}"
@@ -48,17 +47,12 @@ def _rows(run: Result) -> Iterator[Row]:
     for measure in SHOWN_MEASURES:
         for scorer, values in run["reward_accuracy"].items():
             if values.get(measure):
-                asked = f"{MEASURES[measure][0].lower()}{MEASURES[measure][1:]}"
-                yield (
-                    f"Pairs that the {scorer} orders as people do: {asked}",
-                    _share("reward_accuracy", scorer, measure),
-                )
+                yield f"Accuracy of {scorer} ({_asked(measure)})", _share("reward_accuracy", scorer, measure)
     for judge, values in run["judge_accuracy"].items():
-        if values.get("across_clear"):
-            yield f"The same of the {judge} as a judge", _share("judge_accuracy", judge, "across_clear")
+        if values.get("across_clear") and judge not in run["reward_accuracy"]:
+            yield f"Accuracy of {judge} ({_asked('across_clear')})", _share("judge_accuracy", judge, "across_clear")
     for row in run["win_rates"]:
-        key = row["judge"]
-        yield f"Responses of {row['policy']} preferred to {row['baseline']} by the {key}", _wins(key)
+        yield f"{row['policy']} preferred to {row['baseline']} by {row['judge']}", _wins(row["judge"])
     if {"sft", "ppo"} <= run["policies"].keys():
         yield from _policy_rows()
 
@@ -71,6 +65,11 @@ def _policy_rows() -> Iterator[Row]:
     yield "Responses that end by themselves, sft → ppo", lambda run: _both(run, "eos_rate", percent)
 
 
+def _asked(measure: str) -> str:
+    text = MEASURES[measure]
+    return text[0].lower() + text[1:]
+
+
 def _share(table: str, scorer: str, measure: str) -> Callable[[Result], str]:
     return lambda run: _interval(run[table].get(scorer, {}).get(measure))
 
@@ -79,17 +78,21 @@ def _wins(judge: str) -> Callable[[Result], str]:
     return lambda run: _interval(next((row["win"] for row in run["win_rates"] if row["judge"] == judge), None))
 
 
-def _interval(value: list[float] | None) -> str:
-    return percent_interval(value and Interval(*value))
+def _interval(value: list[float | None] | None) -> str:
+    return percent_interval(Interval(*map(_number, value)) if value else None)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _losses(run: Result, name: str) -> str:
-    losses = {stage: sets[name]["nats_per_token"] for stage, sets in run["heldout_losses"].items()}
+    losses = {stage: _number(sets[name]["nats_per_token"]) for stage, sets in run["heldout_losses"].items()}
     shown = " → ".join(number(loss) for loss in losses.values())
     return f"{shown} ({change(losses['ppo'], losses['sft'])})" if losses.keys() >= {"sft", "ppo"} else shown
 
 
 def _both(run: Result, key: str, show: Callable[[float], str]) -> str:
-    before, after = (run["policies"][name][key] for name in ("sft", "ppo"))
+    before, after = (_number(run["policies"][name][key]) for name in ("sft", "ppo"))
     changed = f" ({change(after, before)})" if key in ("length", "distinct_2") else ""
     return f"{show(before)} → {show(after)}{changed}"

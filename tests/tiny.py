@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhfjax.config import schema
 from rlhfjax.models import LanguageModel, decoder_config
-from rlhfjax.types import RankedBatch, TokenBatch
+from rlhfjax.types import Experience, RankedBatch, Rollout, TokenBatch
 
 VOCAB = 40
 SHAPE = {"vocab_size": VOCAB, "layers": 2, "width": 16, "heads": 4, "context": 32}
@@ -91,3 +92,39 @@ def ranked_batch(prompts: int, candidates: int, length: int, seed: int = 0) -> R
         jnp.asarray(ranks, jnp.int32),
         jnp.asarray(mask),
     )
+
+
+def ppo_config(**changes) -> schema.Ppo:
+    """The ppo section of a recipe, with `changes` to its fields."""
+    sections = {
+        "data": [{"source": "unused"}],
+        "steps": 3,
+        "batch": {"size": 8, "epochs": 1, "prompt_length": 5},
+        "sampling": {"max_new_tokens": 6},
+        "optimizer": {"lr": 1e-2},
+    }
+    return schema.Ppo.model_validate(sections | changes)
+
+
+def experience(rows: int, prompt: int, response: int, seed: int = 0) -> Experience:
+    """Responses of 1 to `response` tokens, first rows of the extremes; half of the tokens beyond the clip."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, response + 1, rows)
+    lengths[: rows // 2] = np.where(np.arange(rows // 2) % 2, response, 1)
+
+    def normal(mean: float, std: float, *shape: int):
+        return jnp.asarray(rng.normal(mean, std, shape), jnp.float32)
+
+    rollout = Rollout(
+        random_tokens(rows, prompt, seed=seed + 1),
+        left_mask(rng.integers(1, prompt + 1, rows), prompt),
+        random_tokens(rows, response, seed=seed + 2),
+        right_mask(lengths, response),
+        jnp.asarray(rng.random(rows) < 0.7),
+        normal(-np.log(VOCAB), 0.3, rows, response),
+        normal(-np.log(VOCAB), 0.3, rows, response),
+        normal(-np.log(VOCAB), 0.3, rows, response),
+        normal(0.0, 0.3, rows, response),
+        normal(0.0, 1.0, rows),
+    )
+    return Experience(rollout, normal(0.0, 1.0, rows, response), normal(0.0, 0.3, rows, response))

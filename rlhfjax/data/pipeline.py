@@ -3,6 +3,7 @@
 `batches[step]` is always the same batch, so a resumed run continues where it was without reading what came before.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,13 +83,8 @@ class Reader:
 
     def demonstrations(self, data: Sequence, batch, train_on: str, mix=None, shuffle: bool = True) -> Batches:
         """Packed demonstrations, with pretraining documents as `mix.fraction` of the rows where a mix is given."""
-        sources, weights = [], []
-        for entry in data:
-            rows = rows_of.demonstration_rows(self.open(entry, "demonstration"), self.tokenizer, train_on)
-            fits = rows_of.within(entry.source, rows.tokens.lengths, batch.length, batch.overlong, self.report)
-            rows = rows_of.TokenRows(rows.tokens.select(fits), rows.targets.select(fits))
-            sources.append(rows_of.PackedRows(rows, batch.length, packed=batch.pack, pad_id=self.tokenizer.pad_id))
-            weights.append(entry.weight)
+        sources = [self._demonstration_source(entry, batch, train_on) for entry in data]
+        weights = [entry.weight for entry in data]
         own = sum(len(source) for source in sources)
         if mix:
             share = mix.fraction / (1 - mix.fraction) * sum(weights)
@@ -118,15 +114,23 @@ class Reader:
 
     def _ranked_items(self, entry, batch):
         rows = rows_of.ranked_rows(self.open(entry, "comparison"), self.tokenizer)
-        fits = rows_of.within(entry.source, rows.tokens.lengths, batch.length, batch.overlong, self.report)
-        rows = rows.select(fits)
-        largest = np.diff(rows.groups).max(initial=0)
-        if largest > batch.candidates:
+        if batch.overlong == "error":  # a comparison is as long as its longest response: the row to name
+            longest = np.maximum.reduceat(rows.tokens.lengths, rows.groups[:-1])
+            rows_of.within(entry.source, longest, batch.length, "error")
+        fits = rows_of.within(f"{entry.source} responses", rows.tokens.lengths, batch.length, "drop", self.report)
+        counts = np.bincount(np.searchsorted(rows.groups, fits, side="right") - 1)
+        if counts.max() > batch.candidates:
             raise DataError(
-                f"{entry.source}: expected at most {batch.candidates} responses a comparison (batch.candidates), "
-                f"got {largest}; raise batch.candidates"
+                f"{entry.source} row {counts.argmax()}: expected at most {batch.candidates} responses a comparison "
+                f"(batch.candidates), got {counts.max()}; raise batch.candidates"
             )
-        return rows_of.RankedItems(rows, batch.candidates, batch.length, self.tokenizer.pad_id)
+        kept, count = rows.select(fits), len(rows.groups) - 1
+        left_out = count - (len(kept.groups) - 1)
+        if left_out == count:
+            raise DataError(f"{entry.source}: expected comparisons that prefer one response, got ties alone")
+        if left_out:
+            self.report(f"{entry.source}: {left_out} of {count} comparisons without a preference left out")
+        return rows_of.RankedItems(kept, batch.candidates, batch.length, self.tokenizer.pad_id)
 
     def prompts(self, data: Sequence, batch, shuffle: bool = True) -> Batches:
         """Left-padded prompts."""
@@ -142,16 +146,19 @@ class Reader:
         return self._once(("prompts", entry.source, entry.split, batch.prompt_length, batch.overlong), make)
 
     def demonstration_ids(self, data: Sequence, length: int, count: int) -> list[tuple[list[int], list[int]]]:
-        """Prompt ids and response ids of `count` demonstrations of at most `length` tokens, spread over the data."""
-        pairs = []
+        """Prompt ids and response ids of `count` demonstrations of at most `length` tokens, the same for a seed.
+
+        Every data entry gives an equal share. Raises DataError when no demonstration is that short.
+        """
+        share, pairs = -(-count // len(data)), []
         for entry in data:
             source = self.open(entry, "demonstration")
-            chosen = np.random.default_rng(self.seed).permutation(len(source))[: 2 * count]
-            pairs += [encode_demonstration(self.tokenizer, source[int(i)]) for i in chosen]
-        fitting = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= length]
-        if not fitting:
+            order = np.random.default_rng(self.seed).permutation(len(source))
+            encoded = (encode_demonstration(self.tokenizer, source[int(i)]) for i in order)
+            pairs += itertools.islice((pair for pair in encoded if len(pair[0]) + len(pair[1]) <= length), share)
+        if not pairs:
             raise DataError(f"{data[0].source}: expected demonstrations of at most {length} tokens, got none")
-        return fitting[:: max(len(fitting) // count, 1)][:count]
+        return pairs[:count]
 
     def _batches(self, sources, weights, size: int, make, shuffle: bool) -> Batches:
         datasets = [grain.MapDataset.source(source).seed(self.seed) for source in sources]

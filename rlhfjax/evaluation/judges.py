@@ -5,6 +5,7 @@ Two judges from different sources are used side by side: a regression on human r
 trained on, and a word list made by other people. Both need the extra `judges`.
 """
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,13 @@ def _fit_tfidf_ridge(texts: Sequence[str], ratings: ArrayLike, seed: int, name: 
     )
     ridge: Any = search.fit(matrix, targets).best_estimator_
     return Judge(name, "rating", lambda batch: ridge.predict(features.transform(batch)))
+
+
+def require_judges() -> None:
+    """Raises ConfigError where the extra `judges` is not installed."""
+    for package, module in (("scikit-learn", "sklearn"), ("vaderSentiment", "vaderSentiment")):
+        if importlib.util.find_spec(module) is None:
+            raise _missing(package)
 
 
 def _missing(package: str) -> ConfigError:

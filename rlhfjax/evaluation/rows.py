@@ -92,12 +92,14 @@ def policy_row(
     name: str,
     responses: Sequence[Sequence[Hashable]],
     ended: ArrayLike,
+    words: Sequence[Sequence[Hashable]] | None = None,
     kl: float | None = None,
     entropy: float | None = None,
     reward: float | None = None,
 ) -> PolicyRow:
-    """Length (in the items given: tokens or words), diversity and the share that ended by themselves (`ended`, bools).
+    """Length of the responses in tokens, diversity, and the share that ended by themselves (`ended`, bools).
 
+    Diversity is counted over `words` where they are given, as Li et al. 2016 do.
     Raises DataError without responses or unless `ended` has one element for each.
     """
     finished = np.asarray(ended, bool)
@@ -107,10 +109,10 @@ def policy_row(
         name=name,
         responses=len(responses),
         length=mean_length(responses),
-        distinct_1=distinct_n(responses, 1),
-        distinct_2=distinct_n(responses, 2),
+        distinct_1=distinct_n(words or responses, 1),
+        distinct_2=distinct_n(words or responses, 2),
         eos_rate=float(finished.mean()),
-        repetition=repetition_rate(responses),
+        repetition=repetition_rate(words or responses),
         kl=kl,
         entropy=entropy,
         reward=reward,

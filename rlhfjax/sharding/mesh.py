@@ -1,6 +1,7 @@
 """The device mesh: axes data, fsdp, sequence, tensor, in this order."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -10,19 +11,21 @@ from rlhfjax.errors import ConfigError
 AXES = ("data", "fsdp", "sequence", "tensor")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, sequence: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices; an axis of -1 takes what the others leave.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over `devices` (None: all); an axis of -1 takes what the others leave.
 
     Raises ConfigError when the product does not equal the number of devices.
     """
-    sizes, devices = [data, fsdp, sequence, tensor], jax.device_count()
+    sizes, count = [data, fsdp, sequence, tensor], jax.device_count() if devices is None else len(devices)
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = max(devices // rest, 1)
-    if math.prod(sizes) != devices:
+        sizes[sizes.index(-1)] = max(count // rest, 1)
+    if math.prod(sizes) != count:
         shown = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
         raise ConfigError(
-            f"mesh: expected a product of {devices} (the number of devices), got {shown} = {math.prod(sizes)}; "
+            f"mesh: expected a product of {count} (the number of devices), got {shown} = {math.prod(sizes)}; "
             "change mesh.* or set one axis to -1"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

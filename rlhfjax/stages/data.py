@@ -1,5 +1,7 @@
 """The batches of each stage, by name. Opening them reads and checks every record that the stage will use."""
 
+from collections.abc import Iterator
+
 from rlhfjax.config import schema
 from rlhfjax.data.pipeline import Batches
 from rlhfjax.stages.job import Job
@@ -15,21 +17,22 @@ def open_batches(job: Job) -> dict[str, Batches]:
 
 def _pretrain(job: Job) -> dict[str, Batches]:
     c: schema.Pretrain = job.config
-    held_out = {_name(entry): job.reader.documents([entry], c.batch, shuffle=False) for entry in c.validation}
+    held_out = {name: job.reader.documents([entry], c.batch, shuffle=False) for name, entry in _named(c.validation)}
     return {"train": job.reader.documents(c.data, c.batch)} | held_out
 
 
 def _sft(job: Job) -> dict[str, Batches]:
     c: schema.Sft = job.config
     held_out = {
-        _name(entry): job.reader.demonstrations([entry], c.batch, c.train_on, shuffle=False) for entry in c.validation
+        name: job.reader.demonstrations([entry], c.batch, c.train_on, shuffle=False)
+        for name, entry in _named(c.validation)
     }
     return {"train": job.reader.demonstrations(c.data, c.batch, c.train_on, c.pretraining)} | held_out
 
 
 def _reward(job: Job) -> dict[str, Batches]:
     c: schema.Reward = job.config
-    held_out = {_name(entry): job.reader.comparisons([entry], c.batch, shuffle=False) for entry in c.validation}
+    held_out = {name: job.reader.comparisons([entry], c.batch, shuffle=False) for name, entry in _named(c.validation)}
     return {"train": job.reader.comparisons(c.data, c.batch)} | held_out
 
 
@@ -48,12 +51,16 @@ def _evaluate(job: Job) -> dict[str, Batches]:
         job.run.model.context if not job.run.model.checkpoint else c.batch.prompt_length + c.sampling.max_new_tokens
     )
     documents = schema.Batch(size=c.batch.size, length=length)
-    losses = {_name(entry): job.reader.documents([entry], documents, shuffle=False) for entry in c.losses}
+    losses = {name: job.reader.documents([entry], documents, shuffle=False) for name, entry in _named(c.losses)}
     return {"train": job.reader.prompts(c.data, c.batch, shuffle=False)} | losses
 
 
-def _name(entry: schema.Data) -> str:
-    return f"validation/{entry.source.split('/')[-1]}"
+def _named(entries: list[schema.Data]) -> Iterator[tuple[str, schema.Data]]:
+    """Each held-out entry with its name: the last part of its source, and its split where that is not enough."""
+    short = [entry.source.split("/")[-1] for entry in entries]
+    long = [f"{entry.source.replace('/', '.')}@{entry.split}" for entry in entries]
+    for entry, name, whole in zip(entries, short, long, strict=True):
+        yield f"validation/{name if short.count(name) == 1 else whole}", entry
 
 
 def held_out(opened: dict[str, Batches]) -> dict[str, Batches]:

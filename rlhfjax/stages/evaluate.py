@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,7 +29,7 @@ from rlhfjax.sharding import place_batch
 from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.job import Job, sampling_params
 from rlhfjax.stages.offline import Facts, loss_meter
-from rlhfjax.text.chat import encode_prompt, encode_response
+from rlhfjax.text.chat import encode_prompt
 from rlhfjax.training.checkpoint import COMPLETE
 from rlhfjax.types import Params
 
@@ -38,6 +39,7 @@ SHOWN_SAMPLES = 24
 
 def evaluate(job: Job) -> Facts:
     """Measure every model of the run and write evaluation.json and report.html."""
+    began = time.monotonic()
     stages = [stage for stage in POLICIES if getattr(job.run.stages, stage)]
     models = {stage: job.load(stage) for stage in stages}
     opened = open_batches(job)
@@ -57,6 +59,7 @@ def evaluate(job: Job) -> Facts:
         stage: json.loads((job.run_dir / stage / COMPLETE).read_text())["seconds"]
         for stage in ("tokenizer", *stages, *(["reward"] if scorer else []))
     }
+    seconds["evaluate"] = round(time.monotonic() - began, 1)
     result = Evaluation(
         seed=job.run.seed,
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -78,13 +81,15 @@ def evaluate(job: Job) -> Facts:
 
 @dataclass
 class Responses:
-    """A policy's responses to the evaluation prompts; `texts` are what judges read, prompt included.
+    """A policy's responses to the evaluation prompts; `texts` are what judges read, prompt included; `answers` are
+    the responses alone.
 
     `kl` is nats a response against the SFT policy, `entropy` nats a token, `scores` the reward model's.
     """
 
     prompts: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
@@ -107,6 +112,7 @@ def respond(job: Job, prompts: Batches, compared: dict[str, tuple[LanguageModel,
             response = rollout.response[i][rollout.response_mask[i]].tolist()
             made.prompts.append(job.tokenizer.decode(prompt))
             made.texts.append(_judged_text(c, job.tokenizer.decode(prompt + response)))
+            made.answers.append(job.tokenizer.decode(response))
             made.tokens.append(response)
             made.ended.append(bool(rollout.finished[i]))
             made.kl.append(float(kl[i]))
@@ -152,20 +158,21 @@ class _RewardScorer:
         self.job, (self.model, self.params) = job, job.load("reward")
         self.score = jax.jit(self.model.scores)
 
-    def __call__(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+    def __call__(self, prompts: list[tuple[int, ...]], responses: list[str]) -> np.ndarray:
+        """One score a pair; equal pairs are computed once. A text beyond the context is read without its end."""
+        distinct = list(dict.fromkeys(zip(prompts, responses, strict=True)))
         t, size, limit = self.job.tokenizer, 64, self.model.config.context
-        rows = [
-            encode_prompt(t, {"prompt": prompt})[:limit] + encode_response(t, response)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        kept = [row if len(row) <= limit else [*row[: limit - 1], t.eos_id] for row in rows]
-        length = max(len(row) for row in kept)
-        scores = []
-        for start in range(0, len(kept), size):
-            part = kept[start : start + size]
-            filler = [[t.bos_id] * length] * (size - len(part))
-            scores.append(np.asarray(self.score(self.params, *right_padded(part + filler, t.pad_id)))[: len(part)])
-        return np.concatenate(scores)
+        rows = [[*[*prompt, *t.encode(response)][: limit - 1], t.eos_id] for prompt, response in distinct]
+        order = np.argsort([len(row) for row in rows], kind="stable")  # batches of like lengths need less padding
+        scores = np.zeros(len(rows), np.float32)
+        for start in range(0, len(rows), size):
+            chosen = order[start : start + size]
+            length = min(-(-len(rows[chosen[-1]]) // 32) * 32, limit)
+            filler = [[t.bos_id] * length] * (size - len(chosen) + 1)  # also sets the padded length
+            tokens, mask = right_padded([rows[i] for i in chosen] + filler, t.pad_id)
+            scores[chosen] = np.asarray(self.score(self.params, tokens, mask))[: len(chosen)]
+        place = {pair: i for i, pair in enumerate(distinct)}
+        return scores[[place[pair] for pair in zip(prompts, responses, strict=True)]]
 
 
 def _accuracies(job: Job, scorer: _RewardScorer | None) -> tuple[list[AccuracyRow], list[AccuracyRow], list[Judge]]:
@@ -187,7 +194,8 @@ def _accuracies(job: Job, scorer: _RewardScorer | None) -> tuple[list[AccuracyRo
         judges = [ridge, lexicon]
         judge_accuracy = [accuracy_row(judge.name, judge(texts), rated, seed) for judge in judges]
         if scorer:
-            scores = scorer([c.ratings.prefix] * len(texts), [f" {text}" for text in texts])
+            prefix = (job.tokenizer.bos_id, *job.tokenizer.encode(c.ratings.prefix))
+            scores = scorer([prefix] * len(texts), [f" {text}" for text in texts])
             accuracy = [accuracy_row(REWARD_MODEL, scores, rated, seed)]
         accuracy += [accuracy_row(baseline.name, baseline(texts), rated, seed), judge_accuracy[1], human_row(rated)]
     if scorer and c.comparisons:
@@ -196,9 +204,14 @@ def _accuracies(job: Job, scorer: _RewardScorer | None) -> tuple[list[AccuracyRo
             for entry in c.comparisons
             for record in open_source(entry.source, entry.split, job.data_dir, kind="comparison")
         ]
-        pairs = [(record["prompt"], text) for record in records for text in record["responses"]]
+        pairs = [
+            (tuple(encode_prompt(job.tokenizer, record)), text) for record in records for text in record["responses"]
+        ]
         scores = scorer([prompt for prompt, _ in pairs], [text for _, text in pairs])
-        accuracy.append(comparison_row("reward model", scores, [record["ranks"] for record in records], seed))
+        row = comparison_row(REWARD_MODEL, scores, [record["ranks"] for record in records], seed)
+        others = [other for other in accuracy if other.name != REWARD_MODEL]
+        rated_values = next((other.values for other in accuracy if other.name == REWARD_MODEL), {})
+        accuracy = [AccuracyRow(REWARD_MODEL, rated_values | row.values), *others]
     return accuracy, judge_accuracy, judges
 
 
@@ -207,6 +220,7 @@ def _policy_row(stage: str, made: Responses) -> PolicyRow:
         stage,
         made.tokens,
         made.ended,
+        words=[text.split() for text in made.answers],
         kl=float(np.mean(made.kl)),
         entropy=made.entropy,
         reward=float(np.mean(made.scores)),

@@ -95,7 +95,10 @@ def sampling_params(sampling: schema.Sampling, tokenizer: Tokenizer) -> Sampling
     """The sampler's settings; raises ConfigError when `stop` is not a single token."""
     stop = [tokenizer.eos_id] if sampling.stop is None else tokenizer.encode(sampling.stop)
     if len(stop) != 1:
-        raise ConfigError(f"sampling.stop: expected text of one token, got {sampling.stop!r}, which is {len(stop)}")
+        raise ConfigError(
+            f"sampling.stop: expected text of one token, got {sampling.stop!r}, which is {len(stop)}; give a shorter "
+            "text, or leave it out to stop at EOS"
+        )
     return SamplingParams(
         max_new_tokens=sampling.max_new_tokens,
         stop_id=stop[0],

@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 
-from rlhfjax.config import Run, check
+from rlhfjax.config import Run, check, schema
 from rlhfjax.data.datasets import default_data_dir, open_source
 from rlhfjax.errors import ConfigError
+from rlhfjax.evaluation.judges import require_judges
 from rlhfjax.sharding import make_mesh
 from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.evaluate import evaluate
-from rlhfjax.stages.job import Job
+from rlhfjax.stages.job import Job, sampling_params
 from rlhfjax.stages.offline import pretrain, reward, sft, tokenizer
 from rlhfjax.stages.ppo import ppo
 from rlhfjax.training.checkpoint import find_checkpoint, read_meta
@@ -21,6 +22,8 @@ from rlhfjax.training.checkpoint import find_checkpoint, read_meta
 def make_jobs(run: Run, run_dir: Path, stages: list[str], report: Callable[[str], None]) -> list[Job]:
     """One job a stage. Raises ConfigError when batch sizes or the mesh do not fit the devices that are here."""
     check(run, jax.device_count())
+    if "evaluate" in stages and run.stages.evaluate and run.stages.evaluate.ratings:
+        require_judges()  # they are needed last; that they are missing must not be found out last
     data_dir = Path(run.data_dir) if run.data_dir else default_data_dir()
     _check_sources(run, data_dir, stages)
     mesh, readers = make_mesh(**run.mesh.model_dump()), {}
@@ -38,14 +41,26 @@ def check_data(jobs: list[Job]) -> None:
     for job in jobs:
         if job.stage != "tokenizer":
             open_batches(job)
+            _check_rest(job)
     run, words = jobs[0].run, jobs[0].tokenizer.vocab_size
     if run.model.checkpoint:
         rows = read_meta(find_checkpoint(run.model.checkpoint))["model"]["vocab_size"]
         if rows != words:
             raise ConfigError(
                 f"model.checkpoint has a vocabulary of {rows}, the tokenizer one of {words}; use the tokenizer "
-                "that the model was trained with (without tokenizer.path and tokenizer.data it is taken from the checkpoint)"
+                "that the model was trained with (leave tokenizer out of the file to take it from the checkpoint)"
             )
+
+
+def _check_rest(job: Job) -> None:
+    """What a stage reads beside its batches, so that nothing is trained before it is known to be there."""
+    c = job.config
+    if isinstance(c, schema.Ppo | schema.Evaluate):
+        sampling_params(c.sampling, job.tokenizer)
+    if isinstance(c, schema.Reward) and c.normalize.on != "none":
+        job.reader.demonstration_ids(c.normalize.data, c.batch.length, c.normalize.count)
+    if isinstance(c, schema.Sft) and c.reward_model:
+        read_meta(find_checkpoint(c.reward_model))
 
 
 def _check_sources(run: Run, data_dir: Path, stages: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -257,7 +258,9 @@ def _train(
     checkpoints = Checkpoints(job.dir / "checkpoints", job.run.checkpoints.keep, keep_best=select != "last")
     state, done = _restore(checkpoints, state, serve)
     if done:
-        return done
+        chosen = checkpoints.best() if select != "last" else steps
+        checkpoints.close()
+        return done | {"step": chosen}
 
     def save(state: TrainState, facts: Facts | None = None, score: float | None = None) -> None:
         average = {} if state.average is None else {"average": state.average}
@@ -281,26 +284,24 @@ def _train(
         out_shardings=(state_shardings(job.mesh, state), None),
     )
     writer = MetricsWriter(job.dir, int(state.step), job.run.logging.tensorboard)
-    state = train_offline(
-        step_fn,
-        state,
-        job.put(batches.iterate(int(state.step))),
-        steps=steps,
-        key=job.key("steps"),
-        stage=job.stage,
-        writer=writer,
-        learning_rate=learning_rate(c.optimizer, steps),
-        shown=shown,
-        on_step=on_step,
-    )
-    writer.close()
-    params, facts = finish(state.params)
-    facts = {"step": steps, "parameters": sum(x.size for x in jax.tree.leaves(params))} | facts
-    score = None if select == "last" else _selection_score(select, last_measured)
-    save(TrainState(params, state.optimizer, state.step, state.average), facts, score)
-    chosen = checkpoints.best() if select != "last" else steps
-    checkpoints.close()
-    return facts | {"step": chosen}
+    with closing(checkpoints), closing(writer):  # a stage that is interrupted still finishes the save that is under way
+        state = train_offline(
+            step_fn,
+            state,
+            job.put(batches.iterate(int(state.step))),
+            steps=steps,
+            key=job.key("steps"),
+            stage=job.stage,
+            writer=writer,
+            learning_rate=learning_rate(c.optimizer, steps),
+            shown=shown,
+            on_step=on_step,
+        )
+        params, facts = finish(state.params)
+        facts = {"step": steps, "parameters": sum(x.size for x in jax.tree.leaves(params))} | facts
+        score = None if select == "last" else _selection_score(select, last_measured)
+        save(TrainState(params, state.optimizer, state.step, state.average), facts, score)
+        return facts | {"step": checkpoints.best() if select != "last" else steps}
 
 
 def _selection_score(select: str, measured: dict[str, float]) -> float:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Hashable
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -59,28 +60,27 @@ def ppo(job: Job) -> Facts:
         training = (state.train.optimizer, state.train.step, state.kl_coef, state.iteration)
         checkpoints.save(iteration, state.train.params | average, training, meta)
 
-    state = train_online(
-        steps,
-        state,
-        {"reference": policy, "reward": reward},
-        job.put(opened["train"].iterate(start)),
-        pretraining,
-        iterations=c.steps,
-        key=job.key("steps"),
-        stage=job.stage,
-        writer=writer,
-        learning_rate=learning_rate(c.optimizer, c.steps * updates_of(c)),
-        updates=updates_of(c),
-        episodes=c.batch.size,
-        samples=partial(sample_rows, job),
-        samples_every=job.run.logging.samples_every,
-        save=save,
-        save_every=job.run.checkpoints.every,
-    )
-    writer.close()
-    if checkpoints.latest() != c.steps:
-        save(state, c.steps)
-    checkpoints.close()
+    with closing(checkpoints), closing(writer):  # a stage that is interrupted still finishes the save that is under way
+        state = train_online(
+            steps,
+            state,
+            {"reference": policy, "reward": reward},
+            job.put(opened["train"].iterate(start)),
+            pretraining,
+            iterations=c.steps,
+            key=job.key("steps"),
+            stage=job.stage,
+            writer=writer,
+            learning_rate=learning_rate(c.optimizer, c.steps * updates_of(c)),
+            updates=updates_of(c),
+            episodes=c.batch.size,
+            samples=partial(sample_rows, job),
+            samples_every=job.run.logging.samples_every,
+            save=save,
+            save_every=job.run.checkpoints.every,
+        )
+        if checkpoints.latest() != c.steps:
+            save(state, c.steps)
     return {"step": c.steps, "episodes": c.steps * c.batch.size, "kl_coef": float(state.kl_coef)}
 
 

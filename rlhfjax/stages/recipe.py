@@ -14,17 +14,18 @@ from typing import Any
 
 from rich.console import Console
 
-from rlhfjax.config import Run, resolved, resolved_yaml
+from rlhfjax.config import Run, resolved, resolved_yaml, schema
 from rlhfjax.errors import ConfigError
 from rlhfjax.stages.manifest import Manifest
 
 COMPLETE = "complete.json"
+ALL_STAGES = ("tokenizer", *schema.Stages.model_fields)
 console = Console(stderr=True, highlight=False)
 
 
 def report(text: str) -> None:
     """One line of progress."""
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def run_recipe(run: Run, run_dir: Path, only: str | None = None, start_from: str | None = None) -> None:
@@ -36,7 +37,7 @@ def run_recipe(run: Run, run_dir: Path, only: str | None = None, start_from: str
     for name in (only, start_from):
         if name is not None and name not in stages:
             raise ConfigError(f"stage: expected one of {', '.join(stages)} (the stages of this recipe), got {name!r}")
-    _settle_config(run, run_dir, stages, start_from)
+    _settle_config(run, run_dir, start_from)
     if start_from:
         for stage in stages[stages.index(start_from) :]:
             shutil.rmtree(run_dir / stage, ignore_errors=True)
@@ -58,9 +59,7 @@ def run_recipe(run: Run, run_dir: Path, only: str | None = None, start_from: str
 
 def stages_of(run: Run) -> list[str]:
     """The stages of a recipe in their order."""
-    from rlhfjax.stages.job import NAMES
-
-    return [name for name in NAMES if name == "tokenizer" or getattr(run.stages, name)]
+    return ["tokenizer", *(name for name, section in run.stages if section is not None)]
 
 
 def is_complete(run_dir: Path, stage: str) -> bool:
@@ -86,21 +85,16 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str]) -> None:
         report(f"{job.stage}: done in {seconds:.0f} s")
 
 
-def _settle_config(run: Run, run_dir: Path, stages: list[str], start_from: str | None) -> None:
-    """Write config.yaml into a new run directory; refuse another configuration in an existing one."""
+def _settle_config(run: Run, run_dir: Path, start_from: str | None) -> None:
+    """Write config.yaml into a run directory; refuse a change that touches a stage that has begun there."""
     path = run_dir / "config.yaml"
     if path.exists():
-        before = _flat(_read_yaml(path))
-        changed = {
-            key
-            for key in before.keys() | _flat(resolved(run)).keys()
-            if before.get(key) != _flat(resolved(run)).get(key)
-        }
-        redone = stages[stages.index(start_from) :] if start_from else []
-        free = (*(f"stages.{stage}." for stage in redone), "description", "logging.", "checkpoints.")
-        refused = sorted(key for key in changed if not key.startswith(free))
+        before, now = _flat(_read_yaml(path)), _flat(resolved(run))
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        redone = ALL_STAGES[ALL_STAGES.index(start_from) :] if start_from else ()
+        begun = [stage for stage in ALL_STAGES if stage not in redone and (run_dir / stage).exists()]
+        refused = [key for key in changed if not key.startswith(_free(begun))]
         if refused:
-            now = _flat(resolved(run))
             shown = "; ".join(f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in refused[:5])
             raise ConfigError(
                 f"{run_dir} was made with another configuration: {shown}. Use another --run-dir, or --from STAGE to do "
@@ -108,6 +102,14 @@ def _settle_config(run: Run, run_dir: Path, stages: list[str], start_from: str |
             )
     run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_text(path, resolved_yaml(run))
+
+
+def _free(begun: list[str]) -> tuple[str, ...]:
+    """What keys that touch nothing of the stages `begun` start with. On another mesh a run continues, rounded anew."""
+    if not begun:
+        return ("",)
+    others = (f"stages.{stage}." for stage in ALL_STAGES if stage not in begun)
+    return (*others, "description", "logging.", "checkpoints.", "mesh.")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

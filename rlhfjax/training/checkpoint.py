@@ -106,7 +106,7 @@ def find_checkpoint(path: str | Path) -> Path:
         raise ConfigError(f"checkpoint: expected a checkpoint, stage or run directory, got {path}, which is not there")
     if (path / "meta").is_dir() and (path / "_CHECKPOINT_METADATA").exists():
         return path
-    if (path / COMPLETE).exists():
+    if (path / COMPLETE).exists() and (path / "checkpoints").is_dir():
         return path / "checkpoints" / str(json.loads((path / COMPLETE).read_text())["step"])
     if (path / "checkpoints").is_dir():
         steps = [int(entry.name) for entry in (path / "checkpoints").iterdir() if entry.name.isdigit()]

@@ -44,10 +44,11 @@ def _split(x: Array, parts: int) -> Array:
 
 
 def _mixed_gradients(algorithm: Mix, params: Params, batch: MixedBatch, key: jax.Array, parts: int):
-    first, metrics = gradients(algorithm.first, params, batch.first, key, parts)
-    second, second_metrics = gradients(algorithm.second, params, batch.second, key, parts)
+    first_key, second_key = jax.random.split(key)
+    first, metrics = gradients(algorithm.first, params, batch.first, first_key, parts)
+    second, second_metrics = gradients(algorithm.second, params, batch.second, second_key, parts)
     second = jax.tree.map(lambda g: algorithm.coef * g, second)
-    ratio = optax.global_norm(second) / jnp.maximum(optax.global_norm(first.get("policy", first)), 1e-12)
+    ratio = optax.tree.norm(second) / jnp.maximum(optax.tree.norm(first.get("policy", first)), 1e-12)
     metrics = metrics | {"loss/ptx": second_metrics["loss/train"], "grad/ptx_to_ppo_norm_ratio": ratio}
     return jax.tree.map(jnp.add, first, second), metrics
 
@@ -76,7 +77,7 @@ def offline_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of pretraining, supervised fine-tuning or reward modelling."""
     grads, metrics = gradients(algorithm, state.params, batch, key, parts)
-    metrics = metrics | {"grad/norm": optax.global_norm(grads), "tokens": batch.real_tokens()}
+    metrics = metrics | {"grad/norm": optax.tree.norm(grads), "tokens": batch.real_tokens()}
     return apply_gradients(optimizer, state, grads, ema_decay), metrics
 
 
@@ -110,7 +111,7 @@ def online_update(
         minibatch = jax.tree.map(lambda x: x[rows], experience)
         batch = MixedBatch(minibatch, extra) if isinstance(algorithm, Mix) else minibatch
         grads, metrics = gradients(algorithm, state.params, batch, key, parts)
-        norms = {f"grad/{name}_norm": optax.global_norm(tree) for name, tree in grads.items()}
+        norms = {f"grad/{name}_norm": optax.tree.norm(tree) for name, tree in grads.items()}
         return apply_gradients(optimizer, state, grads, ema_decay), metrics | norms
 
     shapes = jax.eval_shape(take_step, state, order[0], jax.tree.map(lambda x: x[0], extra), step_key)[1]

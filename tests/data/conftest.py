@@ -28,6 +28,17 @@ def snippet_texts() -> list[str]:
     return texts
 
 
+def other_truth(source: str) -> str:
+    """Texts that are no film reviews; the first repeats a review that is one."""
+    texts = [snippet_texts()[50], *(f"{source} text {number}" for number in range(1, 30))]
+    return "\r\n".join(f"1_{i}\t0.0\t{text}" for i, text in enumerate(texts, 1)) + "\r\n"
+
+
+def other_ratings() -> str:
+    """Row i is rated i - 15 over the scale's width, listed in another order than the texts."""
+    return "\r\n".join(f"1_{i}\t0.0\t0.0\t{[(i - 15) // 4] * 4}" for i in range(30, 0, -1)) + "\r\n"
+
+
 def ratings_rows() -> np.ndarray:
     """Ratings in −4..4: a text's own value plus each labeler's noise."""
     rng = np.random.default_rng(2)
@@ -69,6 +80,9 @@ def archives(tmp_path_factory):
     with tarfile.open(fileobj=inner, mode="w:gz") as archive:
         _add(archive, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", b"\xef\xbb\xbf" + truth.encode())
         _add(archive, "hutto_ICWSM_2014/movieReviewSnippets_anonDataRatings.txt", rated.encode())
+        for source in ("amazonReviewSnippets", "tweets"):
+            _add(archive, f"hutto_ICWSM_2014/{source}_GroundTruth.txt", other_truth(source).encode())
+            _add(archive, f"hutto_ICWSM_2014/{source}_anonDataRatings.txt", other_ratings().encode())
     sdist, wheel = folder / "vaderSentiment-3.3.2.tar.gz", folder / "chitchat_dataset-0.9.0-py3-none-any.whl"
     with tarfile.open(sdist, "w:gz") as archive:
         _add(archive, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue())

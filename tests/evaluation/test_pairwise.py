@@ -131,8 +131,9 @@ def test_human_ceilings_are_those_of_the_loops():
 
 
 def test_human_ceiling_by_hand():
-    """Labelers 1 and 2 say a > b, 3 says b > a: of six ordered pairs of labelers, (1, 2) and (2, 1) agree. The others of
-    1 hold a at 1.0 and b at 2.0, of 2 a at 1.0 and b at 1.5, of 3 a at 2.0 and b at 0.5: nobody is with the others."""
+    """Labelers 1 and 2 say a > b, 3 says b > a: of six ordered pairs of labelers, (1, 2) and (2, 1) agree. The others
+    of 1 hold a at 1.0 and b at 2.0, of 2 a at 1.0 and b at 1.5, of 3 a at 2.0 and b at 0.5: nobody is with the others.
+    """
     texts = RatedTexts.from_rows([[2, 2, 0], [0, 1, 3]], [0, 0])
     ceiling = human_ceiling(texts)
     assert ceiling.labeler is not None

@@ -147,6 +147,7 @@ def test_odd_metrics_do_not_break_the_page(tmp_path, evaluation):
     write_lines(tmp_path / "sft" / "metrics.jsonl", [{"step": 5, "loss/train": float("nan")}])
     write_lines(tmp_path / "pretrain" / "metrics.jsonl", [{"step": i, "loss/train": 1 / (i + 1)} for i in range(2000)])
     rows = [{"step": 0, "objective/kl": 0.0}, {"step": 1, "objective/kl": 1.0, "objective/scores": 2.0}]
+    rows.append({"step": 2, "objective/scores": 3.0})
     write_lines(tmp_path / "ppo" / "metrics.jsonl", rows)
     odd = replace(
         evaluation,

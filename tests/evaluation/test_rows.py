@@ -32,13 +32,18 @@ def test_accuracy_row_by_hand():
 
 
 def test_human_row_by_hand():
-    """In batch 0 the two labelers disagree, in batch 1 they agree; with two labelers the others are one labeler. Across,
-    the first column (3, 0 | 4, 0) has three unequal pairs besides 0–0: 3–4, 3–0, 0–4. The second (0, 1 | 4, 0) holds
-    the first two texts 0–4 and 0–0, the third 1–4: where both differ, they agree. The second column is the mirror."""
+    """In batch 0 the two labelers disagree, in batch 1 they agree; with two labelers the others are one labeler.
+    Across, the first column (3, 0 | 4, 0) differs in 3–4, 3–0 and 0–4, where the second (0, 1 | 4, 0) has 0–4, 0–0 and
+    1–4: it agrees where it differs. From the second column the same pairs, and 1–0 where the first has 0–0."""
     row = human_row(toy_texts())
     assert row.values["within_heldout"].estimate == row.values["within_mean"].estimate == 0.5
     assert row.values["across_clear"].estimate == 1.0
     assert row.values.keys() == accuracy_row("model", [1, 2, 3, 4], toy_texts()).values.keys()
+    # labelers 1 and 2 agree with each other, none of the three with the mean of the others
+    values = human_row(RatedTexts.from_rows([[2, 2, 0], [0, 1, 3]], [0, 0])).values
+    assert values["within_heldout"].estimate == pytest.approx(1 / 3)
+    assert values["within_mean"].estimate == 0.0
+    assert values["across_clear"] is None
 
 
 def test_measures_without_pairs_are_none():

@@ -1,0 +1,34 @@
+"""The mesh takes what is there, or says in numbers why it cannot."""
+
+import jax
+import pytest
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.sharding import make_mesh
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape"),
+    [
+        ({}, (8, 1, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
+        ({"data": 1, "sequence": -1}, (1, 1, 8, 1)),
+        ({"data": -1, "fsdp": 4}, (2, 4, 1, 1)),
+    ],
+)
+def test_axes(axes, shape):
+    mesh = make_mesh(**axes)
+    assert mesh.axis_names == ("data", "fsdp", "sequence", "tensor")
+    assert mesh.devices.shape == shape
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+def test_a_mesh_of_some_devices():
+    mesh = make_mesh(data=2, devices=jax.devices()[4:6])
+    assert set(mesh.devices.flat) == set(jax.devices()[4:6])
+
+
+@pytest.mark.parametrize("axes", [{"data": 3}, {"data": -1, "fsdp": 3}, {"data": 16}, {"data": -1, "tensor": 16}])
+def test_a_product_that_does_not_fit_is_an_error(axes):
+    with pytest.raises(ConfigError, match=r"product of 8 .*data .*fsdp .*sequence .*tensor .*mesh"):
+        make_mesh(**axes)

@@ -1,0 +1,98 @@
+"""The recipe on eight devices as 2 x 2 x 2: the numbers of one device, no compiling on the way, resumed to the bit."""
+
+from collections import Counter
+from dataclasses import replace
+
+import jax
+import pytest
+
+from rlhfjax.config import load_config
+from rlhfjax.stages import ppo, run_recipe
+from rlhfjax.training.checkpoint import Checkpoints
+from stages.conftest import assert_same_bits, rows_of, saved
+from stages.tiny_recipe import STEPS
+
+MESH = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+TRAINED = ("pretrain", "sft", "reward", "ppo")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _promotion():
+    with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction counts in int32
+        yield
+
+
+@pytest.fixture(scope="module")
+def sharded(config, tmp_path_factory):
+    """A run on the mesh: its directory, and how much had been compiled when each PPO iteration began and at the end."""
+    run_dir = tmp_path_factory.mktemp("sharded") / "run"
+    compiled, counts, loop = [], [], ppo.train_online
+
+    def listen(event, seconds, **_):
+        compiled.append(event) if event.endswith("backend_compile_duration") else None
+
+    def counted(steps, *args, **kwargs):
+        def rollout(*inputs):
+            counts.append(len(compiled))
+            return steps.rollout(*inputs)
+
+        state = loop(replace(steps, rollout=rollout), *args, **kwargs)
+        counts.append(len(compiled))
+        return state
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "train_online", counted)
+        run_recipe(load_config(config, MESH), run_dir)
+    jax.monitoring.unregister_event_duration_listener(listen)
+    return run_dir, counts
+
+
+def test_nothing_is_compiled_after_the_first_iteration(sharded):
+    _, (first, second, *rest) = sharded
+    assert first < second
+    assert rest == [second] * STEPS
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_the_numbers_are_those_of_one_device(sharded, finished, stage):
+    names = {
+        "pretrain": ["loss/train", "loss/validation", "grad/norm"],
+        "sft": ["loss/train", "loss/validation", "grad/norm"],
+        "reward": ["train/rm/loss", "train/rm/accuracy", "eval/rm/accuracy", "grad/norm"],
+        "ppo": ["objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "loss/ptx", "grad/policy_norm"],
+    }[stage]
+    many, one = (rows_of(run_dir / stage / "metrics.jsonl") for run_dir in (sharded[0], finished))
+    assert len(many) == len(one) == STEPS
+    for row, expected in zip(many, one, strict=True):
+        wanted = {name: expected[name] for name in names if name in expected}
+        assert {name: row[name] for name in wanted} == pytest.approx(wanted, abs=1e-4)
+
+
+def test_interrupted_in_every_stage_it_ends_the_same(sharded, config, tmp_path):
+    run = load_config(config, [*MESH, "stages.evaluate=null"])
+    stops, save = Counter(), Checkpoints.save
+
+    def interrupted(self, step, *args, **kwargs):
+        save(self, step, *args, **kwargs)
+        stage = self._manager.directory.parent.name
+        if step == 2 and not stops[stage]:
+            stops[stage] += 1
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", interrupted)
+        for _ in TRAINED:
+            with pytest.raises(KeyboardInterrupt):
+                run_recipe(run, tmp_path / "run")
+        run_recipe(run, tmp_path / "run")
+    assert stops == dict.fromkeys(TRAINED, 1)
+    attempts = rows_of(tmp_path / "run" / "manifest.jsonl")
+    assert [line["attempt"] for line in attempts] == [1, 2, 3, 4, 5]
+    assert [line["status"] for line in attempts] == ["interrupted"] * 4 + ["finished"]
+    assert [line["exit_code"] for line in attempts] == [130] * 4 + [0]
+    for stage in TRAINED:
+        steps = [row["step"] for row in rows_of(tmp_path / "run" / stage / "metrics.jsonl")]
+        assert steps == sorted(set(steps))
+        one, other = (saved(place / stage / "checkpoints" / str(STEPS)) for place in (tmp_path / "run", sharded[0]))
+        assert_same_bits(one, other)

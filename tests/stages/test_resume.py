@@ -1,0 +1,83 @@
+"""Killed at any moment and started again, a run ends where it would have ended, to the last bit."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from stages.conftest import assert_same_bits, rows_of, saved
+from stages.tiny_recipe import STAGES, STEPS
+
+
+def wait_for_step(process, path, step):
+    """Until `path` holds a whole line of the step."""
+    while process.poll() is None:
+        if path.exists() and f'"step": {step},' in path.read_text(encoding="utf-8").rpartition("\n")[0]:
+            return
+        time.sleep(0.005)
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "reward", "ppo"])
+def test_killed_in_a_stage(copied, finished, config, start, command, stage):
+    run_dir = copied(stage)
+    arguments = ("run", config, "--run-dir", run_dir, "--only", stage)
+    process = start(*arguments)
+    wait_for_step(process, run_dir / stage / "metrics.jsonl", 1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (run_dir / stage / "complete.json").exists()
+    earlier = [run_dir / name / "complete.json" for name in STAGES[: STAGES.index(stage)]]
+    times = [path.stat().st_mtime_ns for path in earlier]
+
+    code, _, err = command(*arguments)
+    assert code == 0, err
+    assert [path.stat().st_mtime_ns for path in earlier] == times
+    # It went on from a checkpoint, and its numbers continue those of before.
+    again, straight = rows_of(run_dir / stage / "metrics.jsonl"), rows_of(finished / stage / "metrics.jsonl")
+    steps = [row["step"] for row in again]
+    assert steps == sorted(set(steps))
+    assert {1, STEPS} <= set(steps)
+    same = [name for name in straight[0] if not name.startswith(("perf/", "timing/"))]
+    expected = {row["step"]: row for row in straight}
+    assert [{name: row[name] for name in same} for row in again] == [
+        {name: expected[row["step"]][name] for name in same} for row in again
+    ]
+    assert_same_bits(
+        saved(run_dir / stage / "checkpoints" / str(STEPS)), saved(finished / stage / "checkpoints" / str(STEPS))
+    )
+    before, now = rows_of(run_dir / "manifest.jsonl")[-2:]
+    assert (before["status"], before["exit_code"]) == ("running", None)  # nobody was left to write more
+    assert (now["status"], now["exit_code"]) == ("finished", 0)
+    assert now["attempt"] == before["attempt"] + 1
+
+
+def test_killed_between_training_and_its_last_mark(copied, finished, config, command):
+    run_dir = copied("ppo")
+    (run_dir / "reward" / "complete.json").unlink()
+    code, _, err = command("run", config, "--run-dir", run_dir, "--only", "reward")
+    assert code == 0, err
+    facts, expected = (
+        json.loads((place / "reward" / "complete.json").read_text(encoding="utf-8")) for place in (run_dir, finished)
+    )
+    changing = {"seconds", "finished"}
+    assert {k: facts[k] for k in facts.keys() - changing} == {k: expected[k] for k in expected.keys() - changing}
+    assert_same_bits(
+        saved(run_dir / "reward" / "checkpoints" / str(STEPS)), saved(finished / "reward" / "checkpoints" / str(STEPS))
+    )
+
+
+def test_stopped_at_the_keyboard(copied, config, start, command):
+    run_dir = copied("pretrain")
+    arguments = ("run", config, "--run-dir", run_dir, "--only", "pretrain")
+    process = start(*arguments)
+    wait_for_step(process, run_dir / "pretrain" / "metrics.jsonl", 1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.rstrip().endswith("interrupted")
+    line = rows_of(run_dir / "manifest.jsonl")[-1]
+    assert (line["status"], line["exit_code"]) == ("interrupted", 130)
+    assert "ended" in line

@@ -1,0 +1,276 @@
+"""What the documents show is what happens: commands parse and run, code runs, names and figures are the code's."""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from rlhfjax import errors
+from rlhfjax.cli import app
+from rlhfjax.config import load_config, resolved
+from rlhfjax.config.reading import read_yaml
+from rlhfjax.data.records import KINDS, parse_record
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+README, DATA = ROOT / "README.md", ROOT / "docs" / "data.md"
+CHEAP = {"ls", "show", "validate", "schema", "metrics", "env", "cp"}
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+    before: str  # the document up to the block
+
+
+def blocks(path, *languages):
+    text = path.read_text(encoding="utf-8")
+    found = re.finditer(r"^( *)```(\w+)\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(m[2], m[3], text[: m.start()]) for m in found if m[2] in languages]
+
+
+def commands(path, program="rlhfjax"):
+    """The words of each command of a program in the shell blocks; a redirection is left out."""
+    lines = itertools.chain.from_iterable(block.text.splitlines() for block in blocks(path, "sh", "console"))
+    words = (shlex.split(line.split(" > ")[0], comments=True) for line in lines)
+    return [line for line in words if line and Path(line[0]).name == program]
+
+
+def all_commands(program="rlhfjax"):
+    return [pytest.param(words, id=" ".join(words)) for path in DOCUMENTS for words in commands(path, program)]
+
+
+def verb_of(words):
+    command, names = typer.main.get_command(app), []
+    for word in words[1:]:
+        if not hasattr(command, "commands"):
+            break
+        assert word in command.commands, f"no verb {' '.join([*names, word])}"
+        names.append(word)
+        command = command.commands[word]
+    return command, names
+
+
+@pytest.mark.parametrize("words", all_commands())
+def test_commands_are_ones_the_command_line_takes(words):
+    command, names = verb_of(words)
+    command.make_context(" ".join(names), words[1 + len(names) :])  # parses options and arguments, runs nothing
+    assert CliRunner().invoke(app, [*names, "--help"]).exit_code == 0
+
+
+@pytest.fixture
+def with_configuration(tmp_path, monkeypatch):
+    """A directory of its own with the configuration that the documents call my_run.yaml."""
+    monkeypatch.chdir(tmp_path)
+    [block] = blocks(DATA, "yaml")
+    (tmp_path / "my_run.yaml").write_text(block.text, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", [each for each in all_commands() if each.values[0][1] in CHEAP])
+def test_cheap_commands_run(words, with_configuration):
+    if words[1] == "cp":
+        (with_configuration / "my_run.yaml").unlink()
+    elif words[1:4] == ["validate", "my_run.yaml", "mesh.fsdp=2"]:  # said of the copy of quickstart
+        (with_configuration / "my_run.yaml").unlink()
+        CliRunner().invoke(app, ["cp", "quickstart", "my_run.yaml"])
+    result = CliRunner().invoke(app, words[1:])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("words", [each for each in all_commands() if each.values[0][1] == "run"])
+def test_runs_name_stages_and_keys_that_are_there(words, with_configuration, monkeypatch):
+    started = []
+    monkeypatch.setattr("rlhfjax.stages.run_recipe", lambda *arguments: started.append(arguments))
+    result = CliRunner().invoke(app, words[1:])
+    assert (result.exit_code, len(started)) == (0, 1), result.output
+
+
+def test_make_targets_and_extras_are_there():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for path in DOCUMENTS:
+        for words in commands(path, "make"):
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {word[2:-1] for words in commands(README, "pip") for word in words if word.startswith(".[")}
+    assert named
+    assert named <= extras.keys()
+
+
+# Own data, from start to end -----------------------------------------------------------------------------------------
+
+
+def write_example_data(folder):
+    """Eight files about animals; every validation prompt is absent from training."""
+    animals = ["cat", "dog", "horse", "bird", "fish", "fox", "bear", "mouse"]
+    acts = ["sleeps", "runs", "eats", "sings", "swims", "jumps", "hides", "looks"]
+    places = ["house", "garden", "river", "forest", "kitchen", "tree", "road", "field"]
+    folder.mkdir()
+    scenes = list(itertools.product(animals, acts, places))
+    for suffix, chosen in (("", [s for s in scenes if s[0] != "fox"][::7]), ("_validation", scenes[320:384:4])):
+        rows = {
+            "pretraining": [{"text": f"The {a} {b} in the {c}. Then the {a} leaves the {c}."} for a, b, c in chosen],
+            "demonstrations": [
+                {"prompt": f"What does the {a} do?", "completion": f" The {a} {b} in the {c}."} for a, b, c in chosen
+            ],
+            "comparisons": [
+                {
+                    "prompt": f"What does the {a} do?",
+                    "responses": [f" The {a} {b} in the {c}.", f" The {a} {b}.", " No."],
+                    "ranks": [1, 2, 2],
+                }
+                for a, b, c in chosen
+            ],
+            "prompts": [{"prompt": f"What does the {a} do in the {c}?"} for a, _, c in chosen],
+        }
+        for name, records in rows.items():
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            (folder / f"{name}{suffix}.jsonl").write_text(lines, encoding="utf-8")
+
+
+DRIVER = """
+import json, sys
+from rlhfjax.cli import app
+for words in json.loads(sys.argv[1]):
+    print("\\n$", *words, flush=True)
+    try:
+        app(words[1:])
+    except SystemExit as end:
+        if end.code:
+            sys.exit(f"exit code {end.code}")
+exec(compile(sys.argv[2], "README.md", "exec"))
+print("shapes", logits.shape, scores.shape)
+"""
+
+
+def test_own_data_from_start_to_end(with_configuration, pytestconfig):
+    """All commands of docs/data.md in their order, then the Python of the README on what they made."""
+    write_example_data(with_configuration / "data")
+    (with_configuration / "runs").mkdir()
+    (with_configuration / "runs" / "quickstart").symlink_to("my_run")
+    shown = [words for words in commands(DATA) if words[1:] != ["data", "prepare", "movies"]]
+    assert shown[:5] == commands(README)[-5:]
+    [loading] = [block.text for block in blocks(README, "python") if "rlhfjax.load" in block.text]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(pytestconfig.cache.mkdir("jax"))}
+    private = {"RLHFJAX_DATA_DIR": str(with_configuration / "prepared"), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps(shown), loading],
+        env=os.environ | cache | private,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rank 2" in done.stdout  # data inspect shows candidates with their ranks
+    assert "score read at </s>" in done.stdout
+    assert re.search(r"shapes \(1, \d+, 384\) \(2,\)", done.stdout)
+    assert {"config.yaml", "manifest.jsonl", "report.html"} <= {
+        path.name for path in (with_configuration / "runs" / "my_run").iterdir()
+    }
+
+
+def test_records_shown_are_of_the_kind_they_are_shown_for():
+    seen = set()
+    for block in blocks(DATA, "json"):
+        kind = re.findall(r"^\*\*(\w+)\*\*:", block.before, re.MULTILINE)[-1]
+        parse_record(kind, json.loads(block.text), "docs/data.md")
+        seen.add(kind)
+    assert seen == set(KINDS)
+
+
+# Code, names, links --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_python_compiles_and_equations_run(path):
+    for block in blocks(path, "python"):
+        code = compile(block.text, path.name, "exec")
+        if "rlhfjax.load" not in block.text:
+            exec(code, {})
+
+
+def test_the_configuration_shown_is_that_of_quickstart():
+    def differences(shown, real, name):
+        if isinstance(shown, dict) and isinstance(real, dict):
+            for key, value in shown.items():
+                yield from differences(value, real.get(key, "absent"), f"{name}.{key}")
+        elif isinstance(shown, list) and isinstance(real, list) and len(shown) == len(real):
+            for i, (one, other) in enumerate(zip(shown, real, strict=True)):
+                yield from differences(one, other, f"{name}.{i}")
+        elif shown != real:
+            yield f"{name}: README has {shown}, the file {real}"
+
+    [block] = blocks(README, "yaml")
+    assert list(differences(read_yaml(block.text)[0], resolved(load_config("quickstart")), "quickstart")) == []
+
+
+def heading_anchors(path):
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_named_files_are_there(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        assert (path.parent / file).is_file(), target
+        assert not anchor or anchor in heading_anchors(path.parent / file), target
+    named = re.findall(r"(?<![\w./-])([\w/-]+\.(?:py|md|toml|lock|svg|cfg))\b", text)
+    named += re.findall(r"`((?:rlhfjax|tests|configs|docs)/[\w./-]+)`", text)
+    for name in named:
+        assert any((base / name).exists() for base in (ROOT, ROOT / "rlhfjax", path.parent)), name
+
+
+def test_the_floors_are_those_that_the_import_contract_holds():
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    floor_of = {name: i for i, layer in enumerate(layers) for name in re.split(r"[:|]", layer.replace(" ", ""))}
+    [block] = blocks(ROOT / "ARCHITECTURE.md", "text")
+    rows = [re.findall(r"\w+", line.split("   ")[0])[1:] for line in block.text.splitlines()]
+    shown = [floor_of[name] for row in rows for name in row]
+    assert shown == sorted(shown)
+    assert set(floor_of) - {name for row in rows for name in row} == {"environment", "terminal"}
+
+
+def test_exit_codes_are_those_of_the_errors():
+    rows = dict(re.findall(r"^\| (\d+) \| (.*) \|$", README.read_text(encoding="utf-8"), re.MULTILINE))
+    classes = (errors.ConfigError, errors.DataError, errors.IntegrityError, errors.Stopped)
+    assert set(rows) == {"0", "1", "130", *(str(error.exit_code) for error in classes)}
+
+
+def test_results_shown_are_those_committed(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import collect
+
+    text = README.read_text(encoding="utf-8")
+    remedy = "python -m benchmarks.collect --readme"
+    assert text == collect.with_block(text, collect.tables(collect.read_results(collect.RESULTS))), remedy
+
+
+def test_the_picture_is_plain_svg():
+    root = ET.parse(ROOT / "docs" / "recipe.svg").getroot()
+    text = (ROOT / "docs" / "recipe.svg").read_text(encoding="utf-8")
+    assert {child.tag.split("}")[1] for child in root.iter()}.isdisjoint({"script", "image", "foreignObject", "use"})
+    assert re.findall(r"https?://[^\"']+", text) == ["http://www.w3.org/2000/svg"]
+    assert "prefers-color-scheme: dark" in text
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_nothing_of_somebodys_machine_and_nothing_unfinished(path):
+    text = path.read_text(encoding="utf-8")
+    assert re.findall(r"(?<![\w.~])/(?:work|tmp|home|root|Users|mnt)\b", text) == []
+    assert re.findall(r"\b(?:TODO|FIXME|XXX|TBD)\b", text) == []
+    assert set(re.findall(r"https?://([^/)\s]+)", text)) <= {"semver.org", "docs.astral.sh"}
