@@ -1,21 +1,33 @@
-"""Eight CPU devices, strict types and ranks, and checks of key reuse, for every test."""
+"""Eight CPU devices, strict ranks and types, and checks of key reuse."""
 
 import os
+from pathlib import Path
 
 import jax
+import pytest
 
 # Most of a run is compiling programs that then run once; these two take two thirds of that time away.
 FASTER_COMPILER = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{FASTER_COMPILER} {os.environ.get('XLA_FLAGS', '')}"
 
+# Elsewhere whole stages run, with Adam of optax in them, which raises a float to an integer power.
+STRICT_TYPES = {"algorithms", "generation", "models", "sharding", "training", "test_api.py", "test_rules.py"}
+
 
 def pytest_configure(config):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_debug_key_reuse", True)
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # Another run of the tests may be writing the entry.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def strict_types(request):
+    """No silent widening of types."""
+    folder = request.path.relative_to(Path(__file__).parent).parts[0]
+    with jax.numpy_dtype_promotion("strict" if folder in STRICT_TYPES else "standard"):
+        yield

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from rlhfjax.config import schema
 from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.types import Experience, RankedBatch, Rollout, TokenBatch
 
-VOCAB = 40
+VOCAB = 16
 SHAPE = {"vocab_size": VOCAB, "layers": 2, "width": 16, "heads": 4, "context": 32}
 STYLES = {
     "gpt2": ("gpt2", {}),
@@ -128,3 +129,13 @@ def experience(rows: int, prompt: int, response: int, seed: int = 0) -> Experien
         normal(0.0, 1.0, rows),
     )
     return Experience(rollout, normal(0.0, 1.0, rows, response), normal(0.0, 0.3, rows, response))
+
+
+def lenient(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer under the usual type promotion, which Adam of optax needs; what is around it stays strict."""
+
+    def update(*args):
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(*args)
+
+    return optax.GradientTransformation(optimizer.init, update)

@@ -140,8 +140,7 @@ def _missing(source: str, data_dir: Path) -> DataError:
     names = [f"{'/'.join(path.relative_to(data_dir).parts[:-2])}:{path.parent.name}" for path in infos]
     nearest = sorted(names, key=lambda name: (-difflib.SequenceMatcher(None, source, name).ratio(), name))[:_SHOWN]
     there = ", ".join(nearest) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-    own = source.partition("/")[0]
-    what = "movies" if own == "movies" else f"{own} --kind KIND --split train=FILE.jsonl"
+    what = "movies" if source.startswith("movies") else "NAME --kind KIND --split train=FILE.jsonl"
     return DataError(
         f"expected the dataset {source!r} in {data_dir}, got {there or 'nothing prepared there'}; "
         f"run `rlhfjax data prepare {what}`, or correct the name"

@@ -16,6 +16,7 @@ from rlhfjax.stages.offline import normalize_scores, reward_modelling
 
 MODEL = tiny("gpt2")
 BATCH = ranked_batch(3, 4, 6, seed=1)
+RANKS, PRESENT = np.asarray(BATCH.ranks), np.asarray(BATCH.mask)
 
 
 def smaller(params):
@@ -28,12 +29,12 @@ def every_pair(params) -> jax.Array:
     scores = jax.lax.map(lambda row: MODEL.scores(params, row[0][None], row[1][None])[0], rows).reshape(3, 4)
     total, prompts = jnp.float32(0.0), 0
     for prompt in range(3):
-        there = [k for k in range(4) if BATCH.mask[prompt, k]]
+        there = [k for k in range(4) if PRESENT[prompt, k]]
         losses = [
             -jax.nn.log_sigmoid(scores[prompt, w] - scores[prompt, l])
             for w in there
             for l in there  # noqa: E741
-            if BATCH.ranks[prompt, w] < BATCH.ranks[prompt, l]
+            if RANKS[prompt, w] < RANKS[prompt, l]
         ]
         total += sum(losses) / (len(there) * (len(there) - 1) / 2)
         prompts += 1
@@ -41,9 +42,8 @@ def every_pair(params) -> jax.Array:
 
 
 def test_the_batch_has_ties_and_absent_candidates():
-    there = np.asarray(BATCH.mask)
-    assert not there.all()
-    assert any(len(set(r[m].tolist())) < m.sum() for r, m in zip(np.asarray(BATCH.ranks), there, strict=True))
+    assert not PRESENT.all()
+    assert any(len(set(ranks[there].tolist())) < there.sum() for ranks, there in zip(RANKS, PRESENT, strict=True))
 
 
 def test_value_and_gradient_equal_the_pairs_one_by_one():
