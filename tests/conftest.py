@@ -3,12 +3,16 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 
 # Most of a run is compiling programs that then run once; these two take two thirds of that time away.
 FASTER_COMPILER = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{FASTER_COMPILER} {os.environ.get('XLA_FLAGS', '')}"
+# With the scheduler that is the default, programs on several CPU devices may start their collectives in different orders
+# and wait for each other until XLA gives up and ends the process.
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+os.environ["XLA_FLAGS"] = f"{FASTER_COMPILER} {IN_ORDER} {os.environ.get('XLA_FLAGS', '')}"
 
 # Elsewhere whole stages run, with Adam of optax in them, which raises a float to an integer power.
 STRICT_TYPES = {"algorithms", "generation", "models", "sharding", "training", "test_api.py", "test_rules.py"}
@@ -23,6 +27,9 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # Another run of the tests may be writing the entry.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")
+    # How long an example takes says nothing about the code on a busy machine.
+    hypothesis.settings.register_profile("no deadline", deadline=None)
+    hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -35,14 +35,14 @@ def random_tree(shapes, seed: int = 0, std: float = 0.4):
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def params_of(model: LanguageModel, seed: int = 0):
-    """Parameters of a policy."""
-    return random_tree(jax.eval_shape(model.init, jax.random.key(0)), seed)
+def params_of(model: LanguageModel, seed: int = 0, std: float = 0.4):
+    """Parameters of a policy; a smaller `std` makes all tokens likelier."""
+    return random_tree(jax.eval_shape(model.init, jax.random.key(0)), seed, std)
 
 
-def scalar_params_of(model: LanguageModel, seed: int = 0):
+def scalar_params_of(model: LanguageModel, seed: int = 0, std: float = 0.4):
     """Parameters of a reward or value model."""
-    return random_tree(jax.eval_shape(model.init_scalar, jax.random.key(0)), seed)
+    return random_tree(jax.eval_shape(model.init_scalar, jax.random.key(0)), seed, std)
 
 
 def random_tokens(*shape: int, seed: int = 0, low: int = 0, high: int = VOCAB):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlhfjax.errors import DataError
-from rlhfjax.text.chat import encode_all_turns, encode_demonstration, encode_prompt, encode_response
+from rlhfjax.text.chat import encode_all_turns, encode_demonstration, encode_prompt
 from rlhfjax.text.tokenizer import Tokenizer
 
 CHUNK = 1024  # records read and tokenised at a time
@@ -112,11 +112,16 @@ def prompt_rows(source, tokenizer: Tokenizer) -> Ragged:
 def ranked_rows(source, tokenizer: Tokenizer) -> RankedRows:
     """Every candidate of every comparison as prompt + response + EOS."""
     rows, groups, ranks = [], [0], []
-    for record in _records(source):
-        prompt = encode_prompt(tokenizer, record)
-        rows.extend(prompt + encode_response(tokenizer, text) for text in record["responses"])
-        ranks.extend(record["ranks"])
-        groups.append(len(rows))
+    for start in range(0, len(source), CHUNK):
+        records = source.__getitems__(range(start, min(start + CHUNK, len(source))))
+        # Many labelers rank the same texts: each is tokenised once.
+        texts = list(dict.fromkeys(text for record in records for text in record["responses"]))
+        ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+        for record in records:
+            prompt = encode_prompt(tokenizer, record)
+            rows.extend([*prompt, *ids[text], tokenizer.eos_id] for text in record["responses"])
+            ranks.extend(record["ranks"])
+            groups.append(len(rows))
     return RankedRows(Ragged.of(rows), np.asarray(groups), np.asarray(ranks, np.int32))
 
 

@@ -244,5 +244,6 @@ def hardware() -> str:
     """What the numbers were measured on."""
     devices = jax.devices()
     if devices[0].platform == "cpu":
-        return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return f"{cores} CPU core{'s' if cores != 1 else ''} ({platform.machine()})"
     return f"{len(devices)} x {devices[0].device_kind}"

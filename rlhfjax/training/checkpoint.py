@@ -113,7 +113,7 @@ def find_checkpoint(path: str | Path) -> Path:
         if steps:
             return path / "checkpoints" / str(max(steps))
     for stage in STAGES:
-        if (path / stage / "checkpoints").is_dir():
+        if any(entry.name.isdigit() for entry in (path / stage / "checkpoints").glob("*")):
             return find_checkpoint(path / stage)
     raise ConfigError(f"checkpoint: {path} holds no checkpoint; expected {path}/checkpoints/STEP or a run with one")
 

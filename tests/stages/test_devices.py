@@ -1,6 +1,5 @@
 """The recipe on eight devices as 2 x 2 x 2: the numbers of one device, no compiling on the way, resumed to the bit."""
 
-import threading
 from collections import Counter
 from dataclasses import replace
 
@@ -17,12 +16,6 @@ MESH = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
 TRAINED = ("pretrain", "sft", "reward", "ppo")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction counts in int32
-        yield
-
-
 @pytest.fixture(scope="module")
 def sharded(config, tmp_path_factory):
     """A run on the mesh: its directory, and how much had been compiled when each PPO iteration began and at the end."""
@@ -30,8 +23,7 @@ def sharded(config, tmp_path_factory):
     compiled, counts, loop = [], [], ppo.train_online
 
     def listen(event, seconds, **_):
-        # Checkpoints are written by a thread, whose first copies are compiled while the second iteration runs.
-        if event.endswith("backend_compile_duration") and threading.current_thread() is threading.main_thread():
+        if event.endswith("backend_compile_duration"):
             compiled.append(event)
 
     def counted(steps, *args, **kwargs):
@@ -54,7 +46,7 @@ def sharded(config, tmp_path_factory):
 def test_nothing_is_compiled_after_the_first_iteration(sharded):
     _, (first, second, *rest) = sharded
     assert first < second
-    assert rest == [second] * STEPS
+    assert rest == [second] * (STEPS - 1)
 
 
 @pytest.mark.parametrize("stage", TRAINED)

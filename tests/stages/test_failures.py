@@ -75,9 +75,7 @@ def test_settings(refused, override, expected):
 def test_a_key_given_twice(refused, tmp_path):
     path = tmp_path / "twice.yaml"
     path.write_text("name: one\nmodel: {layers: 1}\nname: two\n", encoding="utf-8")
-    assert refused(
-        2, path=path
-    ) == f"{path}:3: not valid YAML: " or "key name is given twice, first on line 1" in refused(2, path=path)
+    assert refused(2, path=path) == f"{path}:3: key name is given twice, first on line 1\n"
 
 
 def test_a_checkpoint_with_another_tokenizer(refused, finished):
@@ -114,9 +112,9 @@ def test_a_split_that_is_not_there(refused, files):
         ("pretrain", '{"text": 3}', ":2: text: expected a string, got a whole number"),
         ("pretrain", '{"text": "cut', ":2: expected JSON, got "),
         ("sft", '{"prompt": "a"}', ":2: completion: expected this field in a demonstration, got an object without it"),
-        ("reward", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1]}', ":2: ranks: expected one rank for each of 2"),
+        ("reward", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1]}', ":2: ranks: expected one rank for each"),
         ("ppo", '{"prompt": "  "}', ":2: prompt: expected text, got nothing but white space"),
-        ("ppo", '{"messages": [{"role": "user", "content": ""}]}', ":2: messages: expected text in the last user message"),
+        ("ppo", '{"messages": [{"role": "user", "content": ""}]}', ":2: messages: expected text in the last user"),
     ],
 )  # fmt: skip
 def test_a_wrong_line_is_named(refused, files, tmp_path, stage, line, expected):
@@ -137,7 +135,8 @@ def test_what_is_too_long_is_named_by_its_row(refused, files, tmp_path, stage):
     short = {"prompt": "a", "completion": " b", "responses": [" b", " a"], "ranks": [1, 2]}
     kept = {key: short[key] for key in long}
     path = write_jsonl(tmp_path / f"{name}.jsonl", [kept] * 9 + [long] + [kept] * 5)
-    message = refused(3, f"stages.{stage}.data={source(path)}", f"stages.{stage}.batch.overlong=error")
+    more = ["stages.sft.select_by=last", "stages.sft.validation=[]"] if stage == "sft" else []
+    message = refused(3, f"stages.{stage}.data={source(path)}", f"stages.{stage}.batch.overlong=error", *more)
     assert f"{path} row 9: expected at most {10 if stage == 'ppo' else 24} tokens, got " in message
     assert "(1 rows of 15 are too long)" in message
 

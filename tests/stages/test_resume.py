@@ -10,12 +10,13 @@ from stages.conftest import assert_same_bits, rows_of, saved
 from stages.tiny_recipe import STAGES, STEPS
 
 
-def wait_for_step(process, path, step):
-    """Until `path` holds a whole line of the step."""
+def wait_for_checkpoint(process, folder):
+    """Until a stage has a whole checkpoint, and the metrics of its first step."""
     while process.poll() is None:
-        if path.exists() and f'"step": {step},' in path.read_text(encoding="utf-8").rpartition("\n")[0]:
+        whole = folder.glob("checkpoints/[0-9]")
+        if any(whole) and (folder / "metrics.jsonl").read_text(encoding="utf-8").count("\n"):
             return
-        time.sleep(0.005)
+        time.sleep(0.002)
     raise AssertionError(process.communicate()[1])
 
 
@@ -24,18 +25,19 @@ def test_killed_in_a_stage(copied, finished, config, start, command, stage):
     run_dir = copied(stage)
     arguments = ("run", config, "--run-dir", run_dir, "--only", stage)
     process = start(*arguments)
-    wait_for_step(process, run_dir / stage / "metrics.jsonl", 1)
+    wait_for_checkpoint(process, run_dir / stage)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (run_dir / stage / "complete.json").exists()
+    before_it_died = rows_of(run_dir / stage / "metrics.jsonl")
     earlier = [run_dir / name / "complete.json" for name in STAGES[: STAGES.index(stage)]]
     times = [path.stat().st_mtime_ns for path in earlier]
 
     code, _, err = command(*arguments)
     assert code == 0, err
     assert [path.stat().st_mtime_ns for path in earlier] == times
-    # It went on from a checkpoint, and its numbers continue those of before.
     again, straight = rows_of(run_dir / stage / "metrics.jsonl"), rows_of(finished / stage / "metrics.jsonl")
+    assert again[0] == before_it_died[0]  # with its timings: the step was not done again
     steps = [row["step"] for row in again]
     assert steps == sorted(set(steps))
     assert {1, STEPS} <= set(steps)
@@ -72,7 +74,7 @@ def test_stopped_at_the_keyboard(copied, config, start, command):
     run_dir = copied("pretrain")
     arguments = ("run", config, "--run-dir", run_dir, "--only", "pretrain")
     process = start(*arguments)
-    wait_for_step(process, run_dir / "pretrain" / "metrics.jsonl", 1)
+    wait_for_checkpoint(process, run_dir / "pretrain")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130

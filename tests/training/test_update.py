@@ -1,0 +1,217 @@
+"""One optimizer step, and epochs of minibatches, on models small enough to follow by hand."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import VOCAB, experience, lenient, ppo_config, token_batch
+
+from rlhfjax.algorithms import LanguageModelling, Mix, Ppo
+from rlhfjax.stages.ppo import ppo_optimizer
+from rlhfjax.training.update import apply_gradients, offline_step, online_update
+from rlhfjax.types import TrainState
+
+ROWS, COEF = 8, 3.0
+
+
+def by_last_token(params, rollout):
+    """Logits (or values) of a response token from the token before it."""
+    before = jnp.concatenate([rollout.prompt[:, -1:], rollout.response[:, :-1]], axis=1)
+    return params[before]
+
+
+PPO = Ppo(
+    lambda params, rollout: by_last_token(params["policy"]["embedding"], rollout),
+    lambda params, rollout: by_last_token(params["value"]["bias"], rollout),
+    value_coef=0.3,
+    entropy_coef=0.02,
+)
+LANGUAGE = LanguageModelling(lambda params, batch, key: params["policy"]["embedding"][batch.tokens])
+MADE, TEXT = experience(ROWS, 3, 5), token_batch(ROWS, 6)
+OPTIMIZER = {"lr": 0.05, "schedule": "constant", "clip_norm": 0.1, "eps": 1e-3, "weight_decay": 0.1}
+
+
+def start(average: bool = False) -> TrainState:
+    rng = np.random.default_rng(1)
+    params = {
+        "policy": {"embedding": jnp.asarray(rng.normal(0, 0.5, (VOCAB, VOCAB)), jnp.float32)},
+        "value": {"bias": jnp.asarray(rng.normal(0, 0.5, VOCAB), jnp.float32)},
+    }
+    optimizer = ppo_optimizer(ppo_config(optimizer=OPTIMIZER))
+    return TrainState(params, optimizer.init(params), jnp.int32(0), params["policy"] if average else None)
+
+
+def updater(algorithm, *, optimizer=None, **settings):
+    """`online_update`, compiled; one epoch and one minibatch if not said otherwise."""
+    optimizer = optimizer or lenient(ppo_optimizer(ppo_config(optimizer=OPTIMIZER)))
+    settings = {"epochs": 1, "minibatches": 1} | settings
+    run = jax.jit(lambda s, e, x, k: online_update(algorithm, optimizer, s, e, x, k, **settings))
+
+    def update(state, made=MADE, text=None, seed=0):
+        return run(state, made, text, jax.random.key(seed))
+
+    return update
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_ppo_ptx_is_one_adam_step_on_the_sum_of_both_gradients(parts):
+    """Adam on clip(g_ppo + γ g_ptx), by hand: one clipping of the sum, one step.
+
+    Fails with two steps, when each gradient is clipped by itself, or when γ is left out or applied twice: seen.
+    """
+    state = start()
+    ppo = jax.grad(lambda p: PPO.loss(p, MADE, PPO.weight(MADE))[0])(state.params)
+    language = jax.grad(lambda p: LANGUAGE.loss(p, TEXT, LANGUAGE.weight(TEXT))[0])(state.params)["policy"]
+    got, metrics = updater(Mix(PPO, COEF, LANGUAGE), parts=parts)(state, text=TEXT)
+    both = {
+        "policy": np.asarray(ppo["policy"]["embedding"]) + COEF * np.asarray(language["embedding"]),
+        "value": np.asarray(ppo["value"]["bias"]),
+    }
+    for name, leaf, decay in (("policy", "embedding", 0.1), ("value", "bias", 0.0)):
+        norm = np.sqrt(np.square(both[name]).sum())
+        assert norm > 0.1 or name == "value"
+        gradient = both[name] * min(1.0, 0.1 / norm)
+        before = np.asarray(state.params[name][leaf])
+        # the first step of Adam: both moments, corrected, are the gradient and its square
+        wanted = before - 0.05 * (gradient / (np.abs(gradient) + 1e-3) + decay * before)
+        np.testing.assert_allclose(got.params[name][leaf], wanted, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(metrics[f"grad/{name}_norm"], norm, rtol=1e-5)
+    assert got.step == 1
+    wanted = -np.mean(text_log_probs(state.params["policy"]["embedding"]))
+    np.testing.assert_allclose(metrics["loss/ptx"], wanted, rtol=1e-5)
+
+
+def text_log_probs(table, rows=range(ROWS)):
+    log_p = np.asarray(jax.nn.log_softmax(table, axis=-1))
+    segments, tokens = np.asarray(TEXT.segments), np.asarray(TEXT.tokens)
+    return [
+        log_p[tokens[row, t - 1], tokens[row, t]]
+        for row in rows
+        for t in range(1, tokens.shape[1])
+        if TEXT.loss_mask[row, t] and segments[row, t] == segments[row, t - 1]
+    ]
+
+
+def test_each_step_has_its_own_share_of_the_pretraining_text():
+    """Four steps, two rows each: every row is used once.
+
+    With targets in one row alone and all other rows empty, the mean over steps is a quarter of that row's loss.
+    """
+    still, state = optax.set_to_zero(), start()
+    update = updater(Mix(PPO, 1.0, LANGUAGE), optimizer=still, epochs=2, minibatches=2)
+    frozen = TrainState(state.params, still.init(state.params), state.step)
+    for row in range(ROWS):
+        alone = replace(TEXT, loss_mask=TEXT.loss_mask & (jnp.arange(ROWS) == row)[:, None])
+        wanted = -np.mean(text_log_probs(state.params["policy"]["embedding"], rows=[row])) / 4
+        assert update(frozen, text=alone)[1]["loss/ptx"] == pytest.approx(wanted, rel=1e-4)
+
+
+@dataclass(frozen=True)
+class Visits:
+    """A loss whose gradient writes down which rows a step saw, and when: `clock` counts the steps."""
+
+    def weight(self, rows):
+        return jnp.float32(1.0)
+
+    def loss(self, params, rows, weight, key):
+        book = params["policy"]
+        now = jax.lax.stop_gradient(book["clock"])
+        seen = jnp.zeros_like(book["count"]).at[rows].add(1.0)
+        at_first = seen * (now == 0).astype(jnp.float32)
+        entries = seen * book["count"] + now * seen * book["time"] + at_first * book["first"]
+        return -entries.sum() - book["clock"], {"val/ratio_err": now, "policy/approxkl_avg": now}
+
+
+def visits(seed=0, **settings):
+    """(book, metrics, steps) of an update over 12 rows."""
+    rows, sgd = 12, optax.sgd(1.0)
+    params = {"policy": {name: jnp.zeros(rows) for name in ("count", "time", "first")} | {"clock": jnp.zeros(())}}
+    state = TrainState(params, sgd.init(params), jnp.int32(0))
+    update = updater(Visits(), optimizer=sgd, **settings)
+    state, metrics = update(state, jnp.arange(rows, dtype=jnp.int32), seed=seed)
+    return jax.device_get(state.params["policy"]), metrics, int(state.step)
+
+
+@pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (3, 4), (2, 12)])
+def test_each_row_is_visited_once_an_epoch(epochs, minibatches):
+    # fails when rows are drawn with replacement, or minibatches overlap: seen
+    book, metrics, steps = visits(epochs=epochs, minibatches=minibatches)
+    assert book["count"].tolist() == [epochs] * 12
+    assert steps == epochs * minibatches
+    assert book["first"].sum() == 12 // minibatches
+    assert metrics["policy/epochs_run"] == epochs
+    assert metrics["policy/first_minibatch_ratio_err"] == 0
+    assert metrics["val/ratio_err"] == pytest.approx((steps - 1) / 2)  # the mean over all steps
+
+
+def test_epochs_are_shuffled_apart_and_by_the_key():
+    # with 12 steps an epoch, time = position in epoch 1 + position in epoch 2 + 12; equal orders give even numbers
+    first, again, other = (visits(seed, epochs=2, minibatches=12)[0]["time"] - 12 for seed in (0, 0, 1))
+    assert sorted(visits(epochs=1, minibatches=12)[0]["time"].tolist()) == list(range(12))
+    assert (first % 2 == 1).any()
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize(("stop", "taken"), [(0.0, 2), (3.0, 5), (100.0, 8)])
+def test_kl_stop_ends_the_update_after_the_step_that_exceeds_it(stop, taken):
+    # the "approximate KL" of step n is n; fails when the steps that are left still count in the metrics: seen
+    book, metrics, steps = visits(epochs=2, minibatches=4, kl_stop=stop)
+    assert (steps, book["clock"]) == (taken, taken)
+    assert book["count"].sum() == 3 * taken
+    assert metrics["policy/approxkl_avg"] == pytest.approx((taken - 1) / 2)
+    assert metrics["policy/epochs_run"] == pytest.approx(taken / 4)
+
+
+def test_kl_stop_leaves_the_state_bit_for_bit_where_it_was():
+    # fails when moments or the average still move after the stop. One row, so that no shuffle changes a sum's order.
+    one = jax.tree.map(lambda x: x[:1], MADE)
+    one = replace(one, rollout=replace(one.rollout, log_probs=one.rollout.log_probs - 0.1))
+    stopped, metrics = updater(PPO, epochs=5, kl_stop=1e-9, ema_decay=0.9)(start(average=True), one)
+    short, _ = updater(PPO, epochs=1, kl_stop=1e9, ema_decay=0.9)(start(average=True), one)
+    assert (float(metrics["policy/epochs_run"]), int(stopped.step)) == (1, 1)
+    jax.tree.map(np.testing.assert_array_equal, stopped, short)
+
+
+def test_the_average_follows_the_policy_alone():
+    # average_n = d^n p_0 + (1 - d) Σ d^(n-k) p_k. Fails with d and 1 - d exchanged: seen
+    state, decay, update = start(average=True), 0.9, updater(PPO, ema_decay=0.9)
+    expected = np.asarray(state.average["embedding"], np.float64)
+    for step in range(3):
+        state, _ = update(state, seed=step)
+        expected = decay * expected + (1 - decay) * np.asarray(state.params["policy"]["embedding"], np.float64)
+    assert set(state.average) == {"embedding"}
+    np.testing.assert_allclose(state.average["embedding"], expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(expected - np.asarray(state.params["policy"]["embedding"])).max() > 0.01
+
+
+def test_the_average_of_an_offline_model_is_of_all_of_it():
+    params = {"embedding": jnp.ones((VOCAB, VOCAB)), "other": jnp.ones(3)}
+    sgd = optax.sgd(1.0)
+    state = TrainState(params, sgd.init(params), jnp.int32(4), params)
+    gradient = jax.tree.map(jnp.ones_like, params)
+    moved = apply_gradients(sgd, state, gradient, ema_decay=0.75)
+    assert moved.step == 5
+    for name in params:
+        np.testing.assert_allclose(moved.params[name], 0.0)
+        np.testing.assert_allclose(moved.average[name], 0.75)
+    assert apply_gradients(sgd, replace(state, average=None), gradient).average is None
+
+
+def test_offline_step_reports_its_gradient_and_its_tokens():
+    language = LanguageModelling(lambda params, batch, key: params["embedding"][batch.tokens])
+    params, sgd = {"embedding": start().params["policy"]["embedding"]}, optax.sgd(0.5)
+    state = TrainState(params, sgd.init(params), jnp.int32(0))
+    after, metrics = jax.jit(lambda s, b, k: offline_step(language, sgd, s, b, k, parts=2))(
+        state, TEXT, jax.random.key(0)
+    )
+    gradient = jax.grad(lambda p: language.loss(p, TEXT, language.weight(TEXT))[0])(params)["embedding"]
+    np.testing.assert_allclose(
+        after.params["embedding"], params["embedding"] - 0.5 * gradient, rtol=1e-5, atol=1e-7
+    )
+    np.testing.assert_allclose(metrics["grad/norm"], np.sqrt(np.square(gradient).sum()), rtol=1e-5)
+    assert int(metrics["tokens"]) == int((np.asarray(TEXT.segments) > 0).sum())
+    np.testing.assert_allclose(metrics["loss/train"], -np.mean(text_log_probs(params["embedding"])), rtol=1e-5)
