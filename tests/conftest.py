@@ -9,8 +9,8 @@ import pytest
 
 # Most of a run is compiling programs that then run once; these two take two thirds of that time away.
 FASTER_COMPILER = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-# With the scheduler that is the default, programs on several CPU devices may start their collectives in different orders
-# and wait for each other until XLA gives up and ends the process.
+# With the scheduler that is the default, programs on several CPU devices may start their collectives in different
+# orders and wait for each other until XLA gives up and ends the process.
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 os.environ["XLA_FLAGS"] = f"{FASTER_COMPILER} {IN_ORDER} {os.environ.get('XLA_FLAGS', '')}"
 

@@ -33,6 +33,7 @@ from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.sharding import make_mesh, place_batch, state_shardings
 from rlhfjax.stages.ppo import compiled_steps, ppo_algorithm, ppo_optimizer, updates_of
 from rlhfjax.training.metrics import MetricsWriter
+from rlhfjax.training.metrics_catalogue import metric_of
 from rlhfjax.training.online import OnlineSteps, train_online
 from rlhfjax.training.state import init_state
 from rlhfjax.types import Experience, OnlineState, PromptBatch, Rollout
@@ -119,9 +120,7 @@ def record(directory, config, style, mesh) -> Recorded:
         save_every=ITERATIONS,
     )
     writer.close()
-    return Recorded(
-        config, policy, reward, frozen, algorithm, steps, state, params, rollouts, experiences, metrics
-    )
+    return Recorded(config, policy, reward, frozen, algorithm, steps, state, params, rollouts, experiences, metrics)
 
 
 @pytest.fixture(scope="module", params=["gpt2, T 1, one device", "llama, T 0.7, eight devices"])
@@ -307,8 +306,13 @@ def test_each_step_is_compiled_once(run):
 def test_the_state_keeps_its_layout_and_counts(run):
     mesh = run.state.train.step.sharding.mesh
     wanted = state_shardings(mesh, run.state)
-    jax.tree.map(lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim) or pytest.fail(), run.state, wanted)
+    for leaf, sharding in zip(jax.tree.leaves(run.state), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     updates = ITERATIONS * updates_of(run.config)
     assert (int(run.state.iteration), int(run.state.train.step)) == (ITERATIONS, updates)
     assert all(metrics["policy/epochs_run"] == run.config.batch.epochs for metrics in run.metrics)
     assert [metrics["episode"] for metrics in run.metrics] == [run.config.batch.size * i for i in (1, 2, 3)]
+
+
+def test_every_metric_is_in_the_catalogue(run):
+    assert [name for name in run.metrics[0] if metric_of(name) is None] == []

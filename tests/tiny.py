@@ -72,9 +72,7 @@ def token_batch(rows: int, length: int, seed: int = 0) -> TokenBatch:
     targets = (segments > 0) & (rng.random((rows, length)) < 0.7)
     targets[:, 1] = True
     tokens = random_tokens(rows, length, seed=seed)
-    return TokenBatch(
-        tokens, jnp.asarray(segments, jnp.int32), jnp.asarray(positions, jnp.int32), jnp.asarray(targets)
-    )
+    return TokenBatch(tokens, jnp.asarray(segments, jnp.int32), jnp.asarray(positions, jnp.int32), jnp.asarray(targets))
 
 
 def ranked_batch(prompts: int, candidates: int, length: int, seed: int = 0) -> RankedBatch:

@@ -45,9 +45,7 @@ def test_the_batch_has_ties_and_absent_candidates():
 def test_value_and_gradient_equal_the_pairs_one_by_one():
     # fails when each pair (and not each prompt) weighs the same, ties count, or absent candidates do: seen
     params, algorithm = scalar_params_of(MODEL, std=0.2), reward_modelling(MODEL, schema.RankingLoss())
-    loss, gradient = jax.jit(
-        jax.value_and_grad(lambda p: algorithm.loss(p, BATCH, algorithm.weight(BATCH))[0])
-    )(params)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda p: algorithm.loss(p, BATCH, algorithm.weight(BATCH))[0]))(params)
     wanted, wanted_gradient = jax.jit(jax.value_and_grad(every_pair))(params)
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
     assert abs(float(loss) - np.log(2)) > 0.01

@@ -49,8 +49,9 @@ MESHES = {
 }
 
 
-def all_gradients(shape, parts, algorithms=tuple(ALGORITHMS.items())):
-    """(gradients, metrics) of every algorithm on a mesh, as numpy."""
+def all_gradients(shape, parts, **algorithms):
+    """(gradients, metrics) of algorithms, by default all of them, on a mesh, as numpy."""
+    algorithms = algorithms or ALGORITHMS
     mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
     params = {"policy": params_of(POLICY, std=0.15), "value": scalar_params_of(SCALAR, std=0.15)}
     params = jax.device_put(params, state_shardings(mesh, params))
@@ -66,9 +67,10 @@ def all_gradients(shape, parts, algorithms=tuple(ALGORITHMS.items())):
             "ppo": (params, made),
             "ppo_ptx": (params, MixedBatch(made, tokens)),
         }
-        keys = jax.random.split(key, len(algorithms))
+        keys = list(jax.random.split(key, len(algorithms)))
         return {
-            name: gradients(algorithm, *batches[name], keys[i], parts) for i, (name, algorithm) in enumerate(algorithms)
+            name: gradients(algorithm, *batches[name], key, parts)
+            for key, (name, algorithm) in zip(keys, algorithms.items(), strict=True)
         }
 
     return jax.device_get(run(params, tokens, ranked, made, jax.random.key(0)))
@@ -86,7 +88,9 @@ def test_loss_and_gradient_do_not_depend_on_parts_or_mesh(mesh, reference):
     for name in ALGORITHMS:
         (grads, metrics), (wanted_grads, wanted) = got[name], reference[name]
         for metric in LOSSES[name]:
-            np.testing.assert_allclose(metrics[metric], wanted[metric], rtol=2e-5, atol=1e-6, err_msg=f"{name} {metric}")
+            np.testing.assert_allclose(
+                metrics[metric], wanted[metric], rtol=2e-5, atol=1e-6, err_msg=f"{name} {metric}"
+            )
         largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted_grads))
         jax.tree.map(
             lambda g, w, name=name, size=largest: np.testing.assert_allclose(
@@ -108,7 +112,7 @@ def test_every_gradient_is_there(reference):
 
 def test_the_mixed_gradient_is_the_sum_of_the_two(reference):
     # fails when the coefficient is lost, or multiplies the value model's gradient too: seen
-    ppo = all_gradients(*MESHES["one"], algorithms=(("ppo", PPO_PTX.first),))["ppo"][0]
+    ppo = all_gradients(*MESHES["one"], ppo=PPO_PTX.first)["ppo"][0]
     language = reference["language_modelling"][0]
     mixed, metrics = reference["ppo_ptx"]
     wanted = {"policy": jax.tree.map(lambda a, b: a + COEF * b, ppo["policy"], language), "value": ppo["value"]}

@@ -76,11 +76,11 @@ def test_three_steps_equal_adamw_by_hand(clip_norm):
     # fails with ε inside the root, decay on scales and biases, or clipping leaf by leaf: seen
     rng = np.random.default_rng(0)
     shapes = {"layer": {"kernel": (3, 2), "bias": (2,)}, "norm": {"scale": (1, 2)}}
-    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda x: type(x) is tuple)
-    gradients = [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params) for _ in range(3)]
-    settings = Optimizer(
-        lr=0.1, schedule="constant", b1=0.8, b2=0.9, eps=1e-2, weight_decay=0.3, clip_norm=clip_norm
+    params = jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda x: type(x) is tuple
     )
+    gradients = [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params) for _ in range(3)]
+    settings = Optimizer(lr=0.1, schedule="constant", b1=0.8, b2=0.9, eps=1e-2, weight_decay=0.3, clip_norm=clip_norm)
     got = stepped(make_optimizer(settings, 10), params, gradients)
     for path, start in jax.tree_util.tree_flatten_with_path(params)[0]:
         scaled = []

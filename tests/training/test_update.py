@@ -209,9 +209,7 @@ def test_offline_step_reports_its_gradient_and_its_tokens():
         state, TEXT, jax.random.key(0)
     )
     gradient = jax.grad(lambda p: language.loss(p, TEXT, language.weight(TEXT))[0])(params)["embedding"]
-    np.testing.assert_allclose(
-        after.params["embedding"], params["embedding"] - 0.5 * gradient, rtol=1e-5, atol=1e-7
-    )
+    np.testing.assert_allclose(after.params["embedding"], params["embedding"] - 0.5 * gradient, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(metrics["grad/norm"], np.sqrt(np.square(gradient).sum()), rtol=1e-5)
     assert int(metrics["tokens"]) == int((np.asarray(TEXT.segments) > 0).sum())
     np.testing.assert_allclose(metrics["loss/train"], -np.mean(text_log_probs(params["embedding"])), rtol=1e-5)

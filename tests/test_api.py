@@ -1,0 +1,187 @@
+"""The Python interface against the models it stands for, computed directly."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import left_mask, params_of, random_tokens, right_mask, scalar_params_of, tiny
+
+import rlhfjax
+from rlhfjax.errors import ConfigError, IntegrityError
+from rlhfjax.text.chat import encode_prompt, encode_response
+from rlhfjax.text.tokenizer import Tokenizer
+from rlhfjax.training.checkpoint import Checkpoints, meta_of
+
+CONTEXT, WORDS = 40, 300
+NETWORK = tiny("llama-gqa", vocab_size=WORDS, context=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["the movie was good", "a bad film, and a long one"] * 20, WORDS)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, tokenizer):
+    """A run with an SFT policy, a reward model and a PPO stage that keeps an average."""
+    run = tmp_path_factory.mktemp("run")
+    made = {
+        "sft": ("policy", {"policy": params_of(NETWORK, seed=1, std=0.2)}),
+        "reward": ("reward", {"reward": scalar_params_of(NETWORK, seed=2)}),
+        "ppo": (
+            "average",
+            {
+                "policy": params_of(NETWORK, seed=3, std=0.2),
+                "average": params_of(NETWORK, seed=4, std=0.2),
+                "value": scalar_params_of(NETWORK, seed=5),
+            },
+        ),
+    }
+    for stage, (serve, models) in made.items():
+        checkpoints = Checkpoints(run / stage / "checkpoints", keep=1)
+        checkpoints.save(2, models, (jnp.int32(2),), meta_of(serve, NETWORK, tokenizer, stage=stage))
+        checkpoints.close()
+        (run / stage / "complete.json").write_text(json.dumps({"step": 2}))
+    return run
+
+
+@pytest.fixture(scope="module")
+def policy(run_dir):
+    return rlhfjax.load(run_dir / "sft")
+
+
+@pytest.fixture(scope="module")
+def reward(run_dir):
+    return rlhfjax.load(run_dir / "reward")
+
+
+def test_what_a_path_means(run_dir, tokenizer):
+    served = rlhfjax.load(run_dir)
+    assert served.role == "average"  # a run's last policy, its average where there is one
+    wanted = params_of(NETWORK, seed=4, std=0.2)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(served.params), jax.device_get(wanted))
+    assert served.config == NETWORK.config
+    assert served.tokenizer.fingerprint == tokenizer.fingerprint
+    step = rlhfjax.load(str(run_dir / "sft" / "checkpoints" / "2"))
+    assert step.role == "policy"
+    with pytest.raises(ConfigError, match="checkpoint"):
+        rlhfjax.load(run_dir / "nothing")
+
+
+def test_logits_take_padding_on_either_side(policy):
+    # fails when the mask is not used: seen
+    tokens = random_tokens(2, 6, high=WORDS)
+    everything = policy.logits(tokens)
+    direct = jax.jit(NETWORK.logits)(params_of(NETWORK, seed=1, std=0.2), tokens, jnp.ones((2, 6), bool))
+    assert (everything.shape, everything.dtype) == ((2, 6, WORDS), jnp.float32)
+    np.testing.assert_allclose(everything, direct, rtol=1e-5, atol=1e-6)
+    alone = policy.logits(tokens[:1, :4])
+    left = policy.logits(jnp.roll(tokens, 2, axis=1), left_mask([4, 4], 6))
+    right = policy.logits(np.asarray(tokens), np.asarray(right_mask([4, 4], 6)).tolist())
+    np.testing.assert_allclose(left[0, 2:], alone[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(right[0, :4], alone[0], rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_generation_takes_the_largest_logit_each_time(policy, tokenizer):
+    [[made]] = policy.generate(["the movie"], max_new_tokens=5, temperature=0.0)
+    ids = encode_prompt(tokenizer, {"prompt": "the movie"})
+    for token, log_prob in zip(made.tokens, made.log_probs, strict=True):
+        scores = np.asarray(policy.logits([ids])[0, -1], np.float64)
+        assert token == scores.argmax()
+        assert log_prob == pytest.approx(scores.max() - np.log(np.exp(scores).sum()), abs=1e-4)
+        ids = [*ids, token]
+    assert made.text == tokenizer.decode(made.tokens)
+    assert made.finish_reason == ("stop" if made.tokens[-1] == tokenizer.eos_id else "length")
+
+
+def test_each_prompt_has_n_completions_of_its_own(policy, tokenizer):
+    texts = policy.generate(["a bad film", "the"], max_new_tokens=6, n=3, seed=5)
+    ids = [encode_prompt(tokenizer, {"prompt": text}) for text in ("a bad film", "the")]
+    assert [len(row) for row in texts] == [3, 3]
+    assert policy.generate(ids, max_new_tokens=6, n=3, seed=5) == texts
+    assert policy.generate(["a bad film", "the"], max_new_tokens=6, n=3, seed=6) != texts
+    samples = {tuple(made.tokens) for row in texts for made in row}
+    assert len(samples) == 6
+    for made in texts[0]:
+        assert 1 <= len(made.tokens) == len(made.log_probs) <= 6
+        assert (made.finish_reason == "stop") == (made.tokens[-1] == tokenizer.eos_id)
+        full = policy.logits([ids[0] + made.tokens])[0, len(ids[0]) - 1 : -1]
+        wanted = jax.nn.log_softmax(full)[jnp.arange(len(made.tokens)), jnp.asarray(made.tokens)]
+        np.testing.assert_allclose(made.log_probs, wanted, atol=1e-4)
+
+
+def test_a_finished_response_says_so(policy, tokenizer):
+    """At a low temperature, with the most likely token taken for the end, every response is that token."""
+    [[first]] = policy.generate(["the"], max_new_tokens=1, temperature=0.0)
+    params = jax.tree.map(jnp.copy, policy.params)
+    table = params["embed"]["embedding"]
+    params["embed"]["embedding"] = table.at[tokenizer.eos_id].set(3.0 * table[first.tokens[0]])
+    [[made]] = type(policy)("policy", policy.network, params, tokenizer).generate(["the"], 4, temperature=0.0)
+    assert (made.tokens, made.text, made.finish_reason) == ([tokenizer.eos_id], "", "stop")
+
+
+def test_scores_are_read_at_the_end_of_each_response(reward, tokenizer):
+    # fails when EOS is left out, or padding moves the place: seen
+    prompts, responses = ["the movie", "a", "the film was"], [" was good", " long and bad film", ""]
+    scores = reward.score(prompts, responses)
+    assert (scores.shape, scores.dtype) == ((3,), np.float32)
+    params = scalar_params_of(NETWORK, seed=2)
+    for prompt, response, score in zip(prompts, responses, scores, strict=True):
+        ids = encode_prompt(tokenizer, {"prompt": prompt}) + encode_response(tokenizer, response)
+        assert ids[-1] == tokenizer.eos_id
+        row = jnp.asarray([ids], jnp.int32)
+        np.testing.assert_allclose(score, jax.jit(NETWORK.scores)(params, row, jnp.ones(row.shape, bool))[0], rtol=1e-4)
+    assert reward.score([], []).shape == (0,)
+
+
+def test_nothing_to_generate_is_nothing(policy):
+    assert policy.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": "one text"}, "list of texts"),
+        ({"prompts": ["the"], "n": 0}, "n >= 1"),
+        ({"prompts": ["the"], "max_new_tokens": 0}, "max_new_tokens >= 1"),
+        ({"prompts": ["the"], "temperature": -0.1}, "temperature >= 0"),
+        ({"prompts": ["the"], "top_k": -1}, "top_k >= 0"),
+        ({"prompts": ["the"], "top_p": 0.0}, "top_p"),
+        ({"prompts": ["the"], "max_new_tokens": CONTEXT}, f"at most {CONTEXT} tokens"),
+    ],
+)
+def test_arguments_of_generate_that_make_no_sense(policy, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        policy.generate(**arguments)
+
+
+def test_a_model_is_asked_for_what_it_has(policy, reward):
+    with pytest.raises(ConfigError, match=r"logits: expected a policy, got a reward checkpoint"):
+        reward.logits([[1]])
+    with pytest.raises(ConfigError, match=r"generate: expected a policy, got a reward checkpoint"):
+        reward.generate(["the"])
+    with pytest.raises(ConfigError, match=r"score: expected a reward or value model, got a policy checkpoint"):
+        policy.score(["the"], ["film"])
+    with pytest.raises(ConfigError, match="as many responses as prompts"):
+        reward.score(["the"], ["film", "movie"])
+    with pytest.raises(ConfigError, match=f"at most {CONTEXT} tokens"):
+        policy.logits(jnp.zeros((1, CONTEXT + 1), jnp.int32))
+    with pytest.raises(ConfigError, match=f"at most {CONTEXT} tokens"):
+        reward.score(["the"], ["film " * CONTEXT])
+
+
+def test_a_checkpoint_that_cannot_be_read(run_dir, tmp_path):
+    shutil.copytree(run_dir / "sft", tmp_path / "sft")
+    shutil.rmtree(tmp_path / "sft" / "checkpoints" / "2" / "policy")
+    with pytest.raises(IntegrityError, match="policy"):
+        rlhfjax.load(tmp_path / "sft")
+
+
+def test_names_of_the_package():
+    assert set(rlhfjax.__all__) >= {"Completion", "Model", "functional", "load", "__version__"}
+    assert all(hasattr(rlhfjax, name) for name in rlhfjax.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = rlhfjax.nothing
