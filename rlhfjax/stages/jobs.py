@@ -1,5 +1,6 @@
 """From a configuration to jobs: device mesh, shared reader, the check of all data before anything is compiled."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import jax
 
 from rlhfjax.config import Run, check, schema
-from rlhfjax.data.datasets import default_data_dir, open_source
+from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
+from rlhfjax.data.fetch import file_sha256
 from rlhfjax.errors import ConfigError
 from rlhfjax.evaluation.judges import require_judges
 from rlhfjax.sharding import make_mesh
@@ -28,6 +30,32 @@ def make_jobs(run: Run, run_dir: Path, stages: list[str], report: Callable[[str]
     _check_sources(run, data_dir, stages)
     mesh, readers = make_mesh(**run.mesh.model_dump()), {}
     return [Job(run, stage, run_dir, data_dir, mesh, report, readers) for stage in stages]
+
+
+def origins(jobs: list[Job]) -> dict[str, Any]:
+    """What the attempt starts from: digests of its data and of the checkpoint it was given, and the step it resumes."""
+    run, first = jobs[0].run, jobs[0]
+    stages = [job.stage for job in jobs]
+    steps = [int(path.name) for path in (first.dir / "checkpoints").glob("*") if path.name.isdigit()]
+    digests = {}
+    if run.model.checkpoint:
+        digests["model.checkpoint"] = tree_digest(find_checkpoint(run.model.checkpoint))
+    return {
+        "data": {
+            f"{entry.source}@{entry.split}": fingerprint(entry.source, entry.split, first.data_dir, kind)
+            for entry, kind in _entries(run, stages)
+        },
+        "started_from": digests,
+        "resumed_from": {"stage": first.stage, "step": max(steps, default=0)},
+    }
+
+
+def tree_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of all files below a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def execute(job: Job) -> dict[str, Any]:

@@ -48,6 +48,11 @@ class Manifest:
             self.line["error"] = f"{type(error).__name__}: {str(error)[:500]}"
         self._write([*self._lines()[:-1], json.dumps(self.line)])
 
+    def note(self, **facts: Any) -> None:
+        """Add what was found out after the start."""
+        self.line |= facts
+        self._write([*self._lines()[:-1], json.dumps(self.line)])
+
     def _lines(self) -> list[str]:
         return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
 

@@ -267,16 +267,20 @@ def _train(
         models = {serve: state.params} | average
         checkpoints.save(int(state.step), models, (state.optimizer, state.step), meta | {"facts": facts}, score)
 
-    def on_step(state: TrainState, step: int) -> dict[str, float]:
+    last_measured: dict[str, float] = {}
+
+    def measure(state: TrainState, step: int) -> dict[str, float]:
         measured = validate(state, opened) if step % c.validate_every == 0 or step == steps else {}
-        if select != "last" and measured and step != steps:
-            save(state, score=_selection_score(select, measured))
-        elif step % job.run.checkpoints.every == 0 and step != steps:
-            save(state)
         last_measured.update(measured)
         return measured
 
-    last_measured: dict[str, float] = {}
+    def keep(state: TrainState, step: int, measured: dict[str, float]) -> Callable[[], None] | None:
+        if step == steps:
+            return None  # the last step is saved when the stage is finished with it
+        if select != "last" and measured:
+            return lambda: save(state, score=_selection_score(select, measured))
+        return (lambda: save(state)) if step % job.run.checkpoints.every == 0 else None
+
     parts = b.size // (b.micro or b.size)
     step_fn = jax.jit(
         partial(offline_step, algorithm, optimizer, parts=parts, ema_decay=c.optimizer.ema_decay),
@@ -295,7 +299,8 @@ def _train(
             writer=writer,
             learning_rate=learning_rate(c.optimizer, steps),
             shown=shown,
-            on_step=on_step,
+            measure=measure,
+            keep=keep,
         )
         params, facts = finish(state.params)
         facts = {"step": steps, "parameters": sum(x.size for x in jax.tree.leaves(params))} | facts

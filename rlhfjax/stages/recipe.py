@@ -50,8 +50,8 @@ def run_recipe(run: Run, run_dir: Path, only: str | None = None, start_from: str
     for stage in stages[: stages.index(open_stages[0])]:
         if not is_complete(run_dir, stage):
             raise ConfigError(f"stage {open_stages[0]} needs {stage}, which is not done in {run_dir}; run it first")
-    with Manifest(run, run_dir):
-        _run_stages(run, run_dir, open_stages)
+    with Manifest(run, run_dir) as manifest:
+        _run_stages(run, run_dir, open_stages, manifest)
     if "evaluate" in open_stages:
         _print_results(run_dir)
     _point_to_report(run_dir)
@@ -67,14 +67,16 @@ def is_complete(run_dir: Path, stage: str) -> bool:
     return (run_dir / stage / COMPLETE).exists()
 
 
-def _run_stages(run: Run, run_dir: Path, stages: list[str]) -> None:
+def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) -> None:
     # jax and the models are imported here, so that a finished run answers at once.
-    from rlhfjax.stages.jobs import check_data, execute, make_jobs
+    from rlhfjax.stages.jobs import check_data, execute, make_jobs, origins
 
     jobs = make_jobs(run, run_dir, stages, report)
+    manifest.note(**origins(jobs))
     for job in jobs:
         began = time.monotonic()
         if job.stage != "tokenizer" and job is next(j for j in jobs if j.stage != "tokenizer"):
+            manifest.note(tokenizer=job.tokenizer.fingerprint)
             check_data(jobs)
         report(f"{job.stage}: started")
         job.dir.mkdir(mode=0o700, parents=True, exist_ok=True)

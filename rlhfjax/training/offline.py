@@ -23,12 +23,13 @@ def train_offline(
     writer: MetricsWriter,
     learning_rate: Callable[[int], Any],
     shown: tuple[str, ...],
-    on_step: Callable[[TrainState, int], dict[str, float]],
+    measure: Callable[[TrainState, int], dict[str, float]],
+    keep: Callable[[TrainState, int, dict[str, float]], Callable[[], None] | None],
 ) -> TrainState:
     """Run `step_fn` from the state's step to `steps`.
 
-    `on_step` validates and saves when it is time, and returns what it measured. Metrics are written one step late, so
-    that the device never waits for the host.
+    `measure` validates when it is time; `keep` gives what saves the state when that is due. Metrics are written one
+    step late, so that the device never waits for the host, but before a save: what is saved has its row.
     """
     start = int(state.step)
     progress = ProgressLine(stage, start, steps)
@@ -39,9 +40,13 @@ def train_offline(
             latest |= _write(writer, *pending)
         now = time.monotonic()
         seconds, began = now - began, now
-        measured = on_step(state, step)
-        began = time.monotonic() if measured else began
+        measured = measure(state, step)
         pending = (step, metrics | {"lr": learning_rate(step - 1)} | measured, seconds)
+        if save := keep(state, step, measured):
+            latest |= _write(writer, *pending)
+            pending = None
+            save()
+        began = time.monotonic() if measured or save else began
         progress.show(step, {name.split("/")[-1]: latest[name] for name in shown if name in latest})
     if pending:
         _write(writer, *pending)

@@ -64,6 +64,7 @@ def train_online(
         if iteration % samples_every == 0 or iteration == 1:
             writer.write_samples(iteration, samples(rollout))
         if iteration % save_every == 0 and iteration != iterations:
+            latest, pending = _write(writer, *pending), None  # a run that is killed after the save has the row
             save(state, iteration)
         progress.show(iteration, {name.split("/")[-1]: latest[name] for name in _SHOWN if name in latest})
     if pending:

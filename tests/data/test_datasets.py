@@ -67,7 +67,10 @@ def test_split_expressions(data_dir, split, count):
 
 @pytest.mark.parametrize("source", ["mine:1.0.1", "mine/config", "mine/config:1.0.0", "yours", "../mine", "", "mine/"])
 def test_a_missing_dataset_says_what_there_is_and_what_to_run(data_dir, source):
-    with pytest.raises(DataError, match=r"foreign_reviews:2\.0\.0.*run `rlhfjax data prepare NAME --kind KIND --split train=FILE.jsonl`"):
+    with pytest.raises(
+        DataError,
+        match=r"foreign_reviews:2\.0\.0.*run `rlhfjax data prepare NAME --kind KIND --split train=FILE.jsonl`",
+    ):
         open_source(source, "train", data_dir)
     with pytest.raises(DataError, match="run `rlhfjax data prepare movies`"):
         open_source("movies/chat", "train", data_dir)

@@ -27,16 +27,21 @@ def key_data(key) -> list[int]:
 
 def run_offline(directory, start, steps):
     """(batches and keys by step, steps that were saved or validated, final state)."""
-    calls, looked = [], []
+    calls, looked, saved = [], [], []
 
     def step_fn(state, batch, key):
         calls.append((batch, key_data(key)))
         return TrainState({}, (), state.step + 1), {"loss/train": jnp.float32(batch), "tokens": jnp.int32(10)}
 
-    def on_step(state, step):
+    def measure(state, step):
         assert int(state.step) == step
         looked.append(step)
         return {"loss/validation": 0.5} if step == 4 else {}
+
+    def keep(state, step, measured):
+        assert measured == ({"loss/validation": 0.5} if step == 4 else {})
+        # fails when a save comes before its row is written: seen
+        return (lambda: saved.append((step, rows(directory / "metrics.jsonl")[-1]["step"]))) if step % 2 == 0 else None
 
     writer = MetricsWriter(directory, start, tensorboard=False)
     state = train_offline(
@@ -49,9 +54,11 @@ def run_offline(directory, start, steps):
         writer=writer,
         learning_rate=lambda step: 0.1 * (step + 1),
         shown=("loss/train",),
-        on_step=on_step,
+        measure=measure,
+        keep=keep,
     )
     writer.close()
+    assert saved == [(step, step) for step in range(start + 1, steps + 1) if step % 2 == 0]
     return calls, looked, state
 
 
