@@ -11,7 +11,7 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/rlhfjax run quickstart
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

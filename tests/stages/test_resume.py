@@ -73,7 +73,10 @@ def test_killed_between_training_and_its_last_mark(copied, finished, config, com
 def test_stopped_at_the_keyboard(copied, config, start, command):
     run_dir = copied("pretrain")
     arguments = ("run", config, "--run-dir", run_dir, "--only", "pretrain")
+    # A shell's background job ignores Ctrl-C and hands that down; a child gets the default where we handle it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(*arguments)
+    signal.signal(signal.SIGINT, before)
     wait_for_checkpoint(process, run_dir / "pretrain")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
