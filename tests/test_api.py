@@ -72,7 +72,7 @@ def test_what_a_path_means(run_dir, tokenizer):
 
 
 def test_logits_take_padding_on_either_side(policy):
-    # fails when the mask is not used: seen
+    # meant to catch a mask that is not used
     tokens = random_tokens(2, 6, high=WORDS)
     everything = policy.logits(tokens)
     direct = jax.jit(NETWORK.logits)(params_of(NETWORK, seed=1, std=0.2), tokens, jnp.ones((2, 6), bool))
@@ -124,7 +124,7 @@ def test_a_finished_response_says_so(policy, tokenizer):
 
 
 def test_scores_are_read_at_the_end_of_each_response(reward, tokenizer):
-    # fails when EOS is left out, or padding moves the place: seen
+    # meant to catch an EOS that is left out, and padding that moves the place
     prompts, responses = ["the movie", "a", "the film was"], [" was good", " long and bad film", ""]
     scores = reward.score(prompts, responses)
     assert (scores.shape, scores.dtype) == ((3,), np.float32)

@@ -158,8 +158,7 @@ def expected_log_probs(run: Recorded, params, rollout: Rollout):
 def test_1_nothing_has_moved_at_the_first_minibatch(run):
     """Ratio 1, approximate KL 0, nothing clipped; the policy is the reference at step 0.
 
-    Fails when new log-probabilities lack the temperature, when the logits are read one position late, or with dropout
-    in one of the two passes: seen.
+    Meant to catch new log-probabilities without the temperature, or logits that are read one position late.
     """
     for metrics in run.metrics:
         assert metrics["policy/first_minibatch_ratio_err"] < 2e-6
@@ -198,7 +197,7 @@ def test_2_cached_decoding_and_the_training_forward_agree(style, temperature):
 
 
 def test_3_temperature_is_in_old_and_reference_log_probs(run):
-    # fails when either of them lacks it: seen (for T 1 only the positions are tested)
+    # for T 1 only the positions are tested
     for params, rollout in zip(run.params, run.rollouts, strict=True):
         mask = np.asarray(rollout.response_mask)
         old = expected_log_probs(run, params["policy"], rollout)
@@ -220,7 +219,7 @@ def test_3_temperature_is_in_new_log_probs(run):
 
 
 def test_4_masks_come_from_lengths(run):
-    # fails with a mask from `ids != pad`, or one that leaves the end out: seen
+    # meant to catch a mask from `ids != pad`, and one that leaves the end out
     padding_drawn, ends = 0, 0
     for rollout, metrics in zip(run.rollouts, run.metrics, strict=True):
         lengths = []
@@ -247,7 +246,7 @@ def test_5_everything_the_update_reads_is_float32(run):
 def test_6_the_score_is_that_of_the_response_by_itself(run):
     """Read at the last real token; neither padding nor the neighbours in the batch matter.
 
-    Here each row goes alone, without its padding on the left. Fails when the score is read at the last column: seen.
+    Here each row goes alone, without its padding on the left. Meant to catch a score read at the last column.
     """
     for rollout in run.rollouts:
         tokens = np.full((len(rollout.prompt), PROMPT + RESPONSE), 7, np.int32)
@@ -275,7 +274,7 @@ def test_6_the_value_model_starts_as_the_reward_model(run):
 
 
 def test_7_the_controller_follows_the_kl_of_whole_responses(run):
-    # fails with the KL of a token, a horizon in iterations, or a coefficient that is moved twice: seen
+    # meant to catch the KL of a token, a horizon in iterations, and a coefficient that is moved twice
     coef, rows = KL["coef"], run.config.batch.size
     for metrics, rollout in zip(run.metrics, run.rollouts, strict=True):
         assert metrics["objective/kl_coef"] == pytest.approx(coef, rel=1e-5)
@@ -287,7 +286,7 @@ def test_7_the_controller_follows_the_kl_of_whole_responses(run):
 
 
 def test_8_advantages_are_whitened_over_all_devices(run):
-    # fails when each device whitens its own rows: seen with shard_map over the data axis
+    # meant to catch each device whitening its own rows
     ppo = run.algorithm.first if isinstance(run.algorithm, Mix) else run.algorithm
     for made, metrics in zip(run.experiences, run.metrics, strict=True):
         real = np.asarray(made.advantages, np.float64)[np.asarray(made.rollout.response_mask)]
@@ -298,7 +297,7 @@ def test_8_advantages_are_whitened_over_all_devices(run):
 
 
 def test_each_step_is_compiled_once(run):
-    # fails when the state leaves the update in another layout than it came in: seen without out_shardings
+    # meant to catch a state that leaves the update in another layout than it came in
     steps = run.steps
     assert [step._cache_size() for step in (steps.rollout, steps.score, steps.estimate, steps.update)] == [1, 1, 1, 1]
 

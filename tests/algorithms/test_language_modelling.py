@@ -29,7 +29,7 @@ PACKED = batch([BOS, PAD, 7, EOS, BOS, 9, EOS, PAD, PAD], [1, 1, 1, 1, 2, 2, 2, 
 
 
 def test_targets_come_from_segments_not_from_ids():
-    # fails with `tokens != pad`, or when a document's first token is predicted from the one before: seen
+    # meant to catch `tokens != pad`, and a document's first token predicted from the one before
     everything = replace(PACKED, loss_mask=jnp.ones_like(PACKED.loss_mask))
     wanted = [True, True, True, False, True, True, False, True]  # of tokens 1 to 8; 7 follows a document
     assert predicted(everything)[0].tolist() == wanted
@@ -37,7 +37,7 @@ def test_targets_come_from_segments_not_from_ids():
 
 
 def test_loss_is_the_mean_over_targets_and_reaches_eos():
-    # fails when EOS is masked, or the mean is over all tokens: seen
+    # meant to catch a masked EOS, and a mean over all tokens
     rows = np.random.default_rng(0).normal(size=(10, 10))
     params, algorithm = jnp.asarray(rows, jnp.float32), LanguageModelling(table)
     log_p = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))

@@ -76,8 +76,8 @@ MODES = [("replace", -1.0), ("replace", -0.25), ("subtract", 0.75), ("keep", 9.0
 def test_rewards_are_the_penalty_and_the_score_at_the_last_real_token(mode, value):
     """With γ = λ = 1 and values 0, differences of neighbouring advantages are the rewards.
 
-    Fails with the score at the last column, or one token late; with a whole number made of it; with replace and
-    subtract exchanged; with the rule applied to finished responses: seen.
+    Meant to catch the score at the last column, or one token late; a whole number made of it; replace and subtract
+    exchanged; the rule applied to finished responses.
     """
     silent = replace(ROLLOUT, values=jnp.zeros((ROWS, LENGTH)))
     algorithm = ppo(gamma=1.0, lam=1.0, whiten_advantages=False, missing_eos=mode, missing_eos_value=value)
@@ -96,7 +96,7 @@ def test_rewards_are_the_penalty_and_the_score_at_the_last_real_token(mode, valu
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.7), (1.0, 0.0)])
 def test_advantages_and_returns_equal_the_loop(gamma, lam):
-    # fails with a bootstrap value after the end, or γ in the place of λ: seen
+    # meant to catch a bootstrap value after the end, and γ in the place of λ
     made, metrics = estimate(gamma=gamma, lam=lam, whiten_advantages=False)
     advantages, returns = expected_gae(expected_rewards("replace", -1.0), gamma, lam)
     np.testing.assert_allclose(made.advantages, advantages, atol=2e-6)
@@ -107,7 +107,7 @@ def test_advantages_and_returns_equal_the_loop(gamma, lam):
 
 
 def test_whitening_is_over_all_real_tokens_of_the_batch():
-    # fails when done row by row, with padding in the mean, or before the returns are made: seen
+    # meant to catch whitening row by row, with padding in the mean, or before the returns are made
     made, _ = estimate()
     advantages, returns = expected_gae(expected_rewards("replace", -1.0), 1.0, 0.95)
     real = advantages[MASK]
@@ -126,7 +126,7 @@ def test_whitened_rewards_keep_their_mean():
 
 
 def test_kl_metrics_equal_the_loops():
-    # fails when a padding position is counted, or per-token means are means of row means: seen
+    # meant to catch padding positions that count, and per-token means that are means of row means
     _, metrics = estimate()
     sums = {kind: np.zeros(ROWS) for kind in ("k1", "k2", "k3")}
     for row, length in enumerate(LENGTHS):
@@ -198,7 +198,7 @@ def expected_losses(params, temperature, clip, value_clip, value_coef, entropy_c
 
 
 def test_loss_and_metrics_equal_the_loop(params):
-    # fails without the temperature, the ½, or with the sign of the entropy: seen
+    # meant to catch a missing temperature or ½, and the wrong sign of the entropy
     algorithm = ppo(**SETTINGS)
     assert int(algorithm.weight(MADE)) == LENGTHS.sum()
     loss, metrics = jax.jit(algorithm.loss)(params, MADE, algorithm.weight(MADE))
@@ -211,7 +211,7 @@ def test_loss_and_metrics_equal_the_loop(params):
 
 
 def test_every_real_token_is_taught_and_no_other(params):
-    # fails with masks from ids, or an EOS that is left out: seen. Entropy and value reach each real token.
+    # meant to catch masks from ids, and an EOS that is left out; entropy and value reach each real token
     algorithm = ppo(**SETTINGS)
     gradient = jax.jit(jax.grad(lambda p: algorithm.loss(p, MADE, algorithm.weight(MADE))[0]))(params)
     taught = np.abs(gradient["policy"]).max(axis=2) > 0
@@ -220,7 +220,7 @@ def test_every_real_token_is_taught_and_no_other(params):
 
 
 def test_entropy_bonus_spreads_the_policy(params):
-    # fails with the other sign: seen
+    # meant to catch the other sign
     algorithm = ppo(entropy_coef=1.0)
     still = replace(MADE, advantages=jnp.zeros((ROWS, LENGTH)))
 

@@ -43,7 +43,7 @@ def test_the_batch_has_ties_and_absent_candidates():
 
 
 def test_value_and_gradient_equal_the_pairs_one_by_one():
-    # fails when each pair (and not each prompt) weighs the same, ties count, or absent candidates do: seen
+    # meant to catch pairs (and not prompts) of equal weight, and ties or absent candidates that count
     params, algorithm = scalar_params_of(MODEL, std=0.2), reward_modelling(MODEL, schema.RankingLoss())
     loss, gradient = jax.jit(jax.value_and_grad(lambda p: algorithm.loss(p, BATCH, algorithm.weight(BATCH))[0]))(params)
     wanted, wanted_gradient = jax.jit(jax.value_and_grad(every_pair))(params)
@@ -82,7 +82,7 @@ def test_weights_count_prompts_that_compare_and_pairs_that_differ():
 
 @pytest.mark.parametrize("scale", [False, True])
 def test_scores_of_reference_responses_are_centred(scale):
-    # fails when the bias is centred before the gain is applied to it: seen
+    # meant to catch a bias that is centred before the gain is applied to it
     settings = schema.Reward.model_validate(
         {
             "data": [{"source": "unused"}],

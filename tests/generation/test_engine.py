@@ -47,7 +47,7 @@ def softmax(z):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_twenty_thousand_draws_follow_the_softmax(temperature):
-    # fails when temperature multiplies, or the rows of a batch share their noise: seen
+    # meant to catch a temperature that multiplies, and rows of a batch that share their noise
     count = 20_000
     params = jnp.broadcast_to(jnp.asarray(LOGITS)[None, :], (6, 6))
     drawn = sampled(params, prompts(count), jax.random.key(3), temperature=temperature)
@@ -60,7 +60,7 @@ def test_twenty_thousand_draws_follow_the_softmax(temperature):
 
 
 def test_transitions_of_long_samples_follow_the_table():
-    # fails when a position reuses the key of another, or decode is given the wrong token: seen
+    # meant to catch a position that reuses the key of another, and decode given the wrong token
     drawn = sampled(TABLE, prompts(2_000), jax.random.key(4), max_new_tokens=12, stop_after=12)
     tokens = np.concatenate([np.zeros((2_000, 1), int), np.asarray(drawn.response)], axis=1)
     for before in range(6):
@@ -89,7 +89,7 @@ def test_greedy_takes_the_largest_and_needs_no_luck():
     [({"top_k": 2}, {3, 0}), ({"top_p": 0.6}, {3, 0}), ({"top_p": 0.8}, {3, 0, 5}), ({"top_k": 1, "top_p": 1.0}, {3})],
 )
 def test_filters_cut_the_draw_but_not_its_log_probability(changes, kept):
-    # fails when log-probabilities are those of the filtered distribution: seen. RL needs those of the policy.
+    # not the log-probabilities of the filtered distribution: RL needs those of the policy
     params = jnp.broadcast_to(jnp.asarray(LOGITS)[None, :], (6, 6))
     drawn = sampled(params, prompts(400), jax.random.key(5), temperature=1.0, **changes)
     tokens = np.asarray(drawn.response[:, 0])
@@ -102,8 +102,8 @@ def test_filters_cut_the_draw_but_not_its_log_probability(changes, kept):
 def test_lengths_masks_and_padding(stop_after):
     """Against a loop over each row: it ends at its first stop token from `stop_after` on, which belongs to it.
 
-    The id that pads is drawn as a token, too, and then counts. Fails with a mask from `ids != pad`, when the stop token
-    is masked, when `stop_after` is off by one, or when padding keeps a log-probability: seen.
+    The id that pads is drawn as a token, too, and then counts. Meant to catch a mask from `ids != pad`, a stop token
+    that is masked, a `stop_after` that is off by one, and padding that keeps a log-probability.
     """
     drawn = sampled(TABLE, prompts(300), jax.random.key(6), max_new_tokens=8, stop_after=stop_after)
     free = sampled(TABLE, prompts(300), jax.random.key(6), max_new_tokens=8, stop_after=99)
@@ -154,7 +154,7 @@ def four_prompts() -> PromptBatch:
 
 
 def test_a_sample_depends_on_its_uid_and_the_key_alone(decoder):
-    # fails when row numbers or one batch-wide draw replace the uid: seen
+    # meant to catch row numbers or one batch-wide draw in place of the uid
     params, run = decoder
     batch, key = four_prompts(), jax.random.key(9)
     together = run(params, batch, key)

@@ -56,7 +56,7 @@ def test_padding_on_either_side_and_what_it_holds_change_nothing(style):
         np.testing.assert_allclose(row, real[0], **CLOSE)
 
 
-# fails when queries see other segments, or positions run on over the whole row: seen
+# meant to catch queries that see other segments, and positions that run on over the whole row
 @pytest.mark.parametrize("style", ["gpt2", "llama-gqa"])
 def test_packed_documents_equal_the_same_documents_apart(style):
     model = tiny(style)
@@ -95,7 +95,7 @@ def test_remat_changes_neither_value_nor_gradient(remat):
 
 
 def test_dropout_needs_a_key_and_follows_it():
-    # fails when the rate is used without a key, or one mask serves all layers and calls: seen
+    # fails when the rate is used without a key: seen
     model, tokens = tiny(), random_tokens(2, 6)
     params, ones = params_of(model), jnp.ones((2, 6), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(6)[None, :], (2, 6))

@@ -71,7 +71,7 @@ def in_float64(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
-# fails with GPT-NeoX pairs in `rotate`, exact GELU, kv heads taken modulo, no 1/sqrt(head_dim), or no last norm: seen
+# fails with GPT-NeoX pairs in `rotate`, exact GELU, another scale in the softmax, or no last norm: seen
 @pytest.mark.parametrize(
     ("style", "changes"),
     [(style, {}) for style in STYLES] + [("llama-gqa", {"tied": False, "rope_theta": 100.0, "head_dim": 6})],

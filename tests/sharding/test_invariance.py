@@ -81,7 +81,7 @@ def reference():
     return all_gradients(*MESHES["one"])
 
 
-# fails when every part (or device) is normalised by its own count: seen for each of the algorithms with the parts
+# meant to catch every part (or device) being normalised by its own count
 @pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
 def test_loss_and_gradient_do_not_depend_on_parts_or_mesh(mesh, reference):
     got = all_gradients(*MESHES[mesh])
@@ -111,7 +111,7 @@ def test_every_gradient_is_there(reference):
 
 
 def test_the_mixed_gradient_is_the_sum_of_the_two(reference):
-    # fails when the coefficient is lost, or multiplies the value model's gradient too: seen
+    # meant to catch a coefficient that is lost, or that multiplies the value model's gradient too
     ppo = all_gradients(*MESHES["one"], ppo=PPO_PTX.first)["ppo"][0]
     language = reference["language_modelling"][0]
     mixed, metrics = reference["ppo_ptx"]

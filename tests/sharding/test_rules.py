@@ -57,7 +57,7 @@ def test_layout_of_every_parameter(mesh):
 
 
 def test_moments_and_averages_lie_as_their_parameters(mesh):
-    # fails when moments are replicated or a name before the path matters: seen
+    # meant to catch replicated moments, and rules that depend on a name before the path
     params = {"policy": jax.eval_shape(tiny().init, jax.random.key(0)), "value": shapes_of(tiny("gpt2"))}
     optimizer = optax.partition(
         {"policy": optax.adam(1e-3), "value": optax.adamw(1e-3)},

@@ -84,7 +84,7 @@ def test_a_fresh_state_has_the_layout_of_the_rules(mesh):
 
 
 def test_everything_comes_back_bit_for_bit_in_its_layout(saved, state):
-    # fails when any item is left out of save or restore, or comes back on another layout: seen
+    # meant to catch an item that is left out of save or restore, or comes back on another layout
     checkpoints = Checkpoints(saved / "checkpoints", keep=2)
     assert checkpoints.latest() == 7
     models, training, meta = checkpoints.restore(7, abstract(models_of(state)), abstract(training_of(state)))
@@ -136,7 +136,7 @@ def steps_of(directory):
     ],
 )
 def test_the_newest_and_the_best_stay(tmp_path, keep, best, scores, kept, chosen):
-    # fails when lower scores win, or the best one is dropped: seen
+    # meant to catch lower scores that win, and a best one that is dropped
     checkpoints = Checkpoints(tmp_path, keep, keep_best=best)
     for step, score in enumerate(scores, 1):
         checkpoints.save(step, {"policy": {"x": jnp.full(2, step)}}, (jnp.int32(step),), {}, score)

@@ -161,8 +161,8 @@ def train(directory, **settings):
 
 @pytest.mark.parametrize("whiten", [True, False], ids=["whitened", "plain"])
 def test_the_policy_becomes_the_reference_times_exp_reward_over_beta(tmp_path, whiten):
-    # fails (total variation 0.03 to 0.6) with a reference at temperature 1, half or twice the penalty, no EOS in the
-    # loss, the score replaced where the end is missing, or a clip that ignores the sign of the advantage: seen
+    # meant to catch a reference at temperature 1, half or twice the penalty, no EOS in the loss, and the score replaced
+    # where the end is missing
     reference, rewards = world()
     steps, state, rows = train(tmp_path, whiten_advantages=whiten)
     assert len(RESPONSES) == 40

@@ -76,7 +76,7 @@ def test_offline_runs_every_step_once_and_writes_each(tmp_path):
 
 
 def test_offline_continues_with_the_keys_of_an_unbroken_run(tmp_path):
-    # fails when keys are split along the way instead of made from the step: seen
+    # meant to catch keys that are split along the way instead of made from the step
     straight = run_offline(tmp_path / "a", 0, 5)[0]
     continued = run_offline(tmp_path / "b", 3, 5)
     assert continued[0] == straight[3:]
@@ -150,7 +150,7 @@ def test_online_calls_the_four_steps_in_order(tmp_path):
 
 
 def test_online_continues_as_an_unbroken_run(tmp_path):
-    # fails when keys are split along the way instead of made from the iteration: seen
+    # meant to catch keys that are split along the way instead of made from the iteration
     straight = run_online(tmp_path / "a", 0, 4)[0]
     assert run_online(tmp_path / "b", 2, 4)[0] == straight[8:]
     assert run_online(tmp_path / "c", 4, 4)[0] == []

@@ -38,7 +38,7 @@ def test_a_row_is_there_as_soon_as_it_is_written(tmp_path):
 
 
 def test_what_was_written_after_the_checkpoint_is_dropped(tmp_path):
-    # fails when steps appear twice after a restart, or a torn line stays: seen
+    # meant to catch steps that appear twice after a restart, and a torn line that stays
     writer = MetricsWriter(tmp_path, 0, tensorboard=False)
     for step in range(1, 6):
         writer.write(step, {"lr": step})

@@ -20,7 +20,7 @@ def rates(steps, total=110, **settings):
         return [float(schedule(step)) / PEAK for step in steps]
 
 
-# fails when warm-up starts from 0, the decay ends with the warm-up's steps on top, or `final` is a rate: seen
+# meant to catch a warm-up from 0, a decay that ends with the warm-up's steps on top, and `final` taken for a rate
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -73,7 +73,7 @@ def stepped(optimizer, params, gradients):
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0, 100.0])
 def test_three_steps_equal_adamw_by_hand(clip_norm):
-    # fails with ε inside the root, decay on scales and biases, or clipping leaf by leaf: seen
+    # meant to catch ε inside the root, decay on scales and biases, and clipping leaf by leaf
     rng = np.random.default_rng(0)
     shapes = {"layer": {"kernel": (3, 2), "bias": (2,)}, "norm": {"scale": (1, 2)}}
     params = jax.tree.map(
@@ -94,7 +94,7 @@ def test_three_steps_equal_adamw_by_hand(clip_norm):
 
 
 def test_of_a_decoder_only_matrices_are_decayed():
-    # fails when the layer axis makes stacked scales and biases look like matrices: seen
+    # meant to catch stacked scales and biases that the layer axis makes look like matrices
     params = scalar_params_of(tiny("gpt2"))
     still = jax.tree.map(jnp.zeros_like, params)
     settings = Optimizer(lr=0.1, schedule="constant", weight_decay=0.5)

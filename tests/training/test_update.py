@@ -60,7 +60,7 @@ def updater(algorithm, *, optimizer=None, **settings):
 def test_ppo_ptx_is_one_adam_step_on_the_sum_of_both_gradients(parts):
     """Adam on clip(g_ppo + γ g_ptx), by hand: one clipping of the sum, one step.
 
-    Fails with two steps, when each gradient is clipped by itself, or when γ is left out or applied twice: seen.
+    Meant to catch two steps, each gradient clipped by itself, and γ left out or applied twice.
     """
     state = start()
     ppo = jax.grad(lambda p: PPO.loss(p, MADE, PPO.weight(MADE))[0])(state.params)
@@ -137,7 +137,7 @@ def visits(seed=0, **settings):
 
 @pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (3, 4), (2, 12)])
 def test_each_row_is_visited_once_an_epoch(epochs, minibatches):
-    # fails when rows are drawn with replacement, or minibatches overlap: seen
+    # meant to catch rows drawn with replacement, and minibatches that overlap
     book, metrics, steps = visits(epochs=epochs, minibatches=minibatches)
     assert book["count"].tolist() == [epochs] * 12
     assert steps == epochs * minibatches
@@ -158,7 +158,7 @@ def test_epochs_are_shuffled_apart_and_by_the_key():
 
 @pytest.mark.parametrize(("stop", "taken"), [(0.0, 2), (3.0, 5), (100.0, 8)])
 def test_kl_stop_ends_the_update_after_the_step_that_exceeds_it(stop, taken):
-    # the "approximate KL" of step n is n; fails when the steps that are left still count in the metrics: seen
+    # the "approximate KL" of step n is n; meant to catch steps that are left but count in the metrics
     book, metrics, steps = visits(epochs=2, minibatches=4, kl_stop=stop)
     assert (steps, book["clock"]) == (taken, taken)
     assert book["count"].sum() == 3 * taken
@@ -177,7 +177,7 @@ def test_kl_stop_leaves_the_state_bit_for_bit_where_it_was():
 
 
 def test_the_average_follows_the_policy_alone():
-    # average_n = d^n p_0 + (1 - d) Σ d^(n-k) p_k. Fails with d and 1 - d exchanged: seen
+    # average_n = d^n p_0 + (1 - d) Σ d^(n-k) p_k. Meant to catch d and 1 - d exchanged
     state, decay, update = start(average=True), 0.9, updater(PPO, ema_decay=0.9)
     expected = np.asarray(state.average["embedding"], np.float64)
     for step in range(3):
