@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import platform
 
-_PACKAGES = (
+PACKAGES = (
     "rlhfjax",
     "jax",
     "jaxlib",
@@ -22,7 +22,7 @@ _PACKAGES = (
     "jax-cuda13-plugin",
 )
 # Only these: the rest of an environment holds names, paths and tokens.
-_VARIABLES = (
+VARIABLES = (
     "XLA_FLAGS",
     "LIBTPU_INIT_ARGS",
     "JAX_PLATFORMS",
@@ -41,12 +41,22 @@ def environment_report() -> str:
         ("python", f"{platform.python_implementation()} {platform.python_version()}"),
         ("platform", platform.platform()),
         ("cores", str(os.cpu_count())),
-        *((name, _version(name)) for name in _PACKAGES),
-        *((name, os.environ[name]) for name in _VARIABLES if name in os.environ),
+        *package_versions().items(),
+        *flags().items(),
         ("devices", _devices()),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows if value)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that matter, of those that are installed."""
+    return {name: version for name in PACKAGES if (version := _version(name))}
+
+
+def flags() -> dict[str, str]:
+    """The variables that change what jax does, where they are set."""
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def _version(package: str) -> str:

@@ -1,7 +1,6 @@
 """manifest.jsonl: one line an attempt, with all that is needed to know what ran."""
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -12,20 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfjax.config import Run, config_hash, resolved
-
-PACKAGES = (
-    "rlhfjax",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "tensorflow-datasets",
-    "grain",
-    "sentencepiece",
-    "numpy",
-)
-FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
+from rlhfjax.environment import flags, package_versions
 
 
 class Manifest:
@@ -77,9 +63,9 @@ def describe(run: Run) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": package_versions(),
         "lock_hash": _lock_hash(),
-        "flags": {name: os.environ[name] for name in FLAGS if name in os.environ},
+        "flags": flags(),
         "devices": [str(device.device_kind) for device in jax.devices()],
         "process": [jax.process_index(), jax.process_count()],
     }

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhfjax.config.schema import Architecture, Model
+from rlhfjax.config.sections import Architecture, Model
 from rlhfjax.config.shape import model_shape, parameter_count
 from rlhfjax.models import LanguageModel, decoder_config
 
