@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.types import PromptBatch
 
 MESH_AXES = {
     "batch": ("data", "fsdp"),
@@ -64,8 +65,12 @@ def state_shardings(mesh: Mesh, shapes: Any) -> Any:
 TOKEN_AXIS_LAST = {"tokens", "segments", "positions", "loss_mask", "token_mask"}  # batch fields for `sequence`
 
 
-def place_batch(mesh: Mesh, batch: Any, split_tokens: bool = True) -> Any:
-    """A host batch on the mesh: the first axis over data and fsdp, the token axis of offline batches over sequence."""
+def place_batch(mesh: Mesh, batch: Any) -> Any:
+    """A host batch on the mesh: the first axis over data and fsdp, the token axis of offline batches over sequence.
+
+    Prompts stay whole: sampling appends to them one token at a time.
+    """
+    split_tokens = not isinstance(batch, PromptBatch)
 
     def put(path: tuple, leaf: Any) -> jax.Array:
         axes: list[Any] = [MESH_AXES["batch"]] + [None] * (leaf.ndim - 1)

@@ -104,9 +104,7 @@ def respond(job: Job, prompts: Batches, compared: dict[str, tuple[LanguageModel,
     key = jax.random.fold_in(job.key("samples"), list(compared).index(stage))
     sample = _sampler(job, compared, stage)
     for step in range(-(-c.samples // c.batch.size)):
-        rollout, kl, entropies, scores = jax.device_get(
-            sample(place_batch(job.mesh, prompts[step], split_tokens=False), key)
-        )
+        rollout, kl, entropies, scores = jax.device_get(sample(place_batch(job.mesh, prompts[step]), key))
         for i in range(min(c.batch.size, c.samples - len(made.texts))):
             prompt = rollout.prompt[i][rollout.prompt_mask[i]].tolist()
             response = rollout.response[i][rollout.response_mask[i]].tolist()

@@ -10,7 +10,7 @@ from tiny import ranked_batch, tiny, token_batch
 from rlhfjax.errors import ConfigError
 from rlhfjax.sharding import batch_sharding, make_mesh, place_batch, state_shardings
 from rlhfjax.sharding.rules import path_name
-from rlhfjax.types import OnlineState, TrainState
+from rlhfjax.types import OnlineState, PromptBatch, TrainState
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,7 @@ def test_batches_split_rows_over_data_and_fsdp_and_tokens_over_sequence():
     ranked = place_batch(mesh, ranked_batch(4, 3, 8))
     assert ranked.tokens.sharding.spec == ranked.token_mask.sharding.spec == P(rows, None, tokens)
     assert ranked.ranks.sharding.spec == ranked.mask.sharding.spec == P(rows, None)
-    whole = place_batch(mesh, token_batch(4, 8), split_tokens=False)
-    assert whole.tokens.sharding.spec == P(rows, None)
+    # fails when prompts are split like other tokens: seen
+    prompts = place_batch(mesh, PromptBatch(jnp.zeros((4, 7), jnp.int32), jnp.ones((4, 7), bool), jnp.arange(4)))
+    assert prompts.tokens.sharding.spec == prompts.mask.sharding.spec == P(rows, None)
     assert batch_sharding(mesh).spec == P(rows)
