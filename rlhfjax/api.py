@@ -1,5 +1,6 @@
 """The Python interface: a trained model to compute with, sample from and score with."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -46,6 +47,7 @@ class Model:
     def logits(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """Next-token logits, float32; `mask` marks real tokens, padding on either side. Scalar models have none."""
         self._expect(scalar=False, what="logits")
+        self._check_ids("tokens", np.asarray(tokens), axes=2)
         tokens = jnp.asarray(tokens, jnp.int32)
         mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
         self._check_length(tokens.shape[1])
@@ -69,7 +71,7 @@ class Model:
         self._expect(scalar=False, what="generate")
         if isinstance(prompts, str):
             raise ConfigError("prompts: expected a list of texts, got one text; put it into a list")
-        if n < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        if n < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
             raise ConfigError(
                 "generate: expected n >= 1, max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
                 f"n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, top_p={top_p}"
@@ -77,6 +79,8 @@ class Model:
         if not prompts:
             return []
         rows = [encode_prompt(self.tokenizer, {"prompt": p}) if isinstance(p, str) else list(p) for p in prompts]
+        for i, row in enumerate(rows):
+            self._check_ids(f"prompts[{i}]", np.asarray(row))
         tokens, mask = left_padded([row for row in rows for _ in range(n)], self.tokenizer.pad_id)
         self._check_length(tokens.shape[1] + max_new_tokens)
         sampling = SamplingParams(
@@ -125,6 +129,15 @@ class Model:
             kind = "a reward or value model" if scalar else "a policy"
             raise ConfigError(f"{what}: expected {kind}, got a {self.role} checkpoint; load another stage")
 
+    def _check_ids(self, name: str, ids: np.ndarray, axes: int = 1) -> None:
+        last = self.config.vocab_size - 1
+        if ids.ndim != axes or not ids.size or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > last:
+            got = f"ids {ids.min()} to {ids.max()}" if ids.size and ids.dtype.kind in "iu" else f"type {ids.dtype}"
+            raise ConfigError(
+                f"{name}: expected at least one id of 0 to {last} on {axes} ax{'e' if axes > 1 else 'i'}s, got shape "
+                f"{ids.shape}, {got}"
+            )
+
     def _check_length(self, length: int) -> None:
         if length > self.config.context:
             raise ConfigError(f"expected at most {self.config.context} tokens (the model's context), got {length}")
@@ -138,4 +151,4 @@ def load(checkpoint: str | Path) -> Model:
     step_dir = find_checkpoint(checkpoint)
     meta = read_meta(step_dir)
     network, params = load_model(step_dir)
-    return Model(meta["serve"], network, params, tokenizer_of(meta))
+    return Model(meta["role"], network, params, tokenizer_of(meta))

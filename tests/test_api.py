@@ -32,7 +32,7 @@ def run_dir(tmp_path_factory, tokenizer):
         "sft": ("policy", {"policy": params_of(NETWORK, seed=1, std=0.2)}),
         "reward": ("reward", {"reward": scalar_params_of(NETWORK, seed=2)}),
         "ppo": (
-            "average",
+            "policy",
             {
                 "policy": params_of(NETWORK, seed=3, std=0.2),
                 "average": params_of(NETWORK, seed=4, std=0.2),
@@ -40,9 +40,10 @@ def run_dir(tmp_path_factory, tokenizer):
             },
         ),
     }
-    for stage, (serve, models) in made.items():
+    for stage, (role, models) in made.items():
         checkpoints = Checkpoints(run / stage / "checkpoints", keep=1)
-        checkpoints.save(2, models, (jnp.int32(2),), meta_of(serve, NETWORK, tokenizer, stage=stage))
+        meta = meta_of(role, NETWORK, tokenizer, averaged="average" in models, stage=stage)
+        checkpoints.save(2, models, (jnp.int32(2),), meta)
         checkpoints.close()
         (run / stage / "complete.json").write_text(json.dumps({"step": 2}))
     return run
@@ -60,7 +61,7 @@ def reward(run_dir):
 
 def test_what_a_path_means(run_dir, tokenizer):
     served = rlhfjax.load(run_dir)
-    assert served.role == "average"  # a run's last policy, its average where there is one
+    assert served.role == "policy"  # a run's last policy, its average where there is one
     wanted = params_of(NETWORK, seed=4, std=0.2)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(served.params), jax.device_get(wanted))
     assert served.config == NETWORK.config
@@ -148,6 +149,10 @@ def test_nothing_to_generate_is_nothing(policy):
         ({"prompts": ["the"], "n": 0}, "n >= 1"),
         ({"prompts": ["the"], "max_new_tokens": 0}, "max_new_tokens >= 1"),
         ({"prompts": ["the"], "temperature": -0.1}, "temperature >= 0"),
+        ({"prompts": ["the"], "temperature": float("nan")}, "temperature >= 0"),
+        ({"prompts": [[1, 5], []]}, r"prompts\[1\]: expected at least one id"),
+        ({"prompts": [[1, -1]]}, "got shape .2,., ids -1 to 1"),
+        ({"prompts": [[1, NETWORK.config.vocab_size]]}, f"of 0 to {NETWORK.config.vocab_size - 1}"),
         ({"prompts": ["the"], "top_k": -1}, "top_k >= 0"),
         ({"prompts": ["the"], "top_p": 0.0}, "top_p"),
         ({"prompts": ["the"], "max_new_tokens": CONTEXT}, f"at most {CONTEXT} tokens"),
@@ -167,6 +172,8 @@ def test_a_model_is_asked_for_what_it_has(policy, reward):
         policy.score(["the"], ["film"])
     with pytest.raises(ConfigError, match="as many responses as prompts"):
         reward.score(["the"], ["film", "movie"])
+    with pytest.raises(ConfigError, match=r"tokens: expected at least one id .* on 2 axes"):
+        policy.logits([1, 2])
     with pytest.raises(ConfigError, match=f"at most {CONTEXT} tokens"):
         policy.logits(jnp.zeros((1, CONTEXT + 1), jnp.int32))
     with pytest.raises(ConfigError, match=f"at most {CONTEXT} tokens"):

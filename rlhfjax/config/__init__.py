@@ -1,6 +1,6 @@
 """The run configuration: schema, strict loading, and arithmetic checked before any device work. Imports no jax."""
 
-from rlhfjax.config.arithmetic import check, least_devices, mesh_shape
+from rlhfjax.config.arithmetic import check, least_devices, mesh_shape, sequence_lengths
 from rlhfjax.config.description import describe
 from rlhfjax.config.loading import (
     config_hash,
@@ -25,5 +25,6 @@ __all__ = [
     "mesh_shape",
     "resolved",
     "resolved_yaml",
+    "sequence_lengths",
     "shipped",
 ]

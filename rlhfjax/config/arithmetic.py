@@ -73,14 +73,15 @@ def _batch_sizes(run: Run) -> Iterator[tuple[str, float]]:
 
 def _lengths(run: Run, mesh: dict[str, int]) -> Iterator[str]:
     sequence, context = mesh["sequence"], None if run.model.checkpoint else run.model.context
-    for name, length in _sequence_lengths(run):
+    for name, length in sequence_lengths(run):
         if context and length > context:
             yield f"{name} {length} is more than model.context {context}; shorten it or raise model.context"
         if length % sequence:
             yield f"{name} {length} must be a multiple of mesh.sequence {sequence}"
 
 
-def _sequence_lengths(run: Run) -> Iterator[tuple[str, int]]:
+def sequence_lengths(run: Run) -> Iterator[tuple[str, int]]:
+    """Every length in tokens that the model's context must hold, with the name of its key."""
     stages = run.stages
     for name, section in (("pretrain", stages.pretrain), ("sft", stages.sft), ("reward", stages.reward)):
         if section:

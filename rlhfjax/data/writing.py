@@ -4,6 +4,7 @@ A dataset is built in a staging folder inside the data directory and renamed int
 or failed preparation never leaves something that looks prepared. TensorFlow is not needed and not imported.
 """
 
+import abc
 import contextlib
 import fcntl
 import hashlib
@@ -33,13 +34,13 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     made_from: dict[str, str]  # SHA-256 of what the records were read from
 
     @property
+    @abc.abstractmethod
     def kind(self) -> str:
         """The record kind, a key of the storage table."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def split_records(self) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
         """For each split, a function that starts its stream of canonical records."""
-        raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:
         # Records stay in the order they are given: shuffling belongs to the reader, which knows seed and epoch.

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from rlhfjax.config import Run, check, schema
+from rlhfjax.config import Run, check, schema, sequence_lengths
 from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
 from rlhfjax.data.fetch import file_sha256
 from rlhfjax.errors import ConfigError
@@ -18,7 +18,7 @@ from rlhfjax.stages.evaluate import evaluate
 from rlhfjax.stages.job import Job, sampling_params
 from rlhfjax.stages.offline import pretrain, reward, sft, tokenizer
 from rlhfjax.stages.ppo import ppo
-from rlhfjax.training.checkpoint import find_checkpoint, read_meta
+from rlhfjax.training.checkpoint import find_checkpoint, read_meta, tokenizer_of
 
 
 def make_jobs(run: Run, run_dir: Path, stages: list[str], report: Callable[[str], None]) -> list[Job]:
@@ -72,12 +72,18 @@ def check_data(jobs: list[Job]) -> None:
             _check_rest(job)
     run, words = jobs[0].run, jobs[0].tokenizer.vocab_size
     if run.model.checkpoint:
-        rows = read_meta(find_checkpoint(run.model.checkpoint))["model"]["vocab_size"]
+        shape = read_meta(find_checkpoint(run.model.checkpoint))["model"]
+        rows = shape["vocab_size"]
         if rows != words:
             raise ConfigError(
                 f"model.checkpoint has a vocabulary of {rows}, the tokenizer one of {words}; use the tokenizer "
                 "that the model was trained with (leave tokenizer out of the file to take it from the checkpoint)"
             )
+        for name, length in sequence_lengths(run):
+            if length > shape["context"]:
+                raise ConfigError(
+                    f"{name} {length} is more than the context {shape['context']} of model.checkpoint; shorten it"
+                )
 
 
 def _check_rest(job: Job) -> None:
@@ -88,7 +94,12 @@ def _check_rest(job: Job) -> None:
     if isinstance(c, schema.Reward) and c.normalize.on != "none":
         job.reader.demonstration_ids(c.normalize.data, c.batch.length, c.normalize.count)
     if isinstance(c, schema.Sft) and c.reward_model:
-        read_meta(find_checkpoint(c.reward_model))
+        meta = read_meta(find_checkpoint(c.reward_model))
+        if tokenizer_of(meta).fingerprint != job.tokenizer.fingerprint:
+            raise ConfigError(
+                f"stages.sft.reward_model: expected a model with this run's tokenizer, got {c.reward_model} with "
+                "another; train it on the ids that this tokenizer makes"
+            )
 
 
 def _check_sources(run: Run, data_dir: Path, stages: list[str]) -> None:

@@ -82,7 +82,7 @@ def reward(job: Job) -> Facts:
         reward_modelling(model, c.loss, c.dropout),
         model,
         params,
-        serve="reward",
+        role="reward",
         validate=validate,
         finish=partial(normalize_scores, job, model),
         shown=("train/rm/loss", "train/rm/accuracy", "eval/rm/accuracy"),
@@ -176,7 +176,7 @@ def reward_meter(job: Job, model: LanguageModel, count: int = 64) -> Callable[[P
     pairs = job.reader.demonstration_ids(c.validation, c.batch.length, count)
     tokens, mask = left_padded([prompt for prompt, _ in pairs], job.tokenizer.pad_id)
     t = job.tokenizer
-    settings = SamplingParams(max_new_tokens=c.batch.length - 1, stop_id=t.eos_id, pad_id=t.pad_id)
+    settings = SamplingParams(max_new_tokens=c.batch.length - tokens.shape[1], stop_id=t.eos_id, pad_id=t.pad_id)
     batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
 
     @jax.jit
@@ -228,7 +228,7 @@ def _train_policy(job: Job, model: LanguageModel, params: Params) -> Facts:
         language_modelling(model, job.config.dropout),
         model,
         params,
-        serve="policy",
+        role="policy",
         validate=validate,
         shown=("loss/train", "loss/validation", "perf/train_tokens_per_s"),
     )
@@ -240,7 +240,7 @@ def _train(
     model: LanguageModel,
     params: Params,
     *,
-    serve: str,
+    role: str,
     validate: Validate,
     shown: tuple[str, ...],
     finish: Callable[[Params], tuple[Params, Facts]] = lambda params: (params, {}),
@@ -253,10 +253,10 @@ def _train(
     optimizer = make_optimizer(c.optimizer, steps)
     follow = (lambda params: params) if c.optimizer.ema_decay is not None else None
     state = init_state(job.mesh, params, optimizer, follow)
-    meta = meta_of("average" if follow else serve, model, job.tokenizer, stage=job.stage)
+    meta = meta_of(role, model, job.tokenizer, averaged=bool(follow), stage=job.stage)
     select = getattr(c, "select_by", "last")
     checkpoints = Checkpoints(job.dir / "checkpoints", job.run.checkpoints.keep, keep_best=select != "last")
-    state, done = _restore(checkpoints, state, serve)
+    state, done = _restore(checkpoints, state, role)
     if done:
         chosen = checkpoints.best() if select != "last" else steps
         checkpoints.close()
@@ -264,7 +264,7 @@ def _train(
 
     def save(state: TrainState, facts: Facts | None = None, score: float | None = None) -> None:
         average = {} if state.average is None else {"average": state.average}
-        models = {serve: state.params} | average
+        models = {role: state.params} | average
         checkpoints.save(int(state.step), models, (state.optimizer, state.step), meta | {"facts": facts}, score)
 
     last_measured: dict[str, float] = {}
@@ -302,10 +302,12 @@ def _train(
             measure=measure,
             keep=keep,
         )
-        params, facts = finish(state.params)
-        facts = {"step": steps, "parameters": sum(x.size for x in jax.tree.leaves(params))} | facts
+        # What is served is finished: the moving average where one is kept.
+        served, facts = finish(state.params if state.average is None else state.average)
+        facts = {"step": steps, "parameters": sum(x.size for x in jax.tree.leaves(served))} | facts
         score = None if select == "last" else _selection_score(select, last_measured)
-        save(TrainState(params, state.optimizer, state.step, state.average), facts, score)
+        finished = {"params": served} if state.average is None else {"average": served}
+        save(replace(state, **finished), facts, score)
         return facts | {"step": checkpoints.best() if select != "last" else steps}
 
 
@@ -314,12 +316,12 @@ def _selection_score(select: str, measured: dict[str, float]) -> float:
     return measured["eval/reward_score"] if select == "reward_score" else -measured["loss/validation"]
 
 
-def _restore(checkpoints: Checkpoints, state: TrainState, serve: str) -> tuple[TrainState, Facts | None]:
+def _restore(checkpoints: Checkpoints, state: TrainState, role: str) -> tuple[TrainState, Facts | None]:
     """The state at the last checkpoint, and the stage's facts when that was its last step."""
     step = checkpoints.latest()
     if step is None:
         return state, None
     average = {} if state.average is None else {"average": abstract(state.average)}
     training = abstract((state.optimizer, state.step))
-    models, (optimizer, step), meta = checkpoints.restore(step, {serve: abstract(state.params)} | average, training)
-    return TrainState(models[serve], optimizer, step, models.get("average")), meta["facts"]
+    models, (optimizer, step), meta = checkpoints.restore(step, {role: abstract(state.params)} | average, training)
+    return TrainState(models[role], optimizer, step, models.get("average")), meta["facts"]

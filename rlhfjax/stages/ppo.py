@@ -52,7 +52,7 @@ def ppo(job: Job) -> Facts:
     steps = compiled_steps(job, state, algorithm, optimizer, policy_model, reward_model, sampling)
     opened, start = open_batches(job), int(state.iteration)
     pretraining = job.put(opened["ptx"].iterate(start)) if c.ptx else itertools.repeat(None)
-    meta = meta_of("average" if follow else "policy", policy_model, job.tokenizer, stage=job.stage)
+    meta = meta_of("policy", policy_model, job.tokenizer, averaged=bool(follow), stage=job.stage)
     writer = MetricsWriter(job.dir, start, job.run.logging.tensorboard)
 
     def save(state: OnlineState, iteration: int) -> None:

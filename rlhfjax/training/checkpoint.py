@@ -85,10 +85,16 @@ def _score(metrics: Mapping[str, float]) -> float:
     return metrics["score"]
 
 
-def meta_of(serve: str, model: LanguageModel, tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
-    """What a checkpoint says of itself; `serve` names the item that is loaded when nobody asks for another."""
+def meta_of(
+    role: str, model: LanguageModel, tokenizer: Tokenizer, averaged: bool = False, **more: Any
+) -> dict[str, Any]:
+    """What a checkpoint says of itself: what its model is, and the item that is loaded when nobody asks for another.
+
+    With `averaged` that is the moving average of the parameters.
+    """
     packed = base64.b64encode(tokenizer.to_bytes()).decode()
-    return {"format": 1, "serve": serve, "model": asdict(model.config), "tokenizer": packed, **more}
+    names = {"role": role, "serve": "average" if averaged else role}
+    return {"format": 1, **names, "model": asdict(model.config), "tokenizer": packed, **more}
 
 
 def tokenizer_of(meta: Mapping[str, Any]) -> Tokenizer:
@@ -142,8 +148,9 @@ def load_model(
     """
     meta = read_meta(step_dir)
     item = str(item or meta["serve"])
+    scalar = (meta["role"] if item == "average" else item) in SCALAR
     model = LanguageModel(DecoderConfig(**(meta["model"] | {"dtype": compute_dtype(dtype), "remat": remat})))
-    shapes = jax.eval_shape(model.init_scalar if item in SCALAR else model.init, jax.random.key(0))
+    shapes = jax.eval_shape(model.init_scalar if scalar else model.init, jax.random.key(0))
     if mesh is None:
         places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
     else:

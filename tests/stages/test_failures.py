@@ -84,6 +84,12 @@ def test_a_checkpoint_with_another_tokenizer(refused, finished):
     assert "a model from a checkpoint brings its own; remove tokenizer.path and tokenizer.data" in message
 
 
+def test_lengths_beyond_the_context_of_the_checkpoint(refused, finished):
+    model = f"model={json.dumps({'checkpoint': str(finished / 'sft')})}"
+    message = refused(2, model, "tokenizer={}", "stages.sft.batch.length=40")
+    assert "stages.sft.batch.length 40 is more than the context 32 of model.checkpoint" in message
+
+
 @pytest.mark.parametrize(
     "override", ["model={checkpoint: nowhere/run}", "stages.sft.reward_model=nowhere/run"], ids=["model", "reward"]
 )

@@ -200,7 +200,7 @@ def test_the_evaluated_loss_is_that_of_the_training(finished, metrics):
 
 def test_the_run_loads_as_its_last_policy(finished):
     model = rlhfjax.load(finished)
-    assert model.role == "average"  # the moving average is what is served where there is one
+    assert model.role == "policy"
     assert model.tokenizer.fingerprint == Tokenizer.load(finished / "tokenizer").fingerprint
     [[completion]] = model.generate(["the film"], max_new_tokens=4)
     assert completion.text == model.tokenizer.decode(completion.tokens)

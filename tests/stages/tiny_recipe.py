@@ -79,7 +79,7 @@ def recipe(files: Path) -> dict:
                 "validation": data("comparisons"),
                 "batch": {"size": 8, "length": 24, "candidates": 4, "overlong": "drop"},
                 "normalize": {"data": data("demonstrations")},
-            } | offline,
+            } | offline | {"optimizer": optimizer | {"ema_decay": 0.5}},  # what later stages read is the average
             "ppo": {
                 "data": data("prompts"),
                 "steps": STEPS,
