@@ -20,6 +20,7 @@ from rlhfjax.text.tokenizer import Tokenizer
 from rlhfjax.types import PromptBatch, RankedBatch, TokenBatch
 
 Report = Callable[[str], None]
+_ROWS = 2**44
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ class Reader:
 
     def _batches(self, sources, weights, size: int, make, shuffle: bool) -> Batches:
         datasets = [grain.MapDataset.source(source).seed(self.seed) for source in sources]
-        datasets = [(dataset.shuffle() if shuffle else dataset).repeat() for dataset in datasets]
+        # Without end for any run; the length of a mixture of truly endless ones does not fit an index.
+        datasets = [(data.shuffle() if shuffle else data).repeat(_ROWS // len(data) + 1) for data in datasets]
         mixed = grain.MapDataset.mix(datasets, weights) if len(datasets) > 1 else datasets[0]
         return Batches(mixed.batch(size), make, sum(len(source) for source in sources), size)

@@ -125,6 +125,12 @@ def test_an_epoch_visits_every_row_once_in_an_order_of_its_own(reader, files, ki
     assert len({tuple(order) for order in orders}) == epochs
 
 
+def test_a_mixture_can_be_read_one_row_at_a_time(reader, files):
+    # fails when the parts repeat for ever: the length of the mixture overflows; seen
+    sources = [entry(files, "prompts", weight=0.3), entry(files, "others", weight=0.1)]
+    assert next(reader().reader.prompts(sources, rollout_batch(size=1)).iterate(3)).tokens.shape[0] == 1
+
+
 def test_every_prompt_is_there_once_an_epoch(reader, files):
     batches = reader().reader.prompts([entry(files, "prompts")], rollout_batch(size=11))
     assert sorted([*batches[0].uid, *batches[1].uid]) == list(range(22))
