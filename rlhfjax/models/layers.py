@@ -28,6 +28,8 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     init_std: float = 0.02
+    family: str = "llama"
+    lora_alpha: float = 16.0  # adapters are scaled by lora_alpha / rank
     remat: str = "none"  # none | full | dots
     dtype: str = "float32"  # of the computation; parameters, logits and softmax are float32
 
@@ -53,13 +55,33 @@ def _norm(config: DecoderConfig, name: str):
     return nn.LayerNorm(epsilon=config.norm_eps, dtype=config.compute_dtype, name=name)
 
 
+class Linear(nn.DenseGeneral):
+    """x · kernel + bias, and where the parameters hold an adapter also (lora_alpha / r) (x · lora_a) · lora_b.
+
+    `lora_a` is [*input axes, r], `lora_b` [r, *features] (Hu et al. 2022, eq. 3); without these leaves nothing is added.
+    """
+
+    lora_alpha: float = 16.0
+
+    @nn.compact
+    def __call__(self, inputs):
+        out = super().__call__(inputs)
+        if not self.has_variable("params", "lora_a"):
+            return out
+        down = self.get_variable("params", "lora_a").astype(out.dtype)
+        up = self.get_variable("params", "lora_b").astype(out.dtype)
+        inner = jnp.tensordot(inputs.astype(out.dtype), down, axes=down.ndim - 1)
+        return out + (self.lora_alpha / down.shape[-1]) * jnp.tensordot(inner, up, axes=1)
+
+
 def _dense(config: DecoderConfig, features, name: str, axis: int | tuple[int, ...] = -1, std: float | None = None):
-    return nn.DenseGeneral(
+    return Linear(
         features,
         axis=axis,
         use_bias=config.biases,
         dtype=config.compute_dtype,
         kernel_init=nn.initializers.normal(std or config.init_std),
+        lora_alpha=config.lora_alpha,
         name=name,
     )
 

@@ -1,0 +1,1 @@
+"""Models of other libraries: what their configurations and weights are called here."""
