@@ -1,39 +1,47 @@
 """Conversations as ids, and history that fits.
 
-A conversation is BOS, then for each message its role token, its content and EOS; a prompt ends with the role token of
-the assistant, whose answer follows. A record may instead be plain text: BOS and the prompt, then the response. Every
-content is tokenised by itself and the ids are joined, so a prompt has the same ids whatever follows it.
+With a tokenizer of this project a conversation is BOS, then for each message its role token, its content and EOS; a
+prompt ends with the role token of the assistant, whose answer follows. With a published model's tokenizer its own chat
+template writes all that. A record may instead be plain text: BOS, if the model has one, and the prompt, then the
+response. A response is tokenised by itself and its ids are joined, so a prompt has the same ids whatever follows it.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.text.huggingface_tokenizer import HuggingFaceTokenizer
+from rlhfjax.text.loading import AnyTokenizer
 from rlhfjax.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant", "content": str}
 Record = Mapping[str, Any]
 
 
-def encode_prompt(tokenizer: Tokenizer, record: Record) -> list[int]:
+def beginning(tokenizer: AnyTokenizer) -> list[int]:
+    """What comes before every plain text: BOS, or nothing where the model has none."""
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+
+def encode_prompt(tokenizer: AnyTokenizer, record: Record) -> list[int]:
     """Ids after which a response is generated, from {"prompt": text} or {"messages": […]}.
 
     Raises DataError on an empty prompt, or messages that end with the assistant (there is nothing to answer).
     """
     if record.get("messages") is None:
-        return [tokenizer.bos_id, *tokenizer.encode(_plain_prompt(record))]
+        return [*beginning(tokenizer), *tokenizer.encode(_plain_prompt(record))]
     messages = _messages(record)
     if messages[-1]["role"] == "assistant":
         raise DataError("expected messages that end with something to answer, got the assistant's own message last")
     return _conversation_prompt(tokenizer, messages)
 
 
-def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode_response(tokenizer: AnyTokenizer, text: str) -> list[int]:
     """Ids of a whole response: its text, then EOS, which is trained like any other token."""
     return [*tokenizer.encode(text), tokenizer.eos_id]
 
 
-def encode_demonstration(tokenizer: Tokenizer, record: Record) -> tuple[list[int], list[int]]:
+def encode_demonstration(tokenizer: AnyTokenizer, record: Record) -> tuple[list[int], list[int]]:
     """Prompt ids and response ids of a demonstration, apart: training on the last answer alone.
 
     From {"prompt", "completion"}, or from {"messages"}: the last assistant message is the response, all before it the
@@ -45,18 +53,22 @@ def encode_demonstration(tokenizer: Tokenizer, record: Record) -> tuple[list[int
     return _conversation_prompt(tokenizer, before), encode_response(tokenizer, answer["content"])
 
 
-def encode_all_turns(tokenizer: Tokenizer, record: Record) -> tuple[list[int], list[bool]]:
+def encode_all_turns(tokenizer: AnyTokenizer, record: Record) -> tuple[list[int], list[bool]]:
     """Ids of a demonstration and, beside each, whether it is trained: every answer and its EOS.
 
     The ids are those of `encode_demonstration`, joined. Since p(T_K, …, T_2 | T_1) = Π p(T_i | T_1, …, T_i−1), the loss
     under this mask is the sum of the losses of the conversations cut after each answer (Zhang et al. 2020, DialoGPT).
-    A message that opens the conversation answers nothing and is not trained. Raises DataError where there is no answer.
+    A message that opens the conversation answers nothing and is not trained. Raises DataError where there is no answer,
+    or where a chat template writes an earlier answer otherwise than it was generated.
     """
     if record.get("messages") is None:
         prompt, response = encode_demonstration(tokenizer, record)
         return prompt + response, [False] * len(prompt) + [True] * len(response)
+    messages = _up_to_last_answer(record)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return _answers_in_template(tokenizer, messages)
     tokens, trained = [tokenizer.bos_id], [False]
-    for place, message in enumerate(_up_to_last_answer(record)):
+    for place, message in enumerate(messages):
         turn = _turn(tokenizer, message)
         is_answer = message["role"] == "assistant" and place > 0
         tokens += turn
@@ -64,8 +76,25 @@ def encode_all_turns(tokenizer: Tokenizer, record: Record) -> tuple[list[int], l
     return tokens, trained
 
 
+def _answers_in_template(tokenizer: HuggingFaceTokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    """An answer is what follows the ids of the prompt before it, to the id that ends a response."""
+    tokens = [*_conversation(tokenizer, messages[:-1]), *encode_response(tokenizer, messages[-1]["content"])]
+    trained = [False] * len(tokens)
+    for place, message in enumerate(messages):
+        if message["role"] == "assistant" and place > 0:
+            before = _conversation(tokenizer, messages[:place])
+            if tokens[: len(before)] != before or tokenizer.eos_id not in tokens[len(before) :]:
+                raise DataError(
+                    f"messages[{place}]: expected a chat template that writes an earlier answer as it was generated, "
+                    "got one that changes it; train on the last answer alone (train_on: last)"
+                )
+            end = tokens.index(tokenizer.eos_id, len(before)) + 1
+            trained[len(before) : end] = [True] * (end - len(before))
+    return tokens, trained
+
+
 def truncate_history(
-    messages: Sequence[Message], tokenizer: Tokenizer, budget: int, reserve: int
+    messages: Sequence[Message], tokenizer: AnyTokenizer, budget: int, reserve: int
 ) -> tuple[list[Message], int]:
     """The messages that fit, and how many were dropped: the prompt of what stays has at most budget − reserve tokens.
 
@@ -77,24 +106,29 @@ def truncate_history(
     for message in checked:
         exchange += message["role"] == "user"
         exchanges.append(exchange)
-    sizes = [len(_turn(tokenizer, message)) for message in checked]
-    room = budget - reserve - 2  # BOS before, and the role token of the answer after
-
     for oldest in sorted(set(exchanges)):
         kept = [
             index for index, message in enumerate(checked) if message["role"] == "system" or exchanges[index] >= oldest
         ]
-        if sum(sizes[index] for index in kept) <= room:
+        size = len(_conversation(tokenizer, [checked[index] for index in kept]))
+        if size <= budget - reserve:
             return [checked[index] for index in kept], len(checked) - len(kept)
     raise ConfigError(
-        f"expected the system messages and the last turn to fit in {budget} − {reserve} tokens, got "
-        f"{sum(sizes[index] for index in kept) + 2}; shorten the message, or reserve fewer tokens for the answer"
+        f"expected the system messages and the last turn to fit in {budget} − {reserve} tokens, got {size}; "
+        "shorten the message, or reserve fewer tokens for the answer"
     )
 
 
-def _conversation_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+def _conversation_prompt(tokenizer: AnyTokenizer, messages: Sequence[Message]) -> list[int]:
     if not messages[-1]["content"].strip():
         raise DataError("expected a prompt with text in it, got an empty message before the answer; drop the record")
+    return _conversation(tokenizer, messages)
+
+
+def _conversation(tokenizer: AnyTokenizer, messages: Sequence[Message]) -> list[int]:
+    """Ids of messages and of what an answer begins with."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.encode_chat(messages, add_generation_prompt=True)
     turns = [token for message in messages for token in _turn(tokenizer, message)]
     return [tokenizer.bos_id, *turns, tokenizer.role_ids["assistant"]]
 

@@ -40,6 +40,7 @@ _CHUNK = 1000  # characters, at most 4,000 bytes: SentencePiece silently skips l
 class Tokenizer:
     """Text to ids and back. Build one with `train`, `load` or `from_bytes`."""
 
+    kind = "sentencepiece"
     pad_id, bos_id, eos_id, unk_id = PAD, BOS, EOS, UNK
 
     def __init__(self, model: bytes):
@@ -128,8 +129,8 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         # The digest goes first and comes back last: no crash in between can leave it beside another model.
         (directory / DIGEST_FILE).unlink(missing_ok=True)
-        _write_atomically(directory / MODEL_FILE, self._model)
-        _write_atomically(directory / DIGEST_FILE, f"{self.fingerprint}  {MODEL_FILE}\n".encode())
+        write_atomically(directory / MODEL_FILE, self._model)
+        write_atomically(directory / DIGEST_FILE, f"{self.fingerprint}  {MODEL_FILE}\n".encode())
 
     def to_bytes(self) -> bytes:
         """The serialised SentencePiece model."""
@@ -142,7 +143,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens. Raises DataError on a lone surrogate."""
-        _check_unicode(text)
+        check_unicode(text)
         if _SPACE_SYMBOL not in text:
             return self._processor.encode(text)
         first, *rest = (self._processor.encode(part) for part in text.split(_SPACE_SYMBOL))
@@ -188,7 +189,7 @@ def _open(model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 def _training_lines(texts: Iterable[str]) -> Iterable[str]:
     for text in texts:
-        _check_unicode(text)
+        check_unicode(text)
         for line in _TRAINING_BREAKS.split(text):
             yield from (line[start : start + _CHUNK] for start in range(0, len(line), _CHUNK))
 
@@ -206,7 +207,8 @@ def _sample(lines: Iterable[str], size: int | None, seed: int) -> list[str]:
     return [line for _, line in sorted(kept)]
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(text: str) -> None:
+    """Raises DataError on a lone surrogate, which no encoder can write."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -230,7 +232,8 @@ def _vocabulary_error(error: RuntimeError, vocab_size: int) -> ConfigError | Dat
     return DataError(f"SentencePiece could not train on this text: {error}")
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, readable by the owner only."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp creates it as 0600
     try:
         with os.fdopen(descriptor, "wb") as file:

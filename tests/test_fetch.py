@@ -7,9 +7,9 @@ import zipfile
 
 import pytest
 
-from rlhfjax.data import fetch as fetching
-from rlhfjax.data.fetch import PinnedFile, default_cache_dir, fetch
+from rlhfjax import fetch as fetching
 from rlhfjax.errors import DataError
+from rlhfjax.fetch import PinnedFile, default_cache_dir, fetch
 
 WHEEL = "tiny_thing-1.0-py3-none-any.whl"
 

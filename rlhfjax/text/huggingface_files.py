@@ -1,0 +1,162 @@
+"""The tokenizer of a Hugging Face directory, as one description, and back.
+
+What a model does with text is spread over files: tokenizer.json (or a SentencePiece tokenizer.model alone) holds the
+vocabulary, tokenizer_config.json and special_tokens_map.json name special tokens, chat_template.jinja is its way to
+write a conversation, and generation_config.json says which ids end an answer.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from rlhfjax.errors import ConfigError, IntegrityError
+from rlhfjax.text.sentencepiece_json import tokenizer_json_of_model
+
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_LARGEST = 1 << 28  # bytes of one file; the largest tokenizer.json in use has under 40 MB
+
+
+def description(
+    tokenizer: Mapping[str, Any],
+    named: Mapping[str, str | None],
+    *,
+    adds_bos: bool,
+    eos_ids: list[int] | None = None,
+    chat_template: str | None = None,
+) -> dict[str, Any]:
+    """All that a Hugging Face tokenizer is: tokenizer.json, its named special tokens, the other end ids, the template.
+
+    `adds_bos` says whether BOS comes before a plain text.
+    """
+    return {
+        "tokenizer": dict(tokenizer),
+        "named": {name: named.get(name) for name in NAMED},
+        "adds_bos": adds_bos,
+        "eos_ids": eos_ids or [],
+        "chat_template": chat_template,
+    }
+
+
+def read_files(directory: Path) -> dict[str, Any]:
+    """The description of the tokenizer in a directory.
+
+    Raises ConfigError where there is none or its kind is unknown, IntegrityError on a file that cannot be read.
+    """
+    config = _json(directory / "tokenizer_config.json")
+    if (directory / "tokenizer.json").is_file():
+        tokenizer = _json(directory / "tokenizer.json")
+    elif (directory / "tokenizer.model").is_file():
+        tokenizer = tokenizer_json_of_model(_bytes(directory / "tokenizer.model"), legacy=bool(config.get("legacy")))
+    else:
+        raise ConfigError(f"expected tokenizer.json or tokenizer.model in {directory}, got neither; fetch one of them")
+    named = {**_json(directory / "special_tokens_map.json"), **config}
+    named = {name: _content(named.get(name)) for name in NAMED}
+    _add_tokens(tokenizer, config.get("added_tokens_decoder") or {}, [token for token in named.values() if token])
+    adds_bos = config.get("add_bos_token")
+    return description(
+        tokenizer,
+        named,
+        adds_bos=_adds_first(tokenizer, named["bos_token"]) if adds_bos is None else bool(adds_bos),
+        eos_ids=_eos_ids(_json(directory / "generation_config.json")),
+        chat_template=_chat_template(directory, config),
+    )
+
+
+def files(described: Mapping[str, Any]) -> dict[str, str]:
+    """The files of a directory that `read_files` and AutoTokenizer of transformers read, by name."""
+    named = {name: token for name, token in described["named"].items() if token is not None}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": described["adds_bos"],
+        "clean_up_tokenization_spaces": False,
+        **named,
+    }
+    made = {
+        "tokenizer.json": json.dumps(described["tokenizer"], ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
+        "special_tokens_map.json": json.dumps(named, ensure_ascii=False, indent=2),
+    }
+    if described["chat_template"] is not None:
+        made["chat_template.jinja"] = described["chat_template"]
+    if described["eos_ids"]:
+        made["generation_config.json"] = json.dumps({"eos_token_id": described["eos_ids"]}, indent=2)
+    return made
+
+
+def _add_tokens(tokenizer: dict[str, Any], more: Mapping[str, Any], named: list[str]) -> None:
+    """Adds what tokenizer_config.json says of added tokens, which goes before tokenizer.json, and the named tokens."""
+    model = tokenizer["model"]["vocab"]
+    vocab = {entry[0]: index for index, entry in enumerate(model)} if isinstance(model, list) else model
+    added = {int(token["id"]): token for token in tokenizer.get("added_tokens") or []}
+    for index, token in more.items():
+        added[int(index)] = {**_FLAGS, **{key: token[key] for key in _FLAGS if key in token}, "id": int(index)}
+    known = {token["content"] for token in added.values()}
+    for content in named:
+        if content not in known:
+            index = vocab.get(content, max([*added, *vocab.values()], default=-1) + 1)
+            added[index] = {**_FLAGS, "id": index, "content": content, "special": True}
+            known.add(content)
+    tokenizer["added_tokens"] = [added[index] for index in sorted(added)]
+
+
+_FLAGS = {"content": "", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+
+
+def _adds_first(tokenizer: Mapping[str, Any], bos: str | None) -> bool:
+    """Whether the post-processor of tokenizer.json puts BOS before a text."""
+    if not tokenizer.get("post_processor") or bos is None:
+        return False
+    empty = {"type": "BPE", "vocab": {}, "merges": []}
+    alone = {"version": "1.0", "added_tokens": [], "model": empty, "post_processor": tokenizer["post_processor"]}
+    encoded = tokenizers.Tokenizer.from_str(json.dumps(alone)).encode("")
+    return encoded.tokens[:1] == [bos]
+
+
+def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return _text(path)
+    template = config.get("chat_template") or _json(directory / "chat_template.json").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _eos_ids(generation: Mapping[str, Any]) -> list[int]:
+    ids = generation.get("eos_token_id")
+    return [int(index) for index in ids] if isinstance(ids, list) else [] if ids is None else [int(ids)]
+
+
+def _content(token: Any) -> str | None:
+    return token["content"] if isinstance(token, Mapping) else token
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        made = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{path}: expected JSON, got {error}; fetch the file again") from error
+    if not isinstance(made, dict):
+        raise IntegrityError(f"{path}: expected a JSON object, got {type(made).__name__}; fetch the file again")
+    return made
+
+
+def _text(path: Path) -> str:
+    try:
+        return _bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise IntegrityError(f"{path}: expected UTF-8, got other bytes at {error.start}; fetch it again") from error
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise IntegrityError(f"{path}: expected at most {_LARGEST:,} bytes, got {path.stat().st_size:,}")
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a file that can be read, got {error.strerror}") from error

@@ -1,0 +1,234 @@
+"""Tokenizers of published models, on the library `tokenizers`; their special tokens cannot be spelled by any text.
+
+Ids are those of transformers' AutoTokenizer, with one difference that is meant: transformers turns "<|im_end|>" in a
+text into the special token, so that whoever writes a message can end it and speak for somebody else. Here the special
+tokens are *sealed*. In memory each has a name with a random part, in the vocabulary too, and only what the chat
+template writes is translated to those names. Text that says "<|im_end|>" stays text, as with SentencePiece.
+
+`eos_id` is the one id on which generation stops and which ends a response in training: the special token that the
+chat template writes after an answer, or else the model's end of text. `eos_ids` are all that the model's files name.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from rlhfjax.errors import ConfigError, DataError, IntegrityError
+from rlhfjax.text.huggingface_files import files, read_files
+from rlhfjax.text.templates import ChatTemplate
+from rlhfjax.text.tokenizer import check_unicode, write_atomically
+
+DIGEST_FILE = "tokenizer.sha256"
+
+
+class HuggingFaceTokenizer:
+    """Text to ids and back, and conversations by the model's own chat template. Build one with `load` or `from_bytes`.
+
+    `bos_id` is None where the model puts nothing before a text. `pad_id` may equal `eos_id`: masks come from lengths.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, described: Mapping[str, Any]):
+        """Open a description (`rlhfjax.text.huggingface_files.description`).
+
+        Raises IntegrityError on one that is none, ConfigError on a tokenizer without an end of text.
+        """
+        self.description = dict(described)
+        try:
+            self._seal = {token: f"{token}{secrets.token_hex(16)}" for token in _special(described["tokenizer"])}
+            sealed = _sealed(described["tokenizer"], self._seal)
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(sealed))
+            self._special: dict[str, int] = {
+                token: self._tokenizer.token_to_id(name) for token, name in self._seal.items()
+            }
+            named = {name: self._id(token) for name, token in described["named"].items()}
+        # The library raises plain Exception on a file that it cannot read.
+        except Exception as error:
+            raise IntegrityError(
+                f"expected the parts of a tokenizer.json, got {_short(error)}; fetch it again"
+            ) from error
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        ends = [index for index in (named["eos_token"], *described["eos_ids"]) if index is not None]
+        self.eos_ids = tuple(dict.fromkeys(ends))
+        if not self.eos_ids or not all(0 <= index < self.vocab_size for index in self.eos_ids):
+            raise ConfigError(
+                f"expected a tokenizer with ends of text in 0…{self.vocab_size - 1}, got {list(self.eos_ids)}; name "
+                "one as eos_token in tokenizer_config.json"
+            )
+        self.bos_id = named["bos_token"] if described["adds_bos"] else None
+        self.unk_id = named["unk_token"]
+        self.pad_id = self.eos_ids[0] if named["pad_token"] is None else named["pad_token"]
+        self.chat_template = None if (source := described["chat_template"]) is None else ChatTemplate(source)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "HuggingFaceTokenizer":
+        """The tokenizer that `to_bytes` wrote. Raises as `__init__`."""
+        try:
+            described = json.loads(data)
+        except ValueError as error:
+            raise IntegrityError(f"expected a tokenizer's JSON, got {len(data):,} other bytes") from error
+        return cls(described)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> "HuggingFaceTokenizer":
+        """The tokenizer of a Hugging Face directory, or of one that `save` wrote.
+
+        Raises ConfigError where there is none, IntegrityError when it is broken or its digest does not match.
+        """
+        directory = Path(directory)
+        loaded, digest = cls(read_files(directory)), directory / DIGEST_FILE
+        if digest.exists() and (expected := digest.read_text().strip()) != loaded.fingerprint:
+            raise IntegrityError(
+                f"{directory}: expected a tokenizer with SHA-256 {expected[:12]}…, got {loaded.fingerprint[:12]}…; "
+                "restore its files or make it again"
+            )
+        return loaded
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the files of a Hugging Face directory and a digest, each whole or not at all, for the owner only."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        # The digest goes first and comes back last: no crash in between can leave it beside other files.
+        (directory / DIGEST_FILE).unlink(missing_ok=True)
+        for name, content in files(self.description).items():
+            write_atomically(directory / name, content.encode())
+        write_atomically(directory / DIGEST_FILE, f"{self.fingerprint}\n".encode())
+
+    def to_bytes(self) -> bytes:
+        """The whole description as JSON, with its keys in order."""
+        return json.dumps(self.description, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the description, in hex: equal fingerprints mean equal ids for every text."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @cached_property
+    def eos_id(self) -> int:
+        """The id that ends a response: what the chat template writes after an answer, else the model's end of text."""
+        if self.chat_template is None:
+            return self.eos_ids[0]
+        mark = secrets.token_hex(16)
+        probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+        try:
+            after = self._render(probe, False).rpartition(mark)[2]
+        except ConfigError:
+            return self.eos_ids[0]
+        found = self._special_text.search(after)
+        return self._special[found[0]] if found else self.eos_ids[0]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens. Raises DataError on a lone surrogate."""
+        check_unicode(text)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        for text in texts:
+            check_unicode(text)
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> list[int]:
+        """Ids of a conversation by the model's template, with the beginning of an answer after it if asked for.
+
+        Special tokens come from the template alone. Raises ConfigError without a template or when it refuses these
+        roles, DataError where contents would become special tokens together with what the template writes beside them.
+        """
+        # In contents, special tokens are spelled in another way until the template has written its own.
+        spelled: dict[str, str] = {}
+        hidden = []
+        for message in messages:
+            check_unicode(message["content"])
+            content = self._special_text.sub(
+                lambda found: spelled.setdefault(found[0], secrets.token_hex(16)), message["content"]
+            )
+            hidden.append({"role": message["role"], "content": content})
+        written = self._render(hidden, add_generation_prompt)
+        neutral = [{"role": message["role"], "content": "?"} for message in messages]
+        expected = self._special_text.findall(self._render(neutral, add_generation_prompt))
+        if self._special_text.findall(written) != expected:
+            raise DataError(
+                "expected contents that leave the special tokens of the chat template alone; drop the record"
+            )
+        sealed = self._special_text.sub(lambda found: self._seal[found[0]], written)
+        for token, name in spelled.items():
+            sealed = sealed.replace(name, token)
+        return self._tokenizer.encode(sealed, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, special tokens dropped; bytes that are no UTF-8 (a cut character) become U+FFFD.
+
+        Raises DataError on an id outside the vocabulary.
+        """
+        ids = [int(token) for token in ids]
+        outside = next((token for token in ids if not 0 <= token < self.vocab_size), None)
+        if outside is not None:
+            raise DataError(f"expected token ids in 0…{self.vocab_size - 1}, got {outside}; is this its tokenizer?")
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """What each id stands for, as the vocabulary writes it ("Ġthe", "<|im_end|>"): for labels and tables."""
+        names = {index: token for token, index in self._special.items()}
+        return [names.get(int(token)) or self._tokenizer.id_to_token(int(token)) or "" for token in ids]
+
+    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+        if self.chat_template is None:
+            raise ConfigError(
+                "expected a tokenizer with a chat template for messages, got one without; give prompt and completion, "
+                "or put chat_template.jinja beside its tokenizer.json"
+            )
+        tokens = {name: token for name, token in self.description["named"].items() if token is not None}
+        return self.chat_template.render(messages, add_generation_prompt, **tokens)
+
+    @cached_property
+    def _special_text(self) -> re.Pattern[str]:
+        """Any special token, the longest where several begin."""
+        return re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)")
+
+    def _id(self, token: str | None) -> int | None:
+        if token is None:
+            return None
+        return self._special[token] if token in self._special else self._tokenizer.token_to_id(token)
+
+
+def _special(tokenizer: Mapping[str, Any]) -> list[str]:
+    """The special tokens. One that is a single letter is text that people need: some models pad with "!"."""
+    return [token["content"] for token in tokenizer["added_tokens"] if token["special"] and len(token["content"]) > 1]
+
+
+def _sealed(tokenizer: Mapping[str, Any], seal: Mapping[str, str]) -> dict[str, Any]:
+    """tokenizer.json with special tokens under names that no text has."""
+    added = [
+        {**token, "content": seal[token["content"]], "normalized": False} if token["content"] in seal else token
+        for token in tokenizer["added_tokens"]
+    ]
+    model = {**tokenizer["model"], "dropout": None} if "dropout" in tokenizer["model"] else dict(tokenizer["model"])
+    vocab = model["vocab"]
+    if isinstance(vocab, list):
+        model["vocab"] = [[seal.get(token, token), score] for token, score in vocab]
+    else:
+        model["vocab"] = {seal.get(token, token): index for token, index in vocab.items()}
+    if model.get("unk_token") in seal:
+        model["unk_token"] = seal[model["unk_token"]]
+    if "merges" in model:
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        # A pair that makes a special token would make it from text, and one that begins with it never occurs.
+        model["merges"] = [
+            pair for pair in pairs if not (pair[0] in seal or pair[1] in seal or pair[0] + pair[1] in seal)
+        ]
+    # Lengths and special tokens at the ends are decided here, never by the file.
+    fixed = {"added_tokens": added, "model": model, "truncation": None, "padding": None, "post_processor": None}
+    return {**tokenizer, **fixed}
+
+
+def _short(error: Exception) -> str:
+    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]
