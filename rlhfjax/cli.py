@@ -179,6 +179,51 @@ def generate(
         typer.echo(f"{mark}{printable(completion.text)}")
 
 
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face directory, a .gguf file, or smollm2.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The checkpoint directory that is made.")],
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help="How it is stored: float32 or bfloat16.")] = "float32",
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that was imported before.")] = False,
+) -> None:
+    """Make a checkpoint of a published model. Weights come from safetensors or GGUF; no code of a model is ever run.
+
+    \b
+    Example:
+      rlhfjax import smollm2 models/smollm2
+    """
+    from rlhfjax.stages import transfer
+
+    transfer.import_model(source, target, dtype=dtype, force=force, report=say)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="A checkpoint, a stage's directory, or a run's (its last policy).")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The Hugging Face directory that is made.")],
+    item: Annotated[
+        str | None, typer.Option(metavar="ITEM", help="policy, average, value or reward.  [default: what it serves]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16.")] = "float32",
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The largest file of weights.")] = "5GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that is there.")] = False,
+) -> None:
+    """Write a model as a Hugging Face directory, with a model card and proof that it computes the same.
+
+    \b
+    Example:
+      rlhfjax export runs/quickstart exported/policy --dtype bfloat16
+    """
+    from rlhfjax.stages import transfer
+
+    size = transfer.parse_size(shard_size)
+    parity = transfer.export_checkpoint(checkpoint, target, item=item, dtype=dtype, shard_size=size, force=force)
+    [difference] = (value for key, value in parity.items() if key.endswith("_difference"))
+    say(f"wrote {target} (read back, it differs by at most {difference:.2g})")
+
+
 @app.command()
 def env() -> None:
     """Print what to paste into a bug report. That is versions, platform, devices and flags.
@@ -210,36 +255,51 @@ def metrics() -> None:
 
 @data.command()
 def prepare(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="movies, or a name for your own files.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="movies, chitchat, or a name for your own files.")],
     split: Annotated[
         list[str] | None, typer.Option(metavar="SPLIT=FILE.jsonl", help="One split and its file; may be repeated.")
     ] = None,
     kind: Annotated[str | None, typer.Option(metavar="KIND", help=f"What the files hold: {_KINDS}.")] = None,
+    dialogue_filters: Annotated[
+        bool, typer.Option("--dialogue-filters", help="Drop exchanges that teach nothing; print how many and why.")
+    ] = False,
+    blocklist: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Offensive words for the filters, one a line.")
+    ] = None,
     data_dir: DataDir = None,
     cache_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where downloads are kept (movies only).")
+        Path | None, typer.Option(metavar="DIR", help="Where downloads are kept (movies and chitchat).")
     ] = None,
 ) -> None:
-    """Prepare the movies benchmark, or your own JSONL files.
+    """Prepare the movies benchmark, the chitchat conversations, or your own JSONL files.
 
     \b
     Examples:
       rlhfjax data prepare movies
       rlhfjax data prepare my_chats --kind demonstration --split train=train.jsonl --split validation=val.jsonl
     """
+    if blocklist and not dialogue_filters:
+        raise ConfigError("--blocklist: expected --dialogue-filters with it")
+    if dialogue_filters and kind != "demonstration":
+        raise ConfigError(f"--dialogue-filters: expected --kind demonstration, got {kind or 'no kind'}")
     if split or kind:
-        _prepare_files(name, split or [], kind, data_dir)
-    elif name == "movies":
+        _prepare_files(name, split or [], kind, data_dir, dialogue_filters, blocklist)
+    elif name in ("movies", "chitchat"):
+        from rlhfjax.data import benchmark, chitchat, movies
         from rlhfjax.data.datasets import default_data_dir
-        from rlhfjax.data.movies import prepare_movies
 
-        for folder in prepare_movies(data_dir or default_data_dir(), cache_dir, say):
+        wanted = {"movies": movies.Movies, "chitchat": chitchat.Chitchat}[name]
+        for folder in benchmark.prepare(wanted, data_dir or default_data_dir(), cache_dir, say):
             typer.echo(str(folder))
     else:
-        raise ConfigError(f"{name}: expected movies, or --kind KIND with --split SPLIT=FILE.jsonl (kinds: {_KINDS})")
+        raise ConfigError(
+            f"{name}: expected movies or chitchat, or --kind KIND with --split SPLIT=FILE.jsonl (kinds: {_KINDS})"
+        )
 
 
-def _prepare_files(name: str, splits: list[str], kind: str | None, data_dir: Path | None) -> None:
+def _prepare_files(
+    name: str, splits: list[str], kind: str | None, data_dir: Path | None, filters: bool, blocklist: Path | None
+) -> None:
     if not splits or not kind:
         missing = "--split SPLIT=FILE.jsonl" if kind else f"--kind ({_KINDS})"
         raise ConfigError(f"data prepare {name}: {missing} is missing")
@@ -253,7 +313,15 @@ def _prepare_files(name: str, splits: list[str], kind: str | None, data_dir: Pat
     from rlhfjax.data.datasets import default_data_dir
     from rlhfjax.data.jsonl import prepare_jsonl
 
-    typer.echo(str(prepare_jsonl(paths, kind, name, data_dir or default_data_dir())))
+    where = data_dir or default_data_dir()
+    if not filters:
+        typer.echo(str(prepare_jsonl(paths, kind, name, where)))
+        return
+    from rlhfjax.data.dialogue import prepare_filtered
+
+    folder, report = prepare_filtered(paths, name, where, blocklist)
+    say(report)
+    typer.echo(str(folder))
 
 
 @data.command()

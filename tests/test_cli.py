@@ -64,7 +64,9 @@ def calls(monkeypatch):
 
     rows = ["tokens \x1b[31mred\x1b[0m", "mask"]
     module("stages", run_recipe=record("run_recipe"), inspect_batch=record("inspect_batch", rows))
-    module("data.movies", prepare_movies=record("prepare_movies", lambda where, cache, say: [Path(where) / "movies"]))
+    module("data.benchmark", prepare=record("prepare", lambda kind, where, cache, say: [Path(where) / kind]))
+    module("data.movies", Movies="movies")
+    module("data.chitchat", Chitchat="chitchat")
     module("data.jsonl", prepare_jsonl=record("prepare_jsonl", "made/it"))
     records = [{"prompt": f"p{i}", "text": "\x1b]0;title\x07x"} for i in range(9)]
     module("data.datasets", open_source=record("open_source", records), default_data_dir=lambda: "DEFAULT")
@@ -244,7 +246,7 @@ def test_show_prints_what_loads_equal(tmp_path):
 def test_validate_says_so_and_shows_the_arithmetic():
     result = call("validate", "quickstart", "mesh.fsdp=2", "--devices", "4")
     assert result.stdout.startswith("quickstart is valid\n")
-    assert "data 2 x fsdp 2 x sequence 1 x tensor 1 = 4 devices" in result.stdout
+    assert "data 2 x fsdp 2 x sequence 1 x tensor 1 x expert 1 = 4 devices" in result.stdout
     ppo = load_config("quickstart").stages.ppo
     assert f"{ppo.steps * ppo.batch.size:,} episodes" in result.stdout
     assert "= 3 must divide the number of devices, 4" in error("validate", "quickstart", "mesh.fsdp=3", "--devices", 4)
@@ -284,18 +286,23 @@ def test_generate_defaults_are_those_of_the_python_interface(calls):
 def test_data_prepare(calls, tmp_path):
     result = call("data", "prepare", "movies", "--data-dir", "d", "--cache-dir", "c")
     assert result.stdout == os.path.join("d", "movies") + "\n"
-    assert [str(arg) for arg in calls[0][1][:2]] == ["d", "c"]
+    assert [str(arg) for arg in calls[0][1][:3]] == ["movies", "d", "c"]
+    assert call("data", "prepare", "chitchat").stdout == os.path.join("DEFAULT", "chitchat") + "\n"
     assert (
         call("data", "prepare", "mine", "--kind", "prompt", "--split", "train=a=b.jsonl", "--split", "test=c").exit_code
         == 0
     )
-    paths, kind, name, where = calls[1][1]
+    paths, kind, name, where = calls[2][1]
     assert {split: str(path) for split, path in paths.items()} == {"train": "a=b.jsonl", "test": "c"}
     assert (kind, name, where) == ("prompt", "mine", "DEFAULT")
 
 
 def test_data_prepare_says_what_is_missing(calls):
-    assert "expected movies, or --kind KIND with --split" in error("data", "prepare", "mine")
+    assert "expected movies or chitchat, or --kind KIND with --split" in error("data", "prepare", "mine")
+    assert "expected --dialogue-filters with it" in error("data", "prepare", "mine", "--blocklist", "words.txt")
+    assert "--dialogue-filters: expected --kind demonstration, got prompt" in error(
+        "data", "prepare", "mine", "--kind", "prompt", "--dialogue-filters"
+    )
     assert "--split SPLIT=FILE.jsonl is missing" in error("data", "prepare", "mine", "--kind", "prompt")
     assert "--kind (document, " in error("data", "prepare", "mine", "--split", "train=a")
     assert "--split a.jsonl is not SPLIT=FILE.jsonl" in error(

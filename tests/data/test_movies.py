@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhfjax.data import movies
+from rlhfjax.data import benchmark, movies
+from rlhfjax.data.benchmark import is_prepared, prepare
 from rlhfjax.data.datasets import default_data_dir, open_source
 from rlhfjax.data.movie_archives import Snippet, read_snippets
 from rlhfjax.data.movie_tasks import Batch, Ratings, labeler_rankings, shuffled
-from rlhfjax.data.movies import KINDS, Movies, movie_tables, movies_ready, prepare_movies
+from rlhfjax.data.movies import KINDS, Movies, movie_tables
 from rlhfjax.data.records import KINDS as RECORD_KINDS
 from rlhfjax.data.records import parse_record
 from rlhfjax.errors import DataError
@@ -243,16 +244,16 @@ def cached(archives, tmp_path, monkeypatch):
 
 def test_prepared_datasets_are_the_tables(tables, cached, tmp_path):
     data_dir, said = tmp_path / "data", []
-    assert not movies_ready(data_dir)
-    folders = prepare_movies(data_dir, cached, said.append)
-    assert movies_ready(data_dir)
+    assert not is_prepared(Movies, data_dir)
+    folders = prepare(Movies, data_dir, cached, said.append)
+    assert is_prepared(Movies, data_dir)
     assert folders == [data_dir / "movies" / config / "1.0.0" for config in KINDS]
     for config, splits in tables.items():
         for split, records in splits.items():
             assert list(open_source(f"movies/{config}", split, data_dir, KINDS[config])) == records
     assert "writing movies/across" in said
     said.clear()
-    assert prepare_movies(data_dir, None, said.append) == folders  # nothing to fetch, nothing to write
+    assert prepare(Movies, data_dir, None, said.append) == folders  # nothing to fetch, nothing to write
     assert said == [f"movies is already prepared in {data_dir}"]
 
 
@@ -264,25 +265,25 @@ def test_a_failed_preparation_leaves_nothing_and_an_interrupted_one_continues(ca
             raise OSError(28, "No space left on device")
         return write(builder)
 
-    write = movies.write_builder
-    monkeypatch.setattr(movies, "write_builder", fails_late)
+    write = benchmark.write_builder
+    monkeypatch.setattr(benchmark, "write_builder", fails_late)
     with pytest.raises(DataError, match="No space left"):
-        prepare_movies(data_dir, cached)
+        prepare(Movies, data_dir, cached)
     assert [path.name for path in data_dir.iterdir()] == [".lock"]
-    monkeypatch.setattr(movies, "write_builder", write)
-    prepare_movies(data_dir, cached)
+    monkeypatch.setattr(benchmark, "write_builder", write)
+    prepare(Movies, data_dir, cached)
     for path in (data_dir / "movies" / "across" / "1.0.0").iterdir():
         path.unlink()
     (data_dir / "movies" / "across" / "1.0.0").rmdir()
-    assert not movies_ready(data_dir)
+    assert not is_prepared(Movies, data_dir)
     said = []
-    prepare_movies(data_dir, cached, said.append)
+    prepare(Movies, data_dir, cached, said.append)
     assert [text for text in said if text.startswith("writing")] == ["writing movies/across"]
-    assert movies_ready(data_dir)
+    assert is_prepared(Movies, data_dir)
 
 
 def test_the_builder_works_as_any_tfds_builder(cached, tmp_path, monkeypatch, tables):
-    monkeypatch.setattr(movies, "default_cache_dir", lambda: cached)
+    monkeypatch.setattr(benchmark, "default_cache_dir", lambda: cached)
     Movies(config="prompts", data_dir=str(tmp_path / "tfds")).download_and_prepare(file_format="array_record")
     records = open_source("movies/prompts", "test", tmp_path / "tfds", "prompt")
     assert list(records) == tables["prompts"]["test"]
@@ -292,10 +293,11 @@ REAL = Path(os.environ.get("RLHFJAX_DATA_DIR") or default_data_dir())
 
 
 @pytest.mark.skipif(
-    not (os.environ.get("RLHFJAX_TEST_MOVIES") or movies_ready(REAL)), reason="the real movies data is not prepared"
+    not (os.environ.get("RLHFJAX_TEST_MOVIES") or is_prepared(Movies, REAL)),
+    reason="the real movies data is not prepared",
 )
 def test_the_real_data_has_the_published_counts():
-    prepare_movies(REAL)
+    prepare(Movies, REAL)
     ratings = {split: list(open_source("movies/ratings", split, REAL)) for split in SPLITS["ratings"]}
     assert [len(batches_of(ratings[split])) for split in ("rm", "judge", "test")] == [177, 124, 53]
     records = [record for split in ratings.values() for record in split]
