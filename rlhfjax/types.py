@@ -34,6 +34,21 @@ class TokenBatch:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Routing:
+    """What the routers of L layers did with the real tokens of a batch: sums, so that the parts of a batch add up.
+
+    `assigned` counts (token, expert) pairs before any is `dropped`; `squared_z` sums logsumexp(router logits)^2.
+    """
+
+    assigned: Float[Array, "*L E"]
+    probabilities: Float[Array, "*L E"]
+    squared_z: Float[Array, "*L"]
+    dropped: Float[Array, "*L"]
+    tokens: Float[Array, "*L"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class RankedBatch:
     """K ranked responses a prompt (rank 1 best, equal = tie); `mask` marks the candidates that are present."""
 

@@ -11,7 +11,7 @@ _MAX_PROBLEMS = 10
 
 
 def mesh_shape(mesh: Mesh, devices: int) -> dict[str, int]:
-    """Sizes of the axes data, fsdp, sequence, tensor on `devices` devices; an axis of -1 takes what the others leave.
+    """Sizes of the mesh axes on `devices` devices; an axis of -1 takes what the others leave.
 
     Raises ConfigError when the product of the axes cannot be the number of devices.
     """
@@ -50,13 +50,14 @@ def check(run: Run, devices: int) -> None:
 
 
 def _batches(run: Run, mesh: dict[str, int]) -> Iterator[str]:
-    rows = mesh["data"] * mesh["fsdp"]
+    axes = ["data", "fsdp"] + ["expert"] * (mesh["expert"] > 1)
+    rows = math.prod(mesh[axis] for axis in axes)
+    names, sizes = " x ".join(f"mesh.{axis}" for axis in axes), " x ".join(f"{mesh[axis]}" for axis in axes)
     for name, size in _batch_sizes(run):
         if size % rows:
             near = " or ".join(f"{size // rows * rows + step:g}" for step in (0, rows) if size // rows * rows + step)
             yield (
-                f"{name} {size:g} must be a multiple of mesh.data x mesh.fsdp = {mesh['data']} x {mesh['fsdp']} = "
-                f"{rows}; make it {near}, or change the mesh"
+                f"{name} {size:g} must be a multiple of {names} = {sizes} = {rows}; make it {near}, or change the mesh"
             )
 
 

@@ -29,9 +29,10 @@ class Mesh(Section):
     sequence: int = 1
     tensor: int = 1
 
+    expert: int = 1
     @model_validator(mode="after")
     def _one_free_axis(self):
-        sizes = (self.data, self.fsdp, self.sequence, self.tensor)
+        sizes = tuple(self.model_dump().values())
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(f"mesh axes are positive, at most one of them -1; got {sizes}")
         return self

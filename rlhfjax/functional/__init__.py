@@ -25,6 +25,7 @@ from rlhfjax.functional.preference import (
     ranking_loss,
 )
 from rlhfjax.functional.returns import gae, group_relative, leave_one_out
+from rlhfjax.functional.routing import load_balancing_loss, max_load, router_z_loss
 
 __all__ = [
     "adaptive_kl",
@@ -45,12 +46,15 @@ __all__ = [
     "last_token_mask",
     "leave_one_out",
     "length_mask",
+    "load_balancing_loss",
     "masked_mean",
     "masked_sum",
+    "max_load",
     "pairwise_accuracy",
     "ranked_pairs",
     "ranked_prompts",
     "ranking_loss",
+    "router_z_loss",
     "sequence_kl",
     "token_log_probs",
     "top_k",

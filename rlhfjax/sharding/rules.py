@@ -10,11 +10,14 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.types import PromptBatch
 
 MESH_AXES = {
-    "batch": ("data", "fsdp"),
+    # Only feed-forward experts are split over `expert`; without rows of its own, a device of that axis would repeat
+    # the attention of its neighbours.
+    "batch": ("data", "fsdp", "expert"),
     "token": "sequence",
     "vocab": "tensor",
     "heads": "tensor",
     "mlp": "tensor",
+    "expert": "expert",
     "embed": "fsdp",
     None: None,
 }
@@ -30,8 +33,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks/mlp/(up|gate)/kernel", (None, "embed", "mlp")),
     (r"blocks/mlp/(up|gate)/bias", (None, "mlp")),
     (r"blocks/mlp/down/kernel", (None, "mlp", "embed")),
-    (r"blocks/(attention/out|mlp/down)/bias", (None, "embed")),
-    (r"blocks/(attention_norm|mlp_norm)/(scale|bias)", (None, None)),
+    (r"blocks/((cross_)?attention/out|mlp/down)/bias", (None, "embed")),
+    (r"blocks/experts/router/kernel", (None, "embed", None)),
+    (r"blocks/experts/(up|gate)/kernel", (None, "expert", "embed", "mlp")),
+    (r"blocks/experts/down/kernel", (None, "expert", "mlp", "embed")),
+    (r"blocks/(attention_norm|cross_attention_norm|mlp_norm)/(scale|bias)", (None, None)),
     (r"final_norm/(scale|bias)", (None,)),
     (r"head/kernel", ("embed",)),
 )
@@ -66,7 +72,7 @@ TOKEN_AXIS_LAST = {"tokens", "segments", "positions", "loss_mask", "token_mask"}
 
 
 def place_batch(mesh: Mesh, batch: Any) -> Any:
-    """A host batch on the mesh: the first axis over data and fsdp, the token axis of offline batches over sequence.
+    """A host batch on the mesh: rows over data, fsdp and expert, the tokens of offline batches over sequence.
 
     Prompts stay whole: sampling appends to them one token at a time.
     """

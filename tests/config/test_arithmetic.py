@@ -46,11 +46,12 @@ def problem(run, devices=1):
 @pytest.mark.parametrize(
     ("mesh", "devices", "sizes"),
     [
-        ({}, 1, (1, 1, 1, 1)),
-        ({}, 6, (6, 1, 1, 1)),
-        ({"fsdp": 2, "tensor": 2}, 8, (2, 2, 1, 2)),
-        ({"data": 2, "fsdp": -1}, 8, (2, 4, 1, 1)),
-        ({"data": 2, "fsdp": 2, "sequence": 2, "tensor": 1}, 8, (2, 2, 2, 1)),
+        ({}, 1, (1, 1, 1, 1, 1)),
+        ({}, 6, (6, 1, 1, 1, 1)),
+        ({"fsdp": 2, "tensor": 2}, 8, (2, 2, 1, 2, 1)),
+        ({"data": 2, "fsdp": -1}, 8, (2, 4, 1, 1, 1)),
+        ({"data": 2, "fsdp": 2, "sequence": 2, "tensor": 1}, 8, (2, 2, 2, 1, 1)),
+        ({"expert": 4}, 8, (2, 1, 1, 1, 4)),
     ],
 )
 def test_mesh_takes_all_devices(mesh, devices, sizes):
@@ -58,9 +59,9 @@ def test_mesh_takes_all_devices(mesh, devices, sizes):
 
 
 def test_mesh_that_does_not_fit_shows_its_product():
-    with pytest.raises(ConfigError, match="fsdp 3 x sequence 1 x tensor 1 = 3 must divide the number of devices, 8"):
+    with pytest.raises(ConfigError, match="fsdp 3 x .* x expert 1 = 3 must divide the number of devices, 8"):
         mesh_shape(Mesh(fsdp=3), 8)
-    with pytest.raises(ConfigError, match="data 2 x fsdp 2 x sequence 1 x tensor 1 = 4, expected the number of dev"):
+    with pytest.raises(ConfigError, match="data 2 x fsdp 2 x sequence 1 x tensor 1 x expert 1 = 4, expected"):
         mesh_shape(Mesh(data=2, fsdp=2), 8)
     with pytest.raises(ConfigError, match="must divide the number of devices, 1;"):
         mesh_shape(Mesh(fsdp=2), 1)
@@ -158,7 +159,7 @@ def test_a_checkpoint_brings_shape_and_tokenizer(load):
 def test_description_shows_what_is_derived(load):
     text = describe(load())
     for part in (
-        "data 1 x fsdp 1 x sequence 1 x tensor 1 = 1 device (the fewest that fit",
+        "data 1 x fsdp 1 x sequence 1 x tensor 1 x expert 1 = 1 device (the fewest that fit",
         "20 steps of 16 sequences x 32 = 512 tokens a step, 10,240 in all; 2 micro batches of 8 accumulated",
         "2 epochs of 8 sequences x 16 = 128 tokens a step; no accumulation",
         "5 steps of 8 prompts x up to 4 responses of up to 16 tokens = up to 48 pairs a step",
@@ -168,5 +169,5 @@ def test_description_shows_what_is_derived(load):
         "512 samples in 32 batches of 16",
     ):
         assert part in text
-    assert "data 4 x fsdp 1 x sequence 1 x tensor 1 = 4 devices\n" in describe(load(), 4)
+    assert "data 4 x fsdp 1 x sequence 1 x tensor 1 x expert 1 = 4 devices\n" in describe(load(), 4)
     assert "from checkpoint runs/x" in describe(load("model={checkpoint: runs/x}", "tokenizer={}"))

@@ -10,15 +10,16 @@ from rlhfjax.sharding import make_mesh
 @pytest.mark.parametrize(
     ("axes", "shape"),
     [
-        ({}, (8, 1, 1, 1)),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
-        ({"data": 1, "sequence": -1}, (1, 1, 8, 1)),
-        ({"data": -1, "fsdp": 4}, (2, 4, 1, 1)),
+        ({}, (8, 1, 1, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 1, 2, 1)),
+        ({"data": 1, "sequence": -1}, (1, 1, 8, 1, 1)),
+        ({"data": -1, "fsdp": 4}, (2, 4, 1, 1, 1)),
+        ({"expert": 4}, (2, 1, 1, 1, 4)),
     ],
 )
 def test_axes(axes, shape):
     mesh = make_mesh(**axes)
-    assert mesh.axis_names == ("data", "fsdp", "sequence", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "sequence", "tensor", "expert")
     assert mesh.devices.shape == shape
     assert set(mesh.devices.flat) == set(jax.devices())
 

@@ -89,9 +89,9 @@ def test_a_known_name_of_another_rank_is_an_error(mesh):
         state_shardings(mesh, {"embed": {"embedding": jnp.zeros((4, 4, 4))}})
 
 
-def test_batches_split_rows_over_data_and_fsdp_and_tokens_over_sequence():
+def test_batches_split_rows_over_data_fsdp_and_expert_and_tokens_over_sequence():
     mesh = make_mesh(2, 1, 2, 2)
-    rows, tokens = ("data", "fsdp"), "sequence"
+    rows, tokens = ("data", "fsdp", "expert"), "sequence"
     placed = place_batch(mesh, token_batch(4, 8))
     assert placed.tokens.sharding.spec == placed.loss_mask.sharding.spec == P(rows, tokens)
     ranked = place_batch(mesh, ranked_batch(4, 3, 8))
