@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rlhfjax.evaluation.display import change, number, one_line
-from rlhfjax.evaluation.results import AccuracyRow, WinRow
+from rlhfjax.evaluation.results import AccuracyRow, Calibration, WinRow
 
 Series = tuple[Float[np.ndarray, "S"], Float[np.ndarray, "S"]]
 
@@ -94,6 +94,19 @@ def accuracy_bars(rows: Sequence[AccuracyRow], measures: Mapping[str, str]) -> F
         )
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def reliability(measured: Calibration) -> Figure:
+    """The share of people who agree against the probability that the model gives; larger points hold more pairs."""
+    figure, axes = _panel("share that agrees", xlabel="probability that the model gives", size=(4.6, 3.2))
+    axes.plot([0.5, 1.0], [0.5, 1.0], color=_INK, linewidth=1)
+    sizes = 12.0 + 120.0 * np.array(measured.pairs) / max(measured.pairs)
+    axes.plot(measured.predicted, measured.observed, color=_COLOURS[0], linewidth=1.2, alpha=0.6)
+    axes.scatter(measured.predicted, measured.observed, s=sizes, color=_COLOURS[0], linewidths=0, zorder=3)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     return figure
 
 

@@ -26,6 +26,20 @@ class AccuracyRow:
 
 
 @dataclass(frozen=True, config=_CONFIG)
+class Calibration:
+    """What a reward model says of pairs against what people say: by bin, its mean probability, their share, pairs.
+
+    `error` is the expected calibration error, `slope` 1 where differences are log-odds.
+    """
+
+    error: float
+    slope: float
+    predicted: list[float]
+    observed: list[float]
+    pairs: list[int]
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class WinRow:
     """One judge's view of a policy against a baseline on the same prompts; means in the judge's unit."""
 
@@ -75,7 +89,8 @@ class Sample:
 
 @dataclass(frozen=True, config=_CONFIG)
 class Evaluation:
-    """All results of one run. `heldout_losses[stage][set]` is nats a token, `stage_seconds` wall seconds.
+    """All results of one run. `heldout_losses[stage][set]` is nats a token, `stage_seconds` wall seconds,
+    `exact_match[stage][set]` the share of demonstrations that are repeated to the letter.
 
     `judge_accuracy` is what the judges themselves reach on held-out human pairs: how far they are to be trusted.
     """
@@ -85,7 +100,9 @@ class Evaluation:
     hardware: str
     stage_seconds: dict[str, float] = field(default_factory=dict)
     heldout_losses: dict[str, dict[str, float]] = field(default_factory=dict)
+    exact_match: dict[str, dict[str, float]] = field(default_factory=dict)
     reward_accuracy: list[AccuracyRow] = field(default_factory=list)
+    calibration: Calibration | None = None
     judge_accuracy: list[AccuracyRow] = field(default_factory=list)
     win_rates: list[WinRow] = field(default_factory=list)
     policies: list[PolicyRow] = field(default_factory=list)

@@ -72,6 +72,7 @@ def sections(run: ReportData) -> list[Section]:
         _win_rates(evaluation),
         _policies(evaluation),
         _heldout(evaluation),
+        *([_exact_match(evaluation)] if evaluation.exact_match else []),
         _samples(evaluation),
     ]
 
@@ -131,7 +132,14 @@ def _reward_accuracy(evaluation: Evaluation) -> Section:
         return Section("Reward model", note)
     figure = plots.accuracy_bars(rows, _measures(rows))
     shown = [_plot("", figure, "accuracy", "Share of human pairs ordered right, by scorer and measure")]
-    return Section("Reward model", note, shown, [_accuracy_table(rows)])
+    tables = [_accuracy_table(rows)]
+    if (measured := evaluation.calibration) is not None:
+        described = "Share of held-out labelers who agree, by the probability that the reward model gives"
+        shown.append(_plot("Calibration", plots.reliability(measured), "calibration", described))
+        header = ["Calibration of the reward model", "Figure"]
+        values = [["Expected calibration error", percent(measured.error)], ["Slope", number(measured.slope, 2)]]
+        tables.append(Table(header, values))
+    return Section("Reward model", note, shown, tables)
 
 
 def _win_rates(evaluation: Evaluation) -> Section:
@@ -186,6 +194,15 @@ def _heldout(evaluation: Evaluation) -> Section:
         return Section("Held-out loss", note)
     figure = plots.heldout_loss_bars(losses)
     return Section("Held-out loss", note, [_plot("", figure, "heldout", "Held-out loss by text and stage")])
+
+
+def _exact_match(evaluation: Evaluation) -> Section:
+    note = "Share of held-out demonstrations that the best response, found by beam search, repeats to the letter."
+    sets = list(dict.fromkeys(name for by_set in evaluation.exact_match.values() for name in by_set))
+    rows = [
+        [stage, *(percent(by_set.get(name)) for name in sets)] for stage, by_set in evaluation.exact_match.items()
+    ]
+    return Section("Exact match", note, tables=[Table(["policy", *sets], rows)])
 
 
 def _samples(evaluation: Evaluation) -> Section:

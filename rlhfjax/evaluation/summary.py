@@ -66,6 +66,11 @@ def _evaluation_figure(run: ReportData) -> str:
         return NOT_RUN
     wins = [f"{percent_interval(row.win)} ({row.judge})" for row in run.evaluation.win_rates]
     if not wins:
-        return "done"
+        exact = [
+            f"{stage} repeats {percent(share)} of {name} to the letter"
+            for stage, by_set in run.evaluation.exact_match.items()
+            for name, share in by_set.items()
+        ]
+        return ", ".join(exact) or "done"
     first = run.evaluation.win_rates[0]
     return f"{first.policy} beats {first.baseline}: " + ", ".join(wins)
