@@ -1,14 +1,37 @@
-"""One decoder-only transformer; GPT-2 and Llama are configurations of it."""
+"""One decoder-only transformer; GPT, Llama, Mistral, Mixtral, Qwen and Gemma are configurations of it."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhfjax.models.layers import Block, DecoderConfig, _norm, attention_mask
+from rlhfjax.models.layers import Block, DecoderConfig, Sight, attention_mask, norm
 
+_GPT = {"norm": "layer", "positions": "learned", "activation": "gelu", "biases": True, "tied": True}
+_LLAMA = {"norm": "rms", "positions": "rope", "activation": "swiglu", "biases": False, "tied": True}
+_QWEN = _LLAMA | {"rope_theta": 1e6, "norm_eps": 1e-6}
+_GEMMA = _LLAMA | {
+    "activation": "geglu",
+    "norm_place": "sandwich",
+    "norm_offset": True,
+    "norm_eps": 1e-6,
+    "scale_embeddings": True,
+}
+
+# What each family chooses where nothing else is said; windows are those of the published models.
 FAMILIES = {
-    "gpt2": {"norm": "layer", "positions": "learned", "activation": "gelu", "biases": True, "tied": True},
-    "llama": {"norm": "rms", "positions": "rope", "activation": "swiglu", "biases": False, "tied": True},
+    "gpt1": _GPT | {"norm_place": "post"},
+    "gpt2": _GPT,
+    "llama": _LLAMA,
+    "mistral": _LLAMA | {"window": 4096, "tied": False},
+    "qwen2": _QWEN | {"qkv_biases": True},
+    "qwen3": _QWEN | {"qk_norm": True},
+    "gemma2": _GEMMA | {"window": 4096, "window_pattern": "LG", "attention_softcap": 50.0, "logit_softcap": 30.0},
+    "gemma3": _GEMMA
+    | {"window": 1024, "window_pattern": "LLLLLG", "qk_norm": True, "rope_theta": 1e6, "rope_local_theta": 1e4},
+    "mixtral": _LLAMA
+    | {"tied": False, "rope_theta": 1e6, "experts": 8, "experts_per_token": 2, "load_balancing_coef": 0.02},
+    "qwen3_moe": _QWEN
+    | {"qk_norm": True, "tied": False, "experts": 128, "experts_per_token": 8, "load_balancing_coef": 0.001},
 }
 
 _REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -29,7 +52,7 @@ def decoder_config(
 ) -> DecoderConfig:
     """The configuration of a family; `style` overrides what the family chooses, None keeps it."""
     chosen = FAMILIES[family] | {key: value for key, value in style.items() if value is not None}
-    if mlp_width is None:  # SwiGLU has three matrices, so 8/3 of the width keeps the parameter count of 4x
+    if mlp_width is None:  # a gate makes it three matrices, so 8/3 of the width keeps the parameter count of 4x
         mlp_width = 4 * width if chosen["activation"] == "gelu" else -(-8 * width // 3 // 8) * 8
     return DecoderConfig(
         vocab_size=vocab_size,
@@ -40,6 +63,7 @@ def decoder_config(
         head_dim=head_dim or width // heads,
         mlp_width=mlp_width,
         context=context,
+        family=family,
         **chosen,
     )
 
@@ -68,12 +92,13 @@ class Decoder(nn.Module):
             block = nn.remat(Block, policy=_REMAT[c.remat], prevent_cse=False)
         self.blocks = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "routing": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
         )(c, self.dropout)
-        self.final_norm = _norm(c, "final_norm")
+        if c.norm_place != "post":
+            self.final_norm = norm(c, "final_norm")
         if not c.tied:
             self.unembed = nn.Dense(c.vocab_size, use_bias=False, kernel_init=normal)
 
@@ -81,16 +106,24 @@ class Decoder(nn.Module):
         """[B, T] tokens to [B, T, width]; with a cache also the cache with these tokens in slots index … index+T-1."""
         c = self.config
         x = self.embed(tokens)
+        if c.scale_embeddings:
+            x = x * c.width**0.5
         if c.positions == "learned":
             x = x + self.positions(jnp.minimum(positions, c.context - 1))
-        mask = attention_mask(segments, segments if key_segments is None else key_segments, index)
-        x, cache = self.blocks(x.astype(c.compute_dtype), cache, positions, mask, index)
-        return self.final_norm(x), cache
+        key_segments = segments if key_segments is None else key_segments
+        mask = attention_mask(segments, key_segments, index)
+        near = attention_mask(segments, key_segments, index, c.window) if c.window else mask
+        # Layers of two kinds in one scan: what differs is chosen by an array over the layers, which is no parameter.
+        local = jnp.asarray(c.local_layers) if len(set(c.local_layers)) == 2 else None
+        sight = Sight(positions, segments > 0, mask, near, index)
+        x, cache = self.blocks(x.astype(c.compute_dtype), cache, local, sight)
+        return (x if c.norm_place == "post" else self.final_norm(x)), cache
 
     def logits(self, hidden):
         """[..., width] to [..., vocabulary], float32."""
-        hidden = hidden.astype(jnp.float32)
-        return hidden @ self.embed.embedding.T if self.config.tied else self.unembed(hidden)
+        hidden, cap = hidden.astype(jnp.float32), self.config.logit_softcap
+        logits = hidden @ self.embed.embedding.T if self.config.tied else self.unembed(hidden)
+        return cap * jnp.tanh(logits / cap) if cap else logits
 
     def __call__(self, tokens, positions, segments):
         return self.logits(self.hidden(tokens, positions, segments)[0])

@@ -1,16 +1,22 @@
 """Layers of the decoder: norms, rotary positions, attention with an explicit cache, feed-forward blocks."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhfjax.models.experts import Experts
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and style of a decoder. Sizes are counts; `mlp_width` is the width inside the feed-forward block."""
+    """Shape and style of a decoder; every field is a number, a word or None, so that JSON holds it.
+
+    Sizes are counts; `mlp_width` is the width inside the feed-forward block, or inside one expert.
+    """
 
     vocab_size: int
     layers: int
@@ -20,15 +26,51 @@ class DecoderConfig:
     head_dim: int
     mlp_width: int
     context: int
+
+    # Norms. `pre` has one before each block, `post` one after each sum and none at the end, `sandwich` one on each side
+    # of each block. With `norm_offset` the scale is 1 + w.
     norm: str = "rms"  # layer | rms
-    positions: str = "rope"  # learned | rope
-    activation: str = "swiglu"  # gelu | swiglu
-    biases: bool = False
-    tied: bool = True
+    norm_place: str = "pre"  # pre | post | sandwich
+    norm_offset: bool = False
     norm_eps: float = 1e-5
+
+    # Positions. Frequencies are stretched by `rope_scaling`; layers with a window may have a theta of their own.
+    positions: str = "rope"  # learned | rope
     rope_theta: float = 10_000.0
-    init_std: float = 0.02
+    rope_local_theta: float | None = None
+    rope_scaling: str = "none"  # none | linear | llama3
+    rope_factor: float = 1.0
+    rope_low_freq: float = 1.0
+    rope_high_freq: float = 4.0
+    rope_original_context: int = 8192
+
+    # Attention. Layers that are L in `window_pattern` (repeated over the layers) see the last `window` tokens, their own
+    # among them; layers that are G see everything. Scores are divided by the root of `query_scalar` (None: head_dim).
+    window: int | None = None
+    window_pattern: str = "L"
+    qk_norm: bool = False
+    qkv_biases: bool = False
+    query_scalar: float | None = None
+    attention_softcap: float | None = None
+
+    activation: str = "swiglu"  # gelu | swiglu | geglu
+    biases: bool = False  # of every linear layer but the unembedding
+
+    # Mixture of experts in the place of the feed-forward block; 0 experts: none. No capacity factor: nothing is dropped.
+    experts: int = 0
+    experts_per_token: int = 2
+    norm_topk: bool = True
+    capacity_factor: float | None = None
+    load_balancing_coef: float = 0.0
+    router_z_coef: float = 0.0
+
+    # Both ends of the decoder.
+    tied: bool = True
+    scale_embeddings: bool = False  # by sqrt(width)
+    logit_softcap: float | None = None
+
     family: str = "llama"
+    init_std: float = 0.02
     lora_alpha: float = 16.0  # adapters are scaled by lora_alpha / rank
     remat: str = "none"  # none | full | dots
     dtype: str = "float32"  # of the computation; parameters, logits and softmax are float32
@@ -37,22 +79,71 @@ class DecoderConfig:
     def compute_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
 
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """Which layers have the window."""
+        pattern = self.window_pattern if self.window else "G"
+        return tuple(pattern[layer % len(pattern)] == "L" for layer in range(self.layers))
 
-def rotate(x: Float[Array, "B T H D"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T H D"]:
-    """Rotary position embedding, half-split (Su et al. 2021): pair (i, i + D/2) turns by position / theta^(2i/D)."""
-    half = x.shape[-1] // 2
+
+class Sight(NamedTuple):
+    """What every layer is told of the tokens it reads: where they are, and what they may see."""
+
+    positions: Int[Array, "B T"]
+    real: Bool[Array, "B T"]
+    mask: Bool[Array, "B T S"]  # of layers without a window
+    local_mask: Bool[Array, "B T S"]  # of layers with one
+    index: Any  # the first slot of the cache that these tokens take
+
+
+def rope_frequencies(config: DecoderConfig, local: bool = False) -> Float[Array, "D/2"]:
+    """Radians a position: theta^(-2i/D), stretched as `rope_scaling` says; layers with a theta of their own are not.
+
+    `linear` divides all by the factor. `llama3` divides those whose wavelength is over original_context / low_freq,
+    keeps those under original_context / high_freq, and blends in between (Grattafiori et al. 2024, section 3.4.1).
+    """
+    half, own = config.head_dim // 2, local and config.rope_local_theta is not None
+    theta = config.rope_local_theta if own else config.rope_theta
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if own or config.rope_scaling == "none":
+        return frequency
+    if config.rope_scaling == "linear":
+        return frequency / config.rope_factor
+    turns = config.rope_original_context * frequency / (2 * jnp.pi)  # in the original context
+    keep = (turns - config.rope_low_freq) / (config.rope_high_freq - config.rope_low_freq)
+    keep = jnp.clip(keep, 0.0, 1.0)
+    return keep * frequency + (1 - keep) * frequency / config.rope_factor
+
+
+def rotate(
+    x: Float[Array, "B T H D"], positions: Int[Array, "B T"], frequency: Float[Array, "D/2"]
+) -> Float[Array, "B T H D"]:
+    """Rotary position embedding, half-split (Su et al. 2021): pair (i, i + D/2) turns by position · frequency_i."""
     angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None, :]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _norm(config: DecoderConfig, name: str):
-    # Normalisation statistics are float32 in Flax whatever the input's type.
-    if config.norm == "rms":
-        return nn.RMSNorm(epsilon=config.norm_eps, dtype=config.compute_dtype, name=name)
-    return nn.LayerNorm(epsilon=config.norm_eps, dtype=config.compute_dtype, name=name)
+class OffsetRMSNorm(nn.Module):
+    """x / rms(x) · (1 + w), float32 inside; w starts at 0 (Gemma Team 2024)."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x):
+        scale = 1.0 + self.param("scale", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
+        return (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.config.compute_dtype)
+
+
+def norm(config: DecoderConfig, name: str) -> nn.Module:
+    """The norm of this family; its statistics are float32 whatever the input's type."""
+    if config.norm_offset:
+        return OffsetRMSNorm(config, name=name)
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(epsilon=config.norm_eps, dtype=config.compute_dtype, name=name)
 
 
 class Linear(nn.DenseGeneral):
@@ -74,11 +165,18 @@ class Linear(nn.DenseGeneral):
         return out + (self.lora_alpha / down.shape[-1]) * jnp.tensordot(inner, up, axes=1)
 
 
-def _dense(config: DecoderConfig, features, name: str, axis: int | tuple[int, ...] = -1, std: float | None = None):
+def _linear(
+    config: DecoderConfig,
+    features,
+    name: str,
+    axis: int | tuple[int, ...] = -1,
+    std: float | None = None,
+    bias: bool = False,
+):
     return Linear(
         features,
         axis=axis,
-        use_bias=config.biases,
+        use_bias=config.biases or bias,
         dtype=config.compute_dtype,
         kernel_init=nn.initializers.normal(std or config.init_std),
         lora_alpha=config.lora_alpha,
@@ -87,64 +185,115 @@ def _dense(config: DecoderConfig, features, name: str, axis: int | tuple[int, ..
 
 
 class Attention(nn.Module):
-    """Multi-head or grouped-query attention; keys and values go to slot `index` of the cache when there is one."""
+    """Multi-head or grouped-query attention; keys and values go to slot `index` of the cache when there is one.
+
+    `local` says whether this layer has the window: a bool, or a traced one where layers of a scan differ.
+    """
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, positions, mask, cache, index):
+    def __call__(self, x, sight: Sight, local, cache):
         c = self.config
-        query = _dense(c, (c.heads, c.head_dim), "query")(x)
-        key = _dense(c, (c.kv_heads, c.head_dim), "key")(x)
-        value = _dense(c, (c.kv_heads, c.head_dim), "value")(x)
+        query = _linear(c, (c.heads, c.head_dim), "query", bias=c.qkv_biases)(x)
+        key = _linear(c, (c.kv_heads, c.head_dim), "key", bias=c.qkv_biases)(x)
+        value = _linear(c, (c.kv_heads, c.head_dim), "value", bias=c.qkv_biases)(x)
+        if c.qk_norm:
+            query, key = norm(c, "query_norm")(query), norm(c, "key_norm")(key)
         if c.positions == "rope":
-            query, key = rotate(query, positions, c.rope_theta), rotate(key, positions, c.rope_theta)
+            frequency = _either(local, rope_frequencies(c, local=True), rope_frequencies(c))
+            query, key = rotate(query, sight.positions, frequency), rotate(key, sight.positions, frequency)
         if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key.astype(cache[0].dtype), index, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value.astype(cache[1].dtype), index, axis=1)
+            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key.astype(cache[0].dtype), sight.index, axis=1)
+            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value.astype(cache[1].dtype), sight.index, axis=1)
             cache = (key, value)
-        out = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation="xla")
+        mask = _either(local, sight.local_mask, sight.mask)
+        scale = None if c.query_scalar is None else c.query_scalar**-0.5
+        if c.attention_softcap:
+            out = capped_attention(query, key, value, mask, scale or c.head_dim**-0.5, c.attention_softcap)
+        else:
+            out = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale, implementation="xla")
         # GPT-2's residual scaling: outputs of both blocks start smaller by 1/sqrt(2 x layers).
-        return _dense(c, c.width, "out", axis=(-2, -1), std=c.init_std / (2 * c.layers) ** 0.5)(out), cache
+        return _linear(c, c.width, "out", axis=(-2, -1), std=c.init_std / (2 * c.layers) ** 0.5)(out), cache
+
+
+def _either(local, chosen, other):
+    return (chosen if local else other) if isinstance(local, bool) else jnp.where(local, chosen, other)
+
+
+def capped_attention(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K D"],
+    mask: Bool[Array, "B T S"],
+    scale: float,
+    cap: float,
+) -> Float[Array, "B T H D"]:
+    """softmax(cap · tanh(scale · q·k / cap)) · v, scores in float32 (Gemma Team 2024, section 2)."""
+    batch, length, heads, size = query.shape
+    grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], size)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(mask[:, None, None], cap * jnp.tanh(scores / cap), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(query.shape)
 
 
 class FeedForward(nn.Module):
-    """GELU or SwiGLU (Shazeer 2020) feed-forward block."""
+    """GELU, or gated by SiLU or GELU (SwiGLU and GeGLU of Shazeer 2020); GELU is the tanh form."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x):
         c = self.config
-        hidden = _dense(c, c.mlp_width, "up")(x)
-        hidden = nn.gelu(hidden) if c.activation == "gelu" else nn.silu(_dense(c, c.mlp_width, "gate")(x)) * hidden
-        return _dense(c, c.width, "down", std=c.init_std / (2 * c.layers) ** 0.5)(hidden)
+        hidden = _linear(c, c.mlp_width, "up")(x)
+        if c.activation == "gelu":
+            hidden = nn.gelu(hidden)
+        else:
+            gate = nn.silu if c.activation == "swiglu" else nn.gelu
+            hidden = gate(_linear(c, c.mlp_width, "gate")(x)) * hidden
+        return _linear(c, c.width, "down", std=c.init_std / (2 * c.layers) ** 0.5)(hidden)
 
 
 class Block(nn.Module):
-    """One pre-norm layer, in the (carry, output) form that `nn.scan` wants; the carry is the residual stream."""
+    """One layer, in the (carry, output) form that `nn.scan` wants; the carry is the residual stream.
+
+    `local` is None where all layers are of one kind.
+    """
 
     config: DecoderConfig
     dropout: float
 
     @nn.compact
-    def __call__(self, x, cache, positions, mask, index):
+    def __call__(self, x, cache, local, sight: Sight):
+        c = self.config
         dropout = nn.Dropout(self.dropout, deterministic=self.dropout == 0.0)
-        attended, cache = Attention(self.config, name="attention")(
-            _norm(self.config, "attention_norm")(x), positions, mask, cache, index
-        )
-        x = x + dropout(attended)
-        x = x + dropout(FeedForward(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x)))
-        return x, cache
+        before = (lambda y, name: y) if c.norm_place == "post" else (lambda y, name: norm(c, name)(y))
+        after = (lambda y, name: norm(c, name)(y)) if c.norm_place == "sandwich" else (lambda y, name: y)
+        total = (lambda y, name: norm(c, name)(y)) if c.norm_place == "post" else (lambda y, name: y)
+
+        local = all(c.local_layers) if local is None else local
+        attended, cache = Attention(c, name="attention")(before(x, "attention_norm"), sight, local, cache)
+        x = total(x + dropout(after(attended, "attention_post_norm")), "attention_norm")
+        read = before(x, "mlp_norm")
+        if c.experts:
+            fed = Experts(c, name="experts")(read, sight.real)
+        else:
+            fed = FeedForward(c, name="mlp")(read)
+        return total(x + dropout(after(fed, "mlp_post_norm")), "mlp_norm"), cache
 
 
 def attention_mask(
-    query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"], index: Int[Array, ""] | int
+    query_segments: Int[Array, "B T"],
+    key_segments: Int[Array, "B S"],
+    index: Int[Array, ""] | int,
+    window: int | None = None,
 ) -> Bool[Array, "B T S"]:
-    """Queries at slots index … index+T-1 see earlier slots of their own segment.
+    """Queries at slots index … index+T-1 see earlier slots of their own segment, with a window the last `window` of them.
 
     Padding is a segment of its own (0), so no row of the softmax is empty, and what it holds reaches no real token.
     """
     slots = index + jnp.arange(query_segments.shape[1], dtype=jnp.int32)
-    causal = slots[:, None] >= jnp.arange(key_segments.shape[1], dtype=jnp.int32)[None, :]
-    return causal[None] & (query_segments[:, :, None] == key_segments[:, None, :])
+    distance = slots[:, None] - jnp.arange(key_segments.shape[1], dtype=jnp.int32)[None, :]
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return seen[None] & (query_segments[:, :, None] == key_segments[:, None, :])

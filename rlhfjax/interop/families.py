@@ -1,0 +1,124 @@
+"""Decoders as Hugging Face's config.json and tensor names say them, in both directions.
+
+A configuration is read through lists of what is known: a setting that would change the numbers and is not known here is
+refused by its name. It is written only where reading it again gives the same decoder.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.interop.architectures import ARCHITECTURES, Architecture
+from rlhfjax.interop.mixtures import MIXTURES
+from rlhfjax.interop.settings import Settings
+from rlhfjax.interop.tensors import Weight
+from rlhfjax.models import DecoderConfig
+
+__all__ = ["Weight", "config_of", "hf_config", "weights"]
+
+_KNOWN = ARCHITECTURES | MIXTURES
+_CLASSIFIER = "ForSequenceClassification"
+
+
+def config_of(hf: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder that a config.json describes, of a language model or of a classifier on top of one.
+
+    Raises ConfigError naming an architecture that is not supported, or a setting that is missing, wrong or unknown.
+    """
+    settings = Settings(hf)
+    family = _family_of(settings)
+    config = DecoderConfig(family=family, **_KNOWN[family].read(settings))
+    settings.check_all_read()
+    if config.heads % config.kv_heads:
+        raise ConfigError(
+            f"config.json: expected num_attention_heads a multiple of num_key_value_heads, got {config.heads} and "
+            f"{config.kv_heads}"
+        )
+    if config.positions == "rope" and config.head_dim % 2:
+        raise ConfigError(f"config.json: expected an even head_dim, got {config.head_dim}")
+    return config
+
+
+def hf_config(config: DecoderConfig, scalar: bool = False) -> dict[str, Any]:
+    """config.json of a decoder, or of a classifier with one label; the weights' type is for the writer to add.
+
+    Raises ConfigError when no architecture there is this combination of settings.
+    """
+    architecture = _architecture_of(config)
+    name = architecture.stem + architecture.causal
+    labels: dict[str, Any] = {}
+    if scalar:  # the classifier of Gemma 3 without "Text" reads pictures
+        name = architecture.stem + ("Text" if architecture.stem == "Gemma3" else "") + _CLASSIFIER
+        labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    described = {"architectures": [name], "model_type": architecture.model_type, "initializer_range": config.init_std}
+    return described | labels | architecture.write(config)
+
+
+def weights(config: DecoderConfig, scalar: bool = False) -> tuple[Weight, ...]:
+    """Every parameter of the decoder and the tensor it is over there; tied embeddings once.
+
+    A scalar model has no unembedding; its head is not among them. Raises ConfigError as `hf_config` does.
+    """
+    found = _architecture_of(config).weights(config)
+    return tuple(weight for weight in found if not (scalar and weight.path.startswith("unembed/")))
+
+
+def _family_of(settings: Settings) -> str:
+    names, kind = settings.take("architectures", list, None), settings.take("model_type", str, None)
+    if names == ["Gemma3ForConditionalGeneration"]:
+        raise ConfigError(
+            "config.json: expected a model of text such as Gemma3ForCausalLM, got Gemma3ForConditionalGeneration, which "
+            "reads pictures as well; save its language model by itself first"
+        )
+    for family, known in _KNOWN.items():
+        stem = known.stem
+        if names in ([stem + known.causal], [stem + _CLASSIFIER], [stem + "Text" + _CLASSIFIER]):
+            return family
+        if names is None and kind == known.model_type:
+            return family
+    supported = ", ".join(known.stem + known.causal for known in _KNOWN.values())
+    got = f"model_type {kind!r}" if names is None else f"{names!r:.100}"
+    raise ConfigError(f"config.json: expected one of {supported}, got {got}")
+
+
+def _architecture_of(config: DecoderConfig) -> Architecture:
+    """The architecture that says exactly this decoder: its own family's if that does, else any that does."""
+    own = {family: known for family, known in _KNOWN.items() if family == config.family}
+    for architecture in (own | _KNOWN).values():
+        if _says(architecture, config):
+            return architecture
+    raise ConfigError(
+        f"export: expected a decoder that transformers has under some name, got {config.family} with {config.norm} norm "
+        f"{config.norm_place}, {config.positions} positions, {config.activation}, biases {config.biases}, {config.heads} "
+        f"heads and {config.kv_heads} for keys; leave model.architecture as the family has it"
+    )
+
+
+def _says(architecture: Architecture, config: DecoderConfig) -> bool:
+    try:
+        again = DecoderConfig(**architecture.read(Settings(architecture.write(config))))
+    except ConfigError:
+        return False
+    return _numbers(again) == _numbers(config)
+
+
+def _numbers(config: DecoderConfig) -> dict[str, Any]:
+    """What decides the numbers that a decoder computes, each thing said in one way."""
+    plain = asdict(replace(config, family="", init_std=0.0, lora_alpha=0.0, remat="", dtype=""))
+    for name in ("capacity_factor", "load_balancing_coef", "router_z_coef"):  # of training
+        del plain[name]
+    plain["window_pattern"] = config.local_layers
+    plain["query_scalar"] = float(config.query_scalar or config.head_dim)
+    unused: set[str] = set()
+    if not any(config.local_layers):
+        unused |= {"window", "rope_local_theta"}
+    if config.positions != "rope":
+        unused |= {name for name in plain if name.startswith("rope_")}
+    if config.rope_scaling != "llama3":
+        unused |= {"rope_low_freq", "rope_high_freq", "rope_original_context"}
+    if config.rope_scaling == "none":
+        unused |= {"rope_factor"}
+    if not config.experts:
+        unused |= {"experts_per_token", "norm_topk"}
+    return {name: value for name, value in plain.items() if name not in unused}

@@ -1,0 +1,138 @@
+"""Settings of a config.json, each read by name and checked; what nobody read and nobody knows is refused."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.models import DecoderConfig
+
+_REQUIRED: Any = object()
+
+# What says nothing about the numbers that a decoder computes: types of storage, dropout, generation, labels, history.
+_HARMLESS = frozenset(
+    """
+    torch_dtype dtype transformers_version use_cache cache_implementation attn_implementation _attn_implementation
+    _attn_implementation_autoset _name_or_path name_or_path transformers.js_config bos_token_id eos_token_id pad_token_id
+    sep_token_id decoder_start_token_id attention_dropout attn_pdrop resid_pdrop embd_pdrop summary_type summary_use_proj
+    summary_activation summary_proj_to_labels summary_first_dropout task_specific_params n_ctx n_special
+    predict_special_tokens pretraining_tp reorder_and_upcast_attn is_llama_config id2label label2id num_labels
+    problem_type finetuning_task return_dict torchscript use_bfloat16 chunk_size_feed_forward max_length min_length
+    do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
+    bad_words_ids forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens prefix tokenizer_class
+    is_decoder gradient_checkpointing unsloth_fixed
+    """.split()
+)
+
+
+class Settings:
+    """Checked reading of `values`; every method raises ConfigError with the setting's name.
+
+    Without a default a setting must be there; one that is null is None where it has a default.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str = "config.json"):
+        self._values, self._where, self._read = values, where, set()
+
+    def take(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
+        """The value, of this type."""
+        self._read.add(key)
+        value = self._values.get(key, default)
+        if value is _REQUIRED or (value is None and default is _REQUIRED):
+            raise ConfigError(f"{self._where}: expected a setting {key}, which is not there; is the file complete?")
+        number = kind in (int, float)
+        wanted = (int, float) if kind is float else kind
+        if value is not None and (not isinstance(value, wanted) or (number and isinstance(value, bool))):
+            raise ConfigError(f"{self._where}: expected {key} as {kind.__name__}, got {value!r:.80}")
+        return float(value) if kind is float and value is not None else value
+
+    def size(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A count above 0."""
+        value = self.take(key, int, default)
+        if value is not None and not 0 < value < 2**31:
+            raise ConfigError(f"{self._where}: expected {key} from 1 to 2^31 - 1, got {value}")
+        return value
+
+    def positive(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A finite number above 0."""
+        value = self.take(key, float, default)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{self._where}: expected {key} above 0, got {value}")
+        return value
+
+    def expect(self, key: str, known: tuple[Any, ...], default: Any = _REQUIRED) -> Any:
+        """One of the values that are supported."""
+        self._read.add(key)
+        value = self._values.get(key, default)
+        if value not in known:
+            got = "none" if value is _REQUIRED else repr(value)[:80]
+            raise ConfigError(
+                f"{self._where}: expected {key} {' or '.join(map(repr, known))}, got {got}; not supported"
+            )
+        return value
+
+    def check_all_read(self) -> None:
+        """Refuse what is set, was not read, and is not known to be harmless; null, false and empty set nothing."""
+        for key in sorted(self._values.keys() - self._read - _HARMLESS):
+            if self._values[key]:
+                raise ConfigError(
+                    f"{self._where}: setting {key} = {self._values[key]!r:.80} is not supported for this architecture; "
+                    "the model would compute something else"
+                )
+
+
+def read_rope(settings: Settings, theta: float, local_theta: float | None = None) -> dict[str, Any]:
+    """Fields of rotary positions: `rope_parameters` as transformers 5 writes them, or what 4 wrote at the top.
+
+    The two thetas are defaults; with a `local_theta` layers with a window have their own.
+    """
+    context = settings.size("max_position_embeddings")
+    theta = settings.positive("rope_theta", theta)
+    settings.expect("partial_rotary_factor", (1.0, None), None)
+    given = settings.take("rope_parameters", dict, None) or settings.take("rope_scaling", dict, None) or {}
+    settings.take("rope_scaling", dict, None)
+    if local_theta is None:
+        return _rope(given, theta, context)
+    local_theta = settings.positive("rope_local_base_freq", local_theta)
+    if not {"full_attention", "sliding_attention"} & given.keys():
+        return _rope(given, theta, context) | {"rope_local_theta": local_theta}
+    near = _rope(given.get("sliding_attention") or {}, local_theta, context)
+    if near.get("rope_scaling", "none") != "none":
+        raise ConfigError(
+            f"config.json: expected plain rotary positions in sliding_attention, got {near['rope_scaling']}; not supported"
+        )
+    return _rope(given.get("full_attention") or {}, theta, context) | {"rope_local_theta": near["rope_theta"]}
+
+
+def _rope(given: Mapping[str, Any], theta: float, context: int) -> dict[str, Any]:
+    rope = Settings(given, "config.json: rope_parameters")
+    older = rope.expect("type", ("default", "linear", "llama3"), "default")
+    kind = rope.expect("rope_type", ("default", "linear", "llama3"), older)
+    rope.expect("partial_rotary_factor", (1.0, None), None)
+    fields = {"rope_theta": rope.positive("rope_theta", theta) or theta}
+    if kind != "default":
+        fields |= {"rope_scaling": kind, "rope_factor": rope.positive("factor")}
+    if kind == "llama3":
+        fields |= {
+            "rope_low_freq": rope.positive("low_freq_factor"),
+            "rope_high_freq": rope.positive("high_freq_factor"),
+            "rope_original_context": rope.size("original_max_position_embeddings", context),
+        }
+    rope.check_all_read()
+    return fields
+
+
+def write_rope(config: DecoderConfig) -> dict[str, Any]:
+    """The settings of transformers 4, which 5 reads as well."""
+    scaling: dict[str, Any] | None = None
+    if config.rope_scaling != "none":
+        scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    if config.rope_scaling == "llama3":
+        scaling = scaling | {
+            "low_freq_factor": config.rope_low_freq,
+            "high_freq_factor": config.rope_high_freq,
+            "original_max_position_embeddings": config.rope_original_context,
+        }
+    written = {"max_position_embeddings": config.context, "rope_theta": config.rope_theta, "rope_scaling": scaling}
+    return written | ({"rope_local_base_freq": config.rope_local_theta} if config.rope_local_theta else {})

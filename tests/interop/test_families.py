@@ -1,0 +1,189 @@
+"""Every family against transformers: logits, cached greedy decoding, scores, configurations and tensors both ways.
+
+`golden/make_families.py` made the numbers; tensors are drawn by name there and here.
+"""
+
+import json
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.generation import SamplingParams, generate
+from rlhfjax.interop.families import config_of, hf_config, weights
+from rlhfjax.models import LanguageModel, decoder_config
+from rlhfjax.types import PromptBatch
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "families"
+SCORED = sorted(path.stem for path in GOLDEN.glob("*_score.npz"))
+FAMILIES = sorted({path.stem for path in GOLDEN.glob("*.npz")} - set(SCORED))
+
+
+def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    mean = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
+    return np.random.default_rng(zlib.crc32(name.encode())).normal(mean, 0.25, shape).astype(np.float32)
+
+
+def golden(family):
+    data = np.load(GOLDEN / f"{family}.npz")
+    return data, json.loads(str(data["config"]))
+
+
+def params_of(config, scalar=False):
+    """Our parameters from tensors of transformers' names."""
+    tree: dict = {}
+    for weight in weights(config, scalar):
+        layers = range(config.layers) if "{layer}" in weight.name else [None]
+        leaves = [weight.to_ours(tensor(weight.name.format(layer=i), weight.shape)) for i in layers]
+        *way, last = weight.path.split("/")
+        node = tree
+        for name in way:
+            node = node.setdefault(name, {})
+        node[last] = jnp.asarray(leaves[0] if layers == [None] else np.stack(leaves))
+    return tree
+
+
+def padded(rows, side):
+    width = max(map(len, rows))
+    tokens, mask = np.full((len(rows), width), 3, np.int32), np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        here = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        tokens[i, here], mask[i, here] = row, True
+    return tokens, mask
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    data, described = golden(request.param)
+    config = config_of(described)
+    return request.param, data, config, params_of(config)
+
+
+def test_logits_equal_transformers_whatever_the_padding(family):
+    _, data, config, params = family
+    model, rows = LanguageModel(config), [data["row0"], data["row1"]]
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+    sides = [padded(rows, side) for side in ("right", "left")]
+    tokens, mask = (np.concatenate(parts) for parts in zip(*sides, strict=True))
+    got = np.asarray(jax.jit(model.logits)(params, tokens, mask))
+    assert data["logits0"].std() > 1
+    for i in range(4):
+        np.testing.assert_allclose(got[i][mask[i]], data[f"logits{i % 2}"], atol=1e-4)
+
+
+def test_greedy_decoding_with_the_cache_equals_transformers_without(family):
+    # prompts of two lengths, padded on the left; 8 tokens run past every window of 4
+    _, data, config, params = family
+    tokens, mask = padded([data["row0"], data["row1"]], "left")
+    batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(2, dtype=jnp.int32))
+    sampling = SamplingParams(data["greedy"].shape[1], stop_id=-1, pad_id=0, temperature=0.0)
+    model = LanguageModel(config)
+    drawn = jax.jit(lambda p: generate(model, p, batch, jax.random.key(0), sampling))(params)
+    np.testing.assert_array_equal(drawn.response, data["greedy"])
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_scores_equal_those_of_classifiers_with_one_label(name):
+    data, described = golden(name)
+    config = config_of(described)
+    head = {"kernel": jnp.asarray(tensor("score.weight", (1, config.width))[0]), "bias": jnp.zeros(())}
+    params = {"decoder": params_of(config, scalar=True), "head": head}
+    tokens, mask = padded([data["row0"], data["row1"]], "right")
+    got = jax.jit(LanguageModel(config).scores)(params, tokens, mask)
+    np.testing.assert_allclose(got, data["scores"], atol=1e-4)
+
+
+def test_a_written_configuration_is_read_as_the_same_decoder(family):
+    name, _, config, _ = family
+    written = json.loads(json.dumps(hf_config(config)))
+    assert config_of(written) == config
+    assert written["architectures"] == golden(name)[1]["architectures"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_configurations_of_transformers_4_are_read_alike(name):
+    _, described = golden(name)
+    older = {key: value for key, value in described.items() if key not in {"rope_parameters", "dtype", "layer_types"}}
+    older["torch_dtype"] = "float32"
+    rope = described.get("rope_parameters") or {}
+    if name == "gemma3":
+        older["rope_local_base_freq"], rope = rope["sliding_attention"]["rope_theta"], rope["full_attention"]
+        older |= {"sliding_window_pattern": 2, "_sliding_window_pattern": 2}
+    if rope:
+        rope = dict(rope)
+        older["rope_theta"] = rope.pop("rope_theta")
+        kind = rope.pop("rope_type")
+        older["rope_scaling"] = None if kind == "default" else {"type": kind} | rope
+    assert config_of(older) == config_of(described)
+
+
+def test_tensors_go_there_and_back_in_any_type(family):
+    # views alone: no type is changed and nothing is copied
+    for weight in weights(family[2]):
+        theirs = tensor(weight.name, weight.shape).astype(ml_dtypes.bfloat16)
+        ours = weight.to_ours(theirs)
+        index, count = weight.part
+        back = weight.to_theirs(ours)
+        assert np.shares_memory(ours, theirs)
+        assert ours.dtype == back.dtype == theirs.dtype
+        np.testing.assert_array_equal(back, np.split(theirs, count, axis=-1)[index])
+        assert np.shares_memory(weight.to_theirs(np.ascontiguousarray(ours)), ours) or not ours.flags.c_contiguous
+
+
+def test_settings_that_would_change_the_numbers_are_refused_by_name():
+    llama, gpt2, gemma = (golden(name)[1] for name in ("llama2", "gpt2", "gemma2"))
+    for described, change, named in (
+        (llama, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn"),
+        (
+            llama,
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2]}},
+            "mrope_section",
+        ),
+        (llama, {"hidden_act": "gelu"}, "hidden_act"),
+        (llama, {"attention_bias": True}, "attention_bias"),
+        (llama, {"mlp_bias": True}, "mlp_bias"),
+        (llama, {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (llama, {"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+        (llama, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (llama, {"some_new_setting": 1}, "some_new_setting"),
+        (llama, {"num_key_value_heads": 3}, "num_key_value_heads"),
+        (llama, {"hidden_size": "32"}, "hidden_size"),
+        (llama, {"num_hidden_layers": True}, "num_hidden_layers"),
+        (llama, {"num_hidden_layers": 0}, "num_hidden_layers"),
+        (llama, {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        (llama, {"vocab_size": None}, "vocab_size"),
+        (llama, {"architectures": ["PhiForCausalLM"]}, "PhiForCausalLM"),
+        (llama, {"architectures": None, "model_type": "phi"}, "phi"),
+        (llama, {"architectures": ["Gemma3ForConditionalGeneration"]}, "pictures"),
+        (gpt2, {"activation_function": "relu"}, "activation_function"),
+        (gpt2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        (gpt2, {"n_head": 5}, "heads"),
+        (gemma, {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (gemma, {"layer_types": ["sliding_attention", "chunked_attention", "full_attention"]}, "layer_types"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            config_of(described | change)
+
+
+def test_fresh_families_are_written_as_their_architecture_or_not_at_all():
+    shape = {"vocab_size": 8, "layers": 6, "width": 16, "heads": 4, "context": 8}
+    for family, known in (("gpt1", "OpenAIGPT"), ("gpt2", "GPT2"), ("llama", "Llama"), ("mistral", "Mistral")) + tuple(
+        (name, name.title()) for name in ("qwen2", "qwen3", "gemma2", "gemma3")
+    ):
+        config = decoder_config(family, **shape)
+        written = hf_config(config)
+        assert written["architectures"][0].startswith(known)
+        assert config_of(written).local_layers == config.local_layers
+        assert hf_config(config, scalar=True)["architectures"][0].endswith("ForSequenceClassification")
+    # checkpoints from before `family` was kept say llama
+    assert hf_config(replace(decoder_config("gpt2", **shape), family="llama"))["model_type"] == "gpt2"
+    for family, change in (("gpt2", {"kv_heads": 2}), ("llama", {"positions": "learned"}), ("gpt1", {"mlp_width": 24})):
+        with pytest.raises(ConfigError, match="transformers has under some name"):
+            hf_config(decoder_config(family, **shape, **change))
