@@ -27,9 +27,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding", ("vocab", "embed")),
     (r"positions/embedding", (None, "embed")),
     (r"unembed/kernel", ("embed", "vocab")),
-    (r"blocks/attention/(query|key|value)/kernel", (None, "embed", "heads", None)),
-    (r"blocks/attention/(query|key|value)/bias", (None, "heads", None)),
-    (r"blocks/attention/out/kernel", (None, "heads", None, "embed")),
+    (r"blocks/(cross_)?attention/(query|key|value)/kernel", (None, "embed", "heads", None)),
+    (r"blocks/(cross_)?attention/(query|key|value)/bias", (None, "heads", None)),
+    (r"blocks/(cross_)?attention/out/kernel", (None, "heads", None, "embed")),
     (r"blocks/mlp/(up|gate)/kernel", (None, "embed", "mlp")),
     (r"blocks/mlp/(up|gate)/bias", (None, "mlp")),
     (r"blocks/mlp/down/kernel", (None, "mlp", "embed")),
@@ -55,10 +55,24 @@ def spec_of(name: str, ndim: int) -> PartitionSpec:
     """
     if ndim == 0:
         return PartitionSpec()
+    if name.endswith(("/lora_a", "/lora_b")):
+        return _adapter_spec(name, ndim)
     for pattern, axes in RULES:
         if len(axes) == ndim and re.search(f"(^|/){pattern}$", name):
             return PartitionSpec(*(MESH_AXES[axis] for axis in axes))
     raise ConfigError(f"sharding: no rule for parameter {name!r} with {ndim} axes; add one to the table of rules")
+
+
+def _adapter_spec(name: str, ndim: int) -> PartitionSpec:
+    """Adapters lie as their kernel does: `lora_a` by its input axes, `lora_b` by its output axes, the rank whole."""
+    linear, leaf = name.rsplit("/", 1)
+    for pattern, axes in RULES:
+        if len(axes) >= ndim and re.search(f"(^|/){pattern}$", f"{linear}/kernel"):
+            lead = axes[: axes[0] is None]  # the layer
+            inputs, outputs = axes[len(lead) : ndim - 1], axes[len(axes) - (ndim - 1 - len(lead)) :]
+            chosen = (*lead, *inputs, None) if leaf == "lora_a" else (*lead, None, *outputs)
+            return PartitionSpec(*(MESH_AXES[axis] for axis in chosen))
+    raise ConfigError(f"sharding: no rule for parameter {name!r} with {ndim} axes; add its kernel to the rules")
 
 
 def state_shardings(mesh: Mesh, shapes: Any) -> Any:
