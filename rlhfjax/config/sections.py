@@ -4,9 +4,10 @@ Counts are global: `size`, `minibatch` and `micro` are sequences (prompts for th
 Lengths are tokens. Learning rates are per optimizer step. A `None` default means "what the field next to it implies".
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -28,8 +29,8 @@ class Mesh(Section):
     fsdp: int = 1
     sequence: int = 1
     tensor: int = 1
-
     expert: int = 1
+
     @model_validator(mode="after")
     def _one_free_axis(self):
         sizes = tuple(self.model_dump().values())
@@ -38,25 +39,87 @@ class Mesh(Section):
         return self
 
 
+class Experts(Section):
+    """Experts in the place of every feed-forward block, each `mlp_width` wide; None keeps the family's choice.
+
+    With `capacity_factor` an expert takes at most so many times its even share of a row's tokens while a policy is
+    trained on text; without, all of them. The two coefficients are of the routers' losses, in nats per token.
+    """
+
+    count: Count | None = None
+    per_token: Count | None = None
+    norm_topk: bool | None = None
+    capacity_factor: Positive | None = None
+    load_balancing_coef: NonNegative | None = None
+    router_z_coef: NonNegative | None = None
+
+
 class Architecture(Section):
     """What differs from the family's own choice; None keeps that choice."""
 
     norm: Literal["layer", "rms"] | None = None
+    norm_place: Literal["pre", "post", "sandwich"] | None = None
     positions: Literal["learned", "rope"] | None = None
-    activation: Literal["gelu", "swiglu"] | None = None
+    activation: Literal["gelu", "swiglu", "geglu"] | None = None
     biases: bool | None = None
     tied: bool | None = None
     head_dim: Count | None = None
     norm_eps: Positive | None = None
     rope_theta: Positive | None = None
+    rope_local_theta: Positive | None = None
+    window: Count | None = None
+    window_pattern: Annotated[str, Field(pattern="^[LG]+$")] | None = None
+    qk_norm: bool | None = None
+    qkv_biases: bool | None = None
+    attention_softcap: Positive | None = None
+    logit_softcap: Positive | None = None
+    scale_embeddings: bool | None = None
     init_std: Positive | None = None
+    experts: Experts = Experts()
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021): SFT, reward model and PPO train them, and leave the base as it is.
+
+    They go beside every linear whose path holds a match of one of the regular expressions `targets`. Their product is
+    scaled by alpha / rank.
+    """
+
+    rank: Count = 8
+    alpha: Positive = 16.0
+    targets: Annotated[list[str], Field(min_length=1)] = ["attention/(query|value)"]
+
+    @field_validator("targets")
+    @classmethod
+    def _compile(cls, targets: list[str]) -> list[str]:
+        for pattern in targets:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return targets
+
+
+Family = Literal[
+    "gpt1",
+    "gpt2",
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3",
+    "transformer_2017",
+]
 
 
 class Model(Section):
     """The decoder's shape, or `checkpoint`: a checkpoint directory to start from (its shape and tokenizer are used)."""
 
     checkpoint: str | None = None
-    family: Literal["gpt2", "llama"] = "llama"
+    family: Family = "llama"
     layers: Count = 4
     width: Count = 128
     heads: Count = 4
@@ -66,12 +129,15 @@ class Model(Section):
     remat: Literal["none", "full", "dots"] = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     architecture: Architecture = Architecture()
+    lora: Lora | None = None
 
     @model_validator(mode="after")
     def _shape_or_checkpoint(self):
-        if self.checkpoint and self.model_fields_set - {"checkpoint", "dtype", "remat"}:
-            given = sorted(self.model_fields_set - {"checkpoint", "dtype", "remat"})
+        given = sorted(self.model_fields_set - {"checkpoint", "dtype", "remat", "lora"})
+        if self.checkpoint and given:
             raise ValueError(f"a model from a checkpoint has its shape already; remove {', '.join(given)}")
+        if self.family == "transformer_2017" and (self.kv_heads or self.architecture != Architecture()):
+            raise ValueError("transformer_2017 is the published shape; remove kv_heads and architecture")
         if self.architecture.head_dim is None and self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} (or give head_dim)")
         if self.heads % (self.kv_heads or self.heads):
@@ -107,10 +173,14 @@ class Tokenizer(Section):
 
 
 class Optimizer(Section):
-    """AdamW with a schedule. `final` and `warmup_from` are fractions of `lr`; `clip_norm` null means no clipping."""
+    """AdamW with a schedule. `final` and `warmup_from` are fractions of `lr`; `clip_norm` null means no clipping.
+
+    `noam` is lr x width^-0.5 x min(step^-0.5, step x warmup_steps^-1.5) (Vaswani et al. 2017, eq. 3; they take lr 1,
+    warmup_steps 4000, b2 0.98, eps 1e-9); it has no `final` and no `warmup_from`.
+    """
 
     lr: Positive
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "noam"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     warmup_from: Fraction = 0.0
     final: Fraction = 0.1
@@ -120,6 +190,14 @@ class Optimizer(Section):
     weight_decay: NonNegative = 0.0
     clip_norm: Positive | None = 1.0
     ema_decay: BelowOne | None = None
+
+    @model_validator(mode="after")
+    def _noam(self):
+        if self.schedule == "noam" and not self.warmup_steps:
+            raise ValueError("schedule: noam rises for warmup_steps and then falls; give warmup_steps above 0")
+        if self.schedule == "noam" and self.model_fields_set & {"final", "warmup_from"}:
+            raise ValueError("schedule: noam starts and ends at 0; remove final and warmup_from")
+        return self
 
 
 class Batch(Section):

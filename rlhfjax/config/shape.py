@@ -1,13 +1,30 @@
 """The decoder's shape and its number of parameters, from the configuration alone (no jax, no arrays)."""
 
+import re
 from dataclasses import dataclass
 
-from rlhfjax.config.schema import Model
+from rlhfjax.config.sections import Lora, Model
 
 # What a family chooses where `model.architecture` says nothing (Radford et al. 2019; Touvron et al. 2023).
+_LLAMA = {"norm": "rms", "positions": "rope", "activation": "swiglu", "biases": False, "tied": True}
+_GPT = {"norm": "layer", "positions": "learned", "activation": "gelu", "biases": True, "tied": True}
+_GEMMA = _LLAMA | {"activation": "geglu", "norm_place": "sandwich"}
+_GATED = {"swiglu", "geglu"}
+_CHOICES = {"norm", "norm_place", "positions", "activation", "biases", "qkv_biases", "qk_norm", "tied"}
 _STYLES = {
-    "gpt2": {"norm": "layer", "positions": "learned", "activation": "gelu", "biases": True, "tied": True},
-    "llama": {"norm": "rms", "positions": "rope", "activation": "swiglu", "biases": False, "tied": True},
+    "gpt1": _GPT | {"norm_place": "post"},
+    "gpt2": _GPT,
+    "transformer_2017": {
+        "norm": "layer", "positions": "sinusoidal", "activation": "relu", "biases": True, "tied": True,
+    },
+    "llama": _LLAMA,
+    "mistral": _LLAMA | {"tied": False},
+    "qwen2": _LLAMA | {"qkv_biases": True},
+    "qwen3": _LLAMA | {"qk_norm": True},
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA | {"qk_norm": True},
+    "mixtral": _LLAMA | {"tied": False, "experts": 8, "experts_per_token": 2},
+    "qwen3_moe": _LLAMA | {"tied": False, "qk_norm": True, "experts": 128, "experts_per_token": 8},
 }
 
 
@@ -27,13 +44,26 @@ class Shape:
     activation: str
     biases: bool
     tied: bool
+    norm_place: str = "pre"
+    qkv_biases: bool = False
+    qk_norm: bool = False
+    experts: int = 0
+    experts_per_token: int = 2
+
+    @property
+    def encoder(self) -> bool:
+        """Whether a second stack of layers reads the prompt (Vaswani et al. 2017)."""
+        return self.positions == "sinusoidal"
 
 
 def model_shape(model: Model) -> Shape:
-    """The shape that `model` describes; SwiGLU's default width is 8/3 of the model's, as costly as GELU's 4."""
-    given = model.architecture.model_dump(include=set(_STYLES["gpt2"]), exclude_none=True)
+    """The shape that `model` describes; with a gate the default width is 8/3 of the model's, as costly as 4 without."""
+    given = model.architecture.model_dump(include=_CHOICES, exclude_none=True)
     style = _STYLES[model.family] | given
-    default = 4 * model.width if style["activation"] == "gelu" else -(-8 * model.width // 3 // 8) * 8
+    experts = model.architecture.experts
+    if count := experts.count or style.get("experts"):
+        style |= {"experts": count, "experts_per_token": experts.per_token or style.get("experts_per_token", 2)}
+    default = 4 * model.width if style["activation"] not in _GATED else -(-8 * model.width // 3 // 8) * 8
     return Shape(
         layers=model.layers,
         width=model.width,
@@ -46,14 +76,49 @@ def model_shape(model: Model) -> Shape:
     )
 
 
+def linears(shape: Shape) -> dict[str, int]:
+    """Paths of the linears that adapters can go beside, and the sum of each one's input and output size."""
+    queries, keys = shape.width + shape.heads * shape.head_dim, shape.width + shape.kv_heads * shape.head_dim
+    attention = {"query": queries, "key": keys, "value": keys, "out": queries}
+    inner = ("up", "gate", "down") if shape.activation in _GATED else ("up", "down")
+    found = {f"blocks/attention/{name}": size for name, size in attention.items()}
+    if not shape.experts:
+        found |= {f"blocks/mlp/{name}": shape.width + shape.mlp_width for name in inner}
+    if not shape.encoder:
+        return found
+    crossed = {f"blocks/cross_attention/{name}": size for name, size in attention.items()}
+    stacks = {"encoder": found, "decoder": found | crossed}
+    return {f"{stack}/{name}": size for stack, names in stacks.items() for name, size in names.items()}
+
+
+def adapter_count(shape: Shape, lora: Lora) -> int:
+    """Parameters of a policy's adapters: rank x (inputs + outputs) for each targeted linear of each layer."""
+    sizes = [size for name, size in linears(shape).items() if any(re.search(t, name) for t in lora.targets)]
+    return shape.layers * lora.rank * sum(sizes)
+
+
+def active_count(shape: Shape, vocab_size: int) -> int:
+    """Parameters that one token meets: of the experts, only those it is sent to."""
+    idle = shape.layers * max(shape.experts - shape.experts_per_token, 0) * 3 * shape.width * shape.mlp_width
+    return parameter_count(shape, vocab_size) - idle
+
+
 def parameter_count(shape: Shape, vocab_size: int) -> int:
-    """Parameters of the policy: embeddings, `layers` blocks, the final norm, and an output matrix unless tied."""
+    """Parameters of the policy: embeddings, `layers` blocks, a final norm, and an output matrix unless tied."""
     bias = int(shape.biases)
     norm = shape.width * (2 if shape.norm == "layer" else 1)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = shape.width * (2 * queries + 2 * keys) + bias * (queries + 2 * keys + shape.width)
-    inner = 2 if shape.activation == "swiglu" else 1
+    attention = shape.width * (2 * queries + 2 * keys) + bias * shape.width
+    attention += (queries + 2 * keys) * (shape.biases or shape.qkv_biases)
+    inner = 2 if shape.activation in _GATED else 1
+    if shape.qk_norm:
+        attention += 2 * shape.head_dim * (2 if shape.norm == "layer" else 1)
     mlp = (inner + 1) * shape.width * shape.mlp_width + bias * (inner * shape.mlp_width + shape.width)
+    if shape.experts:
+        mlp = shape.experts * (mlp + shape.width)  # and what the router knows each by
     positions = shape.context * shape.width if shape.positions == "learned" else 0
     embeddings = vocab_size * shape.width * (1 if shape.tied else 2) + positions
-    return embeddings + shape.layers * (attention + mlp + 2 * norm) + norm
+    if shape.encoder:  # two norms in a layer that reads, three in one that writes, none at the end
+        return embeddings + shape.layers * (3 * attention + 2 * mlp + 5 * norm)
+    around = 4 if shape.norm_place == "sandwich" else 2
+    return embeddings + shape.layers * (attention + mlp + around * norm) + norm * (shape.norm_place != "post")

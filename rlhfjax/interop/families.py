@@ -68,8 +68,8 @@ def _family_of(settings: Settings) -> str:
     names, kind = settings.take("architectures", list, None), settings.take("model_type", str, None)
     if names == ["Gemma3ForConditionalGeneration"]:
         raise ConfigError(
-            "config.json: expected a model of text such as Gemma3ForCausalLM, got Gemma3ForConditionalGeneration, which "
-            "reads pictures as well; save its language model by itself first"
+            "config.json: expected a model of text such as Gemma3ForCausalLM, got Gemma3ForConditionalGeneration, "
+            "which reads pictures as well; save its language model by itself first"
         )
     for family, known in _KNOWN.items():
         stem = known.stem
@@ -89,9 +89,9 @@ def _architecture_of(config: DecoderConfig) -> Architecture:
         if _says(architecture, config):
             return architecture
     raise ConfigError(
-        f"export: expected a decoder that transformers has under some name, got {config.family} with {config.norm} norm "
-        f"{config.norm_place}, {config.positions} positions, {config.activation}, biases {config.biases}, {config.heads} "
-        f"heads and {config.kv_heads} for keys; leave model.architecture as the family has it"
+        f"export: expected a decoder that transformers has under some name, got {config.family} with {config.norm} "
+        f"norm ({config.norm_place}), {config.positions} positions, {config.activation}, biases {config.biases}, "
+        f"{config.heads} heads and {config.kv_heads} for keys; leave model.architecture as the family has it"
     )
 
 

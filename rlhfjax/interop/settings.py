@@ -1,6 +1,7 @@
 """Settings of a config.json, each read by name and checked; what nobody read and nobody knows is refused."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,18 +12,21 @@ _REQUIRED: Any = object()
 
 # What says nothing about the numbers that a decoder computes: types of storage, dropout, generation, labels, history.
 _HARMLESS = frozenset(
-    """
-    torch_dtype dtype transformers_version use_cache cache_implementation attn_implementation _attn_implementation
-    _attn_implementation_autoset _name_or_path name_or_path transformers.js_config bos_token_id eos_token_id pad_token_id
-    sep_token_id decoder_start_token_id attention_dropout attn_pdrop resid_pdrop embd_pdrop summary_type summary_use_proj
-    summary_activation summary_proj_to_labels summary_first_dropout task_specific_params n_ctx n_special
-    predict_special_tokens pretraining_tp reorder_and_upcast_attn is_llama_config id2label label2id num_labels
-    problem_type finetuning_task return_dict torchscript use_bfloat16 chunk_size_feed_forward max_length min_length
-    do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
-    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
-    bad_words_ids forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens prefix tokenizer_class
-    is_decoder gradient_checkpointing unsloth_fixed
-    """.split()
+    re.findall(
+        r"\S+",
+        """
+        torch_dtype dtype transformers_version use_cache cache_implementation attn_implementation _attn_implementation
+        _attn_implementation_autoset _name_or_path name_or_path transformers.js_config bos_token_id eos_token_id
+        pad_token_id sep_token_id decoder_start_token_id attention_dropout attn_pdrop resid_pdrop embd_pdrop
+        summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+        task_specific_params n_ctx n_special predict_special_tokens pretraining_tp reorder_and_upcast_attn
+        is_llama_config id2label label2id num_labels problem_type finetuning_task return_dict torchscript use_bfloat16
+        chunk_size_feed_forward max_length min_length do_sample early_stopping num_beams num_beam_groups
+        diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+        encoder_no_repeat_ngram_size num_return_sequences bad_words_ids forced_bos_token_id forced_eos_token_id
+        suppress_tokens begin_suppress_tokens prefix tokenizer_class is_decoder gradient_checkpointing unsloth_fixed
+        """,
+    )
 )
 
 
@@ -100,7 +104,7 @@ def read_rope(settings: Settings, theta: float, local_theta: float | None = None
     near = _rope(given.get("sliding_attention") or {}, local_theta, context)
     if near.get("rope_scaling", "none") != "none":
         raise ConfigError(
-            f"config.json: expected plain rotary positions in sliding_attention, got {near['rope_scaling']}; not supported"
+            f"config.json: expected plain rotary positions in sliding_attention, got {near['rope_scaling']}"
         )
     return _rope(given.get("full_attention") or {}, theta, context) | {"rope_local_theta": near["rope_theta"]}
 

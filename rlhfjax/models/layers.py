@@ -44,8 +44,8 @@ class DecoderConfig:
     rope_high_freq: float = 4.0
     rope_original_context: int = 8192
 
-    # Attention. Layers that are L in `window_pattern` (repeated over the layers) see the last `window` tokens, their own
-    # among them; layers that are G see everything. Scores are divided by the root of `query_scalar` (None: head_dim).
+    # Attention. Layers that are L in `window_pattern` (repeated over the layers) see the last `window` tokens, their
+    # own among them; layers that are G see all. Scores are divided by the root of `query_scalar` (None: head_dim).
     window: int | None = None
     window_pattern: str = "L"
     qk_norm: bool = False
@@ -56,7 +56,7 @@ class DecoderConfig:
     activation: str = "swiglu"  # gelu | swiglu | geglu
     biases: bool = False  # of every linear layer but the unembedding
 
-    # Mixture of experts in the place of the feed-forward block; 0 experts: none. No capacity factor: nothing is dropped.
+    # Mixture of experts in the place of the feed-forward block; 0 experts: none. No capacity factor: none dropped.
     experts: int = 0
     experts_per_token: int = 2
     norm_topk: bool = True
@@ -149,7 +149,7 @@ def norm(config: DecoderConfig, name: str) -> nn.Module:
 class Linear(nn.DenseGeneral):
     """x · kernel + bias, and where the parameters hold an adapter also (lora_alpha / r) (x · lora_a) · lora_b.
 
-    `lora_a` is [*input axes, r], `lora_b` [r, *features] (Hu et al. 2022, eq. 3); without these leaves nothing is added.
+    `lora_a` is [*input axes, r], `lora_b` [r, *features] (Hu et al. 2022, eq. 3); without these leaves none is added.
     """
 
     lora_alpha: float = 16.0
@@ -276,10 +276,7 @@ class Block(nn.Module):
         attended, cache = Attention(c, name="attention")(before(x, "attention_norm"), sight, local, cache)
         x = total(x + dropout(after(attended, "attention_post_norm")), "attention_norm")
         read = before(x, "mlp_norm")
-        if c.experts:
-            fed = Experts(c, name="experts")(read, sight.real)
-        else:
-            fed = FeedForward(c, name="mlp")(read)
+        fed = Experts(c, name="experts")(read, sight.real) if c.experts else FeedForward(c, name="mlp")(read)
         return total(x + dropout(after(fed, "mlp_post_norm")), "mlp_norm"), cache
 
 
@@ -289,7 +286,8 @@ def attention_mask(
     index: Int[Array, ""] | int,
     window: int | None = None,
 ) -> Bool[Array, "B T S"]:
-    """Queries at slots index … index+T-1 see earlier slots of their own segment, with a window the last `window` of them.
+    """Queries at slots index … index+T-1 see earlier slots of their own segment, with a window the last `window` of
+    them.
 
     Padding is a segment of its own (0), so no row of the softmax is empty, and what it holds reaches no real token.
     """

@@ -37,7 +37,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks/experts/router/kernel", (None, "embed", None)),
     (r"blocks/experts/(up|gate)/kernel", (None, "expert", "embed", "mlp")),
     (r"blocks/experts/down/kernel", (None, "expert", "mlp", "embed")),
-    (r"blocks/(attention_norm|cross_attention_norm|mlp_norm)/(scale|bias)", (None, None)),
+    (r"blocks/(attention|attention_post|cross_attention|mlp|mlp_post)_norm/(scale|bias)", (None, None)),
+    (r"blocks/attention/(query|key)_norm/(scale|bias)", (None, None)),
     (r"final_norm/(scale|bias)", (None,)),
     (r"head/kernel", ("embed",)),
 )

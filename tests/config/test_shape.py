@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from rlhfjax.config.sections import Architecture, Model
-from rlhfjax.config.shape import model_shape, parameter_count
-from rlhfjax.models import LanguageModel, decoder_config
+from rlhfjax.config.sections import Architecture, Experts, Model
+from rlhfjax.config.shape import active_count, model_shape, parameter_count
+from rlhfjax.models import LanguageModel
+from rlhfjax.models.decoder import FAMILIES
+from rlhfjax.stages.job import new_model
 
 MODELS = [
     Model(layers=2, width=24, heads=4, context=10),
@@ -17,13 +19,15 @@ MODELS = [
     Model(family="gpt2", layers=1, width=16, heads=2, kv_heads=1, context=12, architecture=Architecture(tied=False)),
     Model(layers=1, width=16, heads=2, context=8, architecture=Architecture(biases=True, norm="layer", head_dim=6)),
     Model(layers=2, width=16, heads=2, context=8, architecture=Architecture(activation="gelu", positions="learned")),
+    Model(layers=1, width=16, heads=2, context=8, architecture=Architecture(qk_norm=True, norm="layer")),
+    Model(layers=2, width=16, heads=2, context=8, architecture=Architecture(experts=Experts(count=2, per_token=1))),
+    *(Model(family=family, layers=2, width=24, heads=4, kv_heads=2, context=10) for family in FAMILIES),
 ]
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_agrees_with_the_decoder(model):
-    shape = model.model_dump(exclude={"checkpoint", "architecture", "dtype"})
-    config = decoder_config(**shape, **model.architecture.model_dump(), vocab_size=11)
+    config = new_model(model, 11).config
     ours = dataclasses.asdict(model_shape(model))
     assert ours == {name: getattr(config, name) for name in ours}
     params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
@@ -43,3 +47,20 @@ def test_tinyllama_has_its_published_size():
         layers=22, width=2048, heads=32, kv_heads=4, mlp_width=5632, context=2048, architecture=Architecture(tied=False)
     )
     assert parameter_count(model_shape(model), 32000) == 1_100_048_384
+
+
+def test_mixtral_has_its_published_size():
+    # Mixtral 8x7B: 46,702,792,704 parameters in the released files; "13B active" (Jiang et al. 2024, abstract).
+    model = Model(family="mixtral", layers=32, width=4096, heads=32, kv_heads=8, mlp_width=14336, context=32768)
+    assert parameter_count(model_shape(model), 32000) == 46_702_792_704
+    assert active_count(model_shape(model), 32000) == pytest.approx(12.9e9, rel=0.005)
+
+
+def test_qwen3_30b_a3b_has_its_published_size():
+    # 30.5B parameters, 3.3B of them active (model card); the released files hold 30,532,122,624.
+    architecture = Architecture(head_dim=128)
+    model = Model(
+        family="qwen3_moe", layers=48, width=2048, heads=32, kv_heads=4, mlp_width=768, architecture=architecture
+    )
+    assert parameter_count(model_shape(model), 151936) == 30_532_122_624
+    assert active_count(model_shape(model), 151936) == pytest.approx(3.3e9, rel=0.02)

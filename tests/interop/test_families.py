@@ -174,9 +174,8 @@ def test_settings_that_would_change_the_numbers_are_refused_by_name():
 
 def test_fresh_families_are_written_as_their_architecture_or_not_at_all():
     shape = {"vocab_size": 8, "layers": 6, "width": 16, "heads": 4, "context": 8}
-    for family, known in (("gpt1", "OpenAIGPT"), ("gpt2", "GPT2"), ("llama", "Llama"), ("mistral", "Mistral")) + tuple(
-        (name, name.title()) for name in ("qwen2", "qwen3", "gemma2", "gemma3")
-    ):
+    stems = {name: name.title() for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")}
+    for family, known in (stems | {"gpt1": "OpenAIGPT", "gpt2": "GPT2"}).items():
         config = decoder_config(family, **shape)
         written = hf_config(config)
         assert written["architectures"][0].startswith(known)
