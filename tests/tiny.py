@@ -17,11 +17,17 @@ STYLES = {
     "llama": ("llama", {}),
     "llama-gqa": ("llama", {"kv_heads": 2}),
 }
+# Windows shorter than the sequences of any test, in every layer or some.
+WINDOWED = {
+    "mistral": ("mistral", {"kv_heads": 2, "window": 3}),
+    "gemma2": ("gemma2", {"kv_heads": 2, "window": 3}),
+    "gemma3": ("gemma3", {"layers": 3, "window": 3, "window_pattern": "LLG"}),
+}
 
 
 def tiny(style: str = "llama-gqa", **changes) -> LanguageModel:
-    """A decoder of two layers and width 16."""
-    family, own = STYLES[style]
+    """A decoder of width 16, of two layers unless the style has more."""
+    family, own = (STYLES | WINDOWED)[style]
     return LanguageModel(decoder_config(family, **(SHAPE | own | changes)))
 
 
@@ -90,6 +96,7 @@ def ranked_batch(prompts: int, candidates: int, length: int, seed: int = 0) -> R
         jnp.asarray(token_mask),
         jnp.asarray(ranks, jnp.int32),
         jnp.asarray(mask),
+        jnp.ones(prompts, jnp.int32),
     )
 
 

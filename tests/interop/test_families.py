@@ -186,3 +186,23 @@ def test_fresh_families_are_written_as_their_architecture_or_not_at_all():
     for family, change in (("gpt2", {"kv_heads": 2}), ("llama", {"positions": "learned"}), ("gpt1", {"mlp_width": 24})):
         with pytest.raises(ConfigError, match="transformers has under some name"):
             hf_config(decoder_config(family, **shape, **change))
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_as_installed_reads_what_is_written(name):
+    # its own model, made from our configuration, has our tensors, and computes our logits
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    data, described = golden(name)
+    config = config_of(described)
+    written = json.loads(json.dumps(hf_config(config)))
+    kind = getattr(transformers, written["architectures"][0])
+    theirs = kind(kind.config_class.from_dict(written)).eval()
+    shapes = {key: tuple(value.shape) for key, value in theirs.named_parameters()}
+    ours = {w.name.format(layer=i): w.shape for w in weights(config) for i in range(config.layers)}
+    assert shapes == ours
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            parameter.copy_(torch.from_numpy(tensor(key, shapes[key])))
+        logits = theirs(torch.from_numpy(data["row0"])[None]).logits[0].numpy()
+    np.testing.assert_allclose(logits, data["logits0"], atol=1e-4)

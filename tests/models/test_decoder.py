@@ -1,19 +1,24 @@
 """What the decoder must not depend on: the cache, padding, packing, rematerialisation."""
 
+import json
+from dataclasses import asdict
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import VOCAB, left_mask, params_of, random_tokens, right_mask, tiny
+from tiny import VOCAB, WINDOWED, left_mask, params_of, random_tokens, right_mask, tiny
 
-from rlhfjax.models import compute_dtype, decoder_config
+from rlhfjax.models import DecoderConfig, compute_dtype, decoder_config
+from rlhfjax.models.decoder import FAMILIES
 from rlhfjax.models.interface import positions_of
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+STYLES = ["gpt2", "llama-gqa", *WINDOWED]
 
 
 # fails when decode counts positions from the padded length, or the cache forgets which slots are padding: seen
-@pytest.mark.parametrize("style", ["gpt2", "llama-gqa"])
+@pytest.mark.parametrize("style", STYLES)
 def test_cached_decode_equals_the_full_forward(style):
     model = tiny(style)
     params, prompt, mask = params_of(model), random_tokens(3, 5), left_mask([5, 2, 1], 5)
@@ -39,7 +44,7 @@ def test_positions_count_real_tokens():
 
 
 # fails with positions = arange, or without the segment test in the attention mask: seen
-@pytest.mark.parametrize("style", ["gpt2", "llama-gqa"])
+@pytest.mark.parametrize("style", STYLES)
 def test_padding_on_either_side_and_what_it_holds_change_nothing(style):
     model = tiny(style)
     params, document = params_of(model), random_tokens(5, seed=2)
@@ -57,7 +62,7 @@ def test_padding_on_either_side_and_what_it_holds_change_nothing(style):
 
 
 # meant to catch queries that see other segments, and positions that run on over the whole row
-@pytest.mark.parametrize("style", ["gpt2", "llama-gqa"])
+@pytest.mark.parametrize("style", STYLES)
 def test_packed_documents_equal_the_same_documents_apart(style):
     model = tiny(style)
     params, tokens = params_of(model), random_tokens(1, 9)
@@ -108,13 +113,14 @@ def test_dropout_needs_a_key_and_follows_it():
     assert jnp.abs(dropped(jax.random.key(0)) - dropped(jax.random.key(1))).max() > 0.1
 
 
-def test_logits_are_float32_whatever_the_computation():
+@pytest.mark.parametrize("style", ["llama-gqa", "gemma2"])
+def test_logits_are_float32_whatever_the_computation(style):
     # bfloat16 keeps 8 bits: near the float32 result, not equal to it
     tokens, mask = random_tokens(2, 6), jnp.ones((2, 6), bool)
-    model, params = tiny(dtype="bfloat16"), params_of(tiny())
+    model, params = tiny(style, dtype="bfloat16"), params_of(tiny(style))
     with jax.numpy_dtype_promotion("standard"):  # the norms of Flax promote
         half = jax.jit(model.logits)(params, tokens, mask)
-    full = jax.jit(tiny().logits)(params, tokens, mask)
+    full = jax.jit(tiny(style).logits)(params, tokens, mask)
     assert half.dtype == jnp.float32
     assert 0 < jnp.abs(half - full).max() < 0.1 * jnp.abs(full).max()
 
@@ -143,6 +149,32 @@ def test_families():
     assert (llama.kv_heads, llama.head_dim, llama.mlp_width) == (2, 12, 128)  # 8/3 of the width, in eights
     changed = decoder_config("llama", **shape, mlp_width=50, head_dim=6, norm=None, tied=False)
     assert (changed.mlp_width, changed.head_dim, changed.norm, changed.tied) == (50, 6, "rms", False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_configuration_goes_through_json(family):
+    config = decoder_config(family, vocab_size=8, layers=7, width=48, heads=4, context=8)
+    again = DecoderConfig(**json.loads(json.dumps(asdict(config))))
+    assert again == config
+    assert hash(again) == hash(config)
+
+
+def test_layers_with_the_window_follow_the_pattern():
+    def local(family):
+        config = decoder_config(family, vocab_size=8, layers=7, width=48, heads=4, context=8)
+        return "".join("GL"[is_local] for is_local in config.local_layers)
+
+    assert (local("llama"), local("mistral")) == ("GGGGGGG", "LLLLLLL")
+    assert (local("gemma2"), local("gemma3")) == ("LGLGLGL", "LLLLLGL")
+
+
+def test_old_checkpoints_describe_the_same_decoder():
+    # the fields that a checkpoint's meta had before there were other families
+    old = {"vocab_size": 8, "layers": 1, "width": 16, "heads": 4, "kv_heads": 2, "head_dim": 4, "mlp_width": 48}
+    old |= {"context": 8, "norm": "rms", "positions": "rope", "activation": "swiglu", "biases": False, "tied": True}
+    old |= {"norm_eps": 1e-5, "rope_theta": 1e4, "init_std": 0.02, "remat": "none", "dtype": "float32"}
+    shape = {name: old[name] for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "mlp_width", "context")}
+    assert DecoderConfig(**old) == decoder_config("llama", **shape)
 
 
 def test_compute_dtype_on_this_machine():
