@@ -1,0 +1,144 @@
+"""safetensors files, read and written one tensor at a time.
+
+A file is eight bytes (the header's length, little-endian), the header (JSON: each tensor's type, shape and place), and
+the tensors one after another. Nothing of a header is believed before it is checked against the file's size, and
+tensors are read, not mapped: a page of a mapped file counts as memory of the process that looked at it.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from rlhfjax.errors import ConfigError, IntegrityError
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# Buffers of old exports (masks, position ids) may stand beside the weights; they are measured and never read.
+_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+_SIZES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
+_LONGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor is: bytes start … end of the file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name; none overlap, and together they fill it.
+
+    Raises IntegrityError on a header that is broken, or says what the file does not hold.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+            raise _broken(path, f"a header of {length:,} bytes in a file of {size:,}")
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"a header that is no JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _broken(path, "a header that is no object")
+    header.pop("__metadata__", None)
+    found = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
+    end = 8 + length
+    for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != end:
+            raise _broken(path, f"tensor {name!r} at byte {tensor.start:,} where {end:,} is next")
+        end = tensor.end
+    if end != size:
+        raise _broken(path, f"tensors that end at byte {end:,} in a file of {size:,}")
+    return found
+
+
+def read_tensor(tensor: Tensor, name: str) -> np.ndarray:
+    """One tensor in memory of its own. Raises IntegrityError where it is not finite or the file has become shorter."""
+    read = np.empty(tensor.shape, DTYPES[tensor.dtype])
+    with tensor.path.open("rb", buffering=0) as file:
+        file.seek(tensor.start)
+        view, done = memoryview(read.reshape(-1).view(np.uint8)), 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise _broken(tensor.path, f"an end of the file within tensor {name!r}")
+            done += count
+    if not np.isfinite(read).all():
+        raise _broken(tensor.path, f"tensor {name!r} with numbers that are infinite or none (NaN)")
+    return read
+
+
+def write_file(
+    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], produced: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Write tensors as they are produced, in the order of `tensors`, which gives type and shape of each."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * _SIZES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight bytes
+    expected = iter(tensors.items())
+    with path.open("xb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, array in produced:
+            wanted, (dtype, shape) = next(expected)
+            if (name, array.shape, array.dtype) != (wanted, shape, DTYPES[dtype]):
+                raise ValueError(f"expected tensor {wanted} {dtype} {shape}, got {name} {array.dtype} {array.shape}")
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """A tensor in another type. Raises ConfigError when a number is too large for it."""
+    with np.errstate(over="ignore"):
+        made = array.astype(DTYPES[dtype])
+    if not np.isfinite(made).all():
+        raise ConfigError(f"tensor {name}: expected numbers that fit {dtype}, got larger ones; take another --dtype")
+    return made
+
+
+def _tensor(path: Path, name: str, entry: Any, base: int) -> Tensor:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = (*shape, start, end)
+        fits = isinstance(dtype, str) and len(dtype) < 20 and len(shape) <= 8 and len(name) <= 500
+        if not fits or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+            raise ValueError("out of range")
+    except (KeyError, TypeError, ValueError) as error:
+        raise _broken(path, f"tensor {name[:80]!r} without a type, a shape and two offsets") from error
+    if dtype not in _SIZES:
+        raise ConfigError(f"{path}: expected tensors of {', '.join(DTYPES)}, got {name!r} of {dtype!r}; convert it")
+    if math.prod(shape) * _SIZES[dtype] != end - start:
+        raise _broken(path, f"tensor {name!r} of {dtype} {list(shape)} in {end - start:,} bytes")
+    return Tensor(path, dtype, shape, base + start, base + end)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name that is there twice")
+    return made
+
+
+def _broken(path: Path, got: str) -> IntegrityError:
+    return IntegrityError(f"{path}: expected a whole safetensors file, got {got}; fetch the file again")
