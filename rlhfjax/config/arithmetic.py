@@ -1,10 +1,11 @@
 """Arithmetic of a configuration that no single section can see: checked before any device is touched."""
 
 import math
+import re
 from collections.abc import Iterator
 
 from rlhfjax.config.schema import Mesh, Optimizer, RolloutBatch, Run, Sampling
-from rlhfjax.config.shape import model_shape
+from rlhfjax.config.shape import Shape, linears, model_shape
 from rlhfjax.errors import ConfigError
 
 _MAX_PROBLEMS = 10
@@ -41,7 +42,7 @@ def check(run: Run, devices: int) -> None:
     Raises ConfigError that lists every problem with its numbers and a remedy.
     """
     sizes = mesh_shape(run.mesh, devices)
-    found = [*_batches(run, sizes), *_lengths(run, sizes), *_model(run, sizes), *_inputs(run), *_schedules(run)]
+    found = [*_batches(run, sizes), *_lengths(run, sizes), *_model(run, sizes), *_pairs(run), *_inputs(run), *_schedules(run)]
     if len(found) == 1:
         raise ConfigError(found[0])
     if found:
@@ -103,6 +104,8 @@ def _rollout_length(stage: str, batch: RolloutBatch, sampling: Sampling) -> tupl
 
 
 def _model(run: Run, mesh: dict[str, int]) -> Iterator[str]:
+    if run.model.lora and not (run.model.checkpoint or run.stages.pretrain):
+        yield "model.lora adapts a model that is there already; add model.checkpoint or stages.pretrain"
     if run.model.checkpoint:
         return  # its shape is in the checkpoint
     shape, tensor, fsdp = model_shape(run.model), mesh["tensor"], mesh["fsdp"]
@@ -116,6 +119,50 @@ def _model(run: Run, mesh: dict[str, int]) -> Iterator[str]:
             yield f"{name} {size} must be a multiple of mesh.tensor {tensor}"
     if shape.width % fsdp:
         yield f"model.width {shape.width} must be a multiple of mesh.fsdp {fsdp}"
+    yield from _experts(run, shape, mesh["expert"])
+    names = linears(shape)
+    for pattern in run.model.lora.targets if run.model.lora else ():
+        if not any(re.search(pattern, name) for name in names):
+            yield f"model.lora.targets: {pattern!r} matches no linear of this model; its linears are {', '.join(names)}"
+
+
+def _experts(run: Run, shape: Shape, axis: int) -> Iterator[str]:
+    if not shape.experts:
+        given = sorted(run.model.architecture.experts.model_fields_set - {"count"})
+        if given:
+            yield f"model.architecture.experts: {', '.join(given)} without experts; give count, or a family that has them"
+        if axis > 1:
+            yield f"mesh.expert {axis}: this model has no experts to split; use mesh.data or mesh.fsdp"
+        return
+    if shape.experts % axis:
+        yield f"model.architecture.experts.count {shape.experts} must be a multiple of mesh.expert {axis}"
+    if shape.experts_per_token > shape.experts:
+        yield (
+            f"model.architecture.experts.per_token {shape.experts_per_token} is more than the {shape.experts} experts; "
+            "lower it or raise count"
+        )
+    if shape.activation != "swiglu" or shape.biases:
+        yield f"model: experts are SwiGLU without biases, got {shape.activation}, biases {shape.biases}; change the family"
+
+
+def _pairs(run: Run) -> Iterator[str]:
+    if run.model.family == "transformer_2017":
+        yield from needs_documents(run)
+
+
+def needs_documents(run: Run) -> Iterator[str]:
+    """What a recipe cannot ask of an encoder–decoder, which learns from prompts with responses alone."""
+    stages, remedy = run.stages, "an encoder–decoder learns from prompts with responses; remove it"
+    if stages.pretrain:
+        yield f"stages.pretrain reads documents; {remedy}"
+    if stages.sft and stages.sft.pretraining:
+        yield f"stages.sft.pretraining reads documents; {remedy}"
+    if stages.sft and stages.sft.loss.train_on == "all":
+        yield "stages.sft.loss.train_on: all is for decoders; an encoder–decoder writes one response to a prompt"
+    if stages.ppo and stages.ppo.ptx:
+        yield f"stages.ppo.ptx reads documents; {remedy}"
+    if stages.evaluate and stages.evaluate.losses:
+        yield f"stages.evaluate.losses reads documents; {remedy}"
 
 
 def _inputs(run: Run) -> Iterator[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from rlhfjax.config.arithmetic import least_devices, mesh_shape, updates_per_step
 from rlhfjax.config.schema import Evaluate, Optimizer, Ppo, Pretrain, Reward, Run, Sft
-from rlhfjax.config.shape import model_shape, parameter_count
+from rlhfjax.config.shape import Shape, active_count, adapter_count, model_shape, parameter_count
 
 
 def describe(run: Run, devices: int | None = None) -> str:
@@ -26,17 +26,26 @@ def _mesh(run: Run, devices: int | None) -> str:
 
 
 def _model(run: Run) -> str:
+    lora = run.model.lora
+    adapted = f"; LoRA rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}" if lora else ""
     if run.model.checkpoint:
-        return f"from checkpoint {run.model.checkpoint}"
+        return f"from checkpoint {run.model.checkpoint}{adapted}"
     shape = model_shape(run.model)
     heads = f"{shape.heads} heads of {shape.head_dim}"
     if shape.kv_heads != shape.heads:
         heads += f" ({shape.kv_heads} for keys and values)"
-    text = f"{run.model.family}: {shape.layers} layers of width {shape.width:,}, {heads}, {shape.mlp_width:,} inside, "
+    text = f"{run.model.family}: {shape.layers} layers of width {shape.width:,}, {heads}, {_inside(shape)}, "
     text += f"context {shape.context:,}"
-    if run.tokenizer.path:
-        return text
-    return f"{text}; {parameter_count(shape, run.tokenizer.vocab_size):,} parameters"
+    if not run.tokenizer.path:
+        text += f"; {parameter_count(shape, run.tokenizer.vocab_size):,} parameters"
+        text += f", {active_count(shape, run.tokenizer.vocab_size):,} active" if shape.experts else ""
+    return f"{text}{adapted}: {adapter_count(shape, lora):,} trainable parameters" if lora else text
+
+
+def _inside(shape: Shape) -> str:
+    if not shape.experts:
+        return f"{shape.mlp_width:,} inside"
+    return f"{shape.experts:,} experts with {shape.mlp_width:,} inside, {shape.experts_per_token:,} a token"
 
 
 def _tokenizer(run: Run) -> str:

@@ -5,7 +5,7 @@ real tokens. Inputs of a lower precision are cast to float32 on entry.
 """
 
 from rlhfjax.functional.kl import adaptive_kl, kl_estimate, kl_penalized_rewards, sequence_kl
-from rlhfjax.functional.likelihood import entropy, token_log_probs
+from rlhfjax.functional.likelihood import entropy, smoothed_cross_entropy, token_log_probs
 from rlhfjax.functional.logits import apply_temperature, filter_logits, top_k, top_p
 from rlhfjax.functional.masking import last_token_mask, length_mask, masked_mean, masked_sum, whiten
 from rlhfjax.functional.policy_gradient import (
@@ -56,6 +56,7 @@ __all__ = [
     "ranking_loss",
     "router_z_loss",
     "sequence_kl",
+    "smoothed_cross_entropy",
     "token_log_probs",
     "top_k",
     "top_p",

@@ -21,6 +21,19 @@ def token_log_probs(
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+def smoothed_cross_entropy(
+    logits: Float[Array, "*B T V"], tokens: Int[Array, "*B T"], smoothing: Scalar
+) -> Float[Array, "*B T"]:
+    """Cross-entropy of each token against (1−ε)·one-hot + ε/V: −(1−ε)·log p_y − ε/V Σ_v log p_v, in nats.
+
+    ε = 0 is the negative log-likelihood; 0.1 trained the Transformer (Szegedy et al. 2016, section 7; Vaswani et al.
+    2017, section 5.4). The smallest value is the entropy of the smoothed target, not 0.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    chosen = jnp.take_along_axis(log_p, jnp.asarray(tokens)[..., None], axis=-1)[..., 0]
+    return -(1.0 - smoothing) * chosen - smoothing * jnp.mean(log_p, axis=-1)
+
+
 def entropy(logits: Float[Array, "*B V"], temperature: Scalar = 1.0) -> Float[Array, "*B"]:
     """Entropy of the next-token distribution: −Σ_v p_v log p_v with p = softmax(z / T), in nats; 0·log 0 = 0."""
     log_p = jax.nn.log_softmax(apply_temperature(logits, temperature), axis=-1)

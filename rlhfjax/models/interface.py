@@ -4,7 +4,7 @@
 that nobody else has to know where in a sequence the response begins.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhfjax.models.decoder import Decoder
 from rlhfjax.models.heads import apply_head, init_head, with_head
 from rlhfjax.models.layers import DecoderConfig
-from rlhfjax.types import Params
+from rlhfjax.types import Params, Routing
 
 
 @jax.tree_util.register_dataclass
@@ -65,11 +65,30 @@ class LanguageModel:
         return self._apply("hidden", params, tokens, positions, segments, dropout=rate, rngs=rngs)[0]
 
     def _apply(self, method: str, params: Params, *args: Any, dropout: float = 0.0, rngs: Any = None) -> Any:
-        return Decoder(self.config, dropout).apply({"params": params}, *args, method=method, rngs=rngs)
+        # Capacity is for training: what a model says of a token must not depend on how long or full its row is.
+        config = replace(self.config, capacity_factor=None)
+        return Decoder(config, dropout).apply({"params": params}, *args, method=method, rngs=rngs)
 
     def unembed(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Hidden states to float32 logits."""
         return self._apply("logits", params, hidden)
+    def hidden_and_routing(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        dropout: float = 0.0,
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """`hidden` of a mixture of experts in training: within the experts' capacity, with what the routers did."""
+        rngs = None if key is None else {"dropout": key}
+        decoder = Decoder(self.config, dropout if key is not None else 0.0)
+        (hidden, _), sown = decoder.apply(
+            {"params": params}, tokens, positions, segments, method="hidden", rngs=rngs, mutable=["routing"]
+        )
+        return hidden, sown["routing"]["blocks"]["experts"]["of"]
+
 
     def logits(self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of a padded batch, padding on either side."""

@@ -83,11 +83,10 @@ class Job:
 def new_model(settings: schema.Model, vocab_size: int) -> LanguageModel:
     """The decoder that the `model` section describes."""
     shape = settings.model_dump(exclude={"checkpoint", "architecture", "dtype"})
-    style = settings.architecture.model_dump()
-    head_dim = style.pop("head_dim")
-    config = decoder_config(
-        **shape, **style, head_dim=head_dim, vocab_size=vocab_size, dtype=compute_dtype(settings.dtype)
-    )
+    style = settings.architecture.model_dump(exclude={"experts"})
+    experts = settings.architecture.experts.model_dump()
+    style |= {"experts": experts.pop("count"), "experts_per_token": experts.pop("per_token")} | experts
+    config = decoder_config(**shape, **style, vocab_size=vocab_size, dtype=compute_dtype(settings.dtype))
     return LanguageModel(config)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhfjax.algorithms import LanguageModelling, RewardModelling
+from rlhfjax.algorithms import LanguageModelling, RewardModelling, RoutedLanguageModelling
 from rlhfjax.algorithms.language_modelling import predicted
 from rlhfjax.config import schema
 from rlhfjax.data.batches import left_padded, right_padded
@@ -96,6 +96,25 @@ def language_modelling(model: LanguageModel, dropout: float = 0.0) -> LanguageMo
         return model.unembed(params, model.hidden(params, batch.tokens, batch.positions, batch.segments, dropout, key))
 
     return LanguageModelling(logits)
+
+
+def training_loss(
+    model: LanguageModel, dropout: float = 0.0, decoder: Callable[[Params], Params] = lambda params: params
+) -> LanguageModelling | RoutedLanguageModelling:
+    """What a policy is trained on: the language-modelling loss and, with experts, the losses of their routers.
+
+    `decoder` picks the parameters of the model out of those that are trained.
+    """
+    if not model.config.experts:
+        plain = language_modelling(model, dropout).logits
+        return LanguageModelling(lambda params, *rest: plain(decoder(params), *rest))
+
+    def logits(params, batch, key):
+        inputs = batch.tokens, batch.positions, batch.segments
+        hidden, routing = model.hidden_and_routing(decoder(params), *inputs, dropout, key)
+        return model.unembed(decoder(params), hidden), routing
+
+    return RoutedLanguageModelling(logits, model.config.load_balancing_coef, model.config.router_z_coef)
 
 
 def reward_modelling(model: LanguageModel, loss: schema.RankingLoss, dropout: float = 0.0) -> RewardModelling:
@@ -225,7 +244,7 @@ def _train_policy(job: Job, model: LanguageModel, params: Params) -> Facts:
         reward_score = reward_meter(job, model)
     return _train(
         job,
-        language_modelling(model, job.config.dropout),
+        training_loss(model, job.config.dropout),
         model,
         params,
         role="policy",

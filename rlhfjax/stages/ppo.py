@@ -19,7 +19,7 @@ from rlhfjax.models.heads import with_head, zero_head
 from rlhfjax.sharding import batch_sharding, state_shardings
 from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.job import Job, sampling_params
-from rlhfjax.stages.offline import Facts, language_modelling
+from rlhfjax.stages.offline import Facts, training_loss
 from rlhfjax.training.checkpoint import Checkpoints, meta_of
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.online import OnlineSteps, train_online
@@ -105,8 +105,7 @@ def ppo_algorithm(c: schema.Ppo, policy_model: LanguageModel, value_model: Langu
     )
     if c.ptx is None:
         return algorithm
-    decoder = language_modelling(policy_model)
-    return Mix(algorithm, c.ptx.coef, type(decoder)(lambda params, *rest: decoder.logits(params["policy"], *rest)))
+    return Mix(algorithm, c.ptx.coef, training_loss(policy_model, decoder=lambda params: params["policy"]))
 
 
 def ppo_optimizer(c: schema.Ppo) -> optax.GradientTransformation:

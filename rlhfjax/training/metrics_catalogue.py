@@ -36,6 +36,16 @@ _LEARNING = (
     Metric("grad/norm", "-", "parameters", "L2 norm", "gradient before clipping (offline stages)"),
 )
 
+_ROUTERS = (
+    Metric("router/load_balancing", "-", "tokens of the batch", "mean over layers",
+           "balancing loss before its coefficient: experts_per_token when balanced, experts at worst"),
+    Metric("router/z", "nats^2", "tokens of the batch", "mean over tokens and layers", "logsumexp(router logits)^2"),
+    Metric("router/max_load", "-", "tokens of the batch", "mean over layers",
+           "tokens of the busiest expert over the mean of all experts: 1 when balanced"),
+    Metric("router/dropped", "fraction", "tokens of the batch", "mean over tokens, their experts and layers",
+           "assignments beyond an expert's capacity"),
+)  # fmt: skip
+
 _REWARD_MODEL = (
     Metric("train/rm/loss", "nats", "pairs without ties", "1/C(K,2) a prompt, mean over prompts", "ranking loss"),
     Metric("train/rm/accuracy", "fraction", "pairs without ties", "mean over pairs",
@@ -99,7 +109,7 @@ _SPEED = (
 )  # fmt: skip
 
 METRICS: dict[str, Metric] = {
-    metric.name: metric for metric in (*_LEARNING, *_REWARD_MODEL, *_OBJECTIVE, *_UPDATE, *_SPEED)
+    metric.name: metric for metric in (*_LEARNING, *_ROUTERS, *_REWARD_MODEL, *_OBJECTIVE, *_UPDATE, *_SPEED)
 }
 
 

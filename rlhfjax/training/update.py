@@ -1,5 +1,7 @@
 """Gradients over micro batches, one optimizer step, and PPO's epochs x minibatches as one scan."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,14 +30,20 @@ def gradients(
 
     if parts == 1:
         return part_gradients(batch, key)
-    split = jax.tree.map(lambda x: _split(x, parts), batch)
-    keys = jax.random.split(key, parts)
-    total = jax.tree.map(jnp.zeros_like, jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], split), key))
+    inputs = jax.tree.map(lambda x: _split(x, parts), batch), jax.random.split(key, parts)
+    if survey := getattr(algorithm, "survey", None):  # with the same keys, it sees what the losses will see
+        weight |= _summed(partial(survey, params), (inputs[0], jax.random.clone(inputs[1])))
+    return _summed(part_gradients, inputs)
 
-    def add(total, inputs):
-        return jax.tree.map(jnp.add, total, part_gradients(*inputs)), None
 
-    return jax.lax.scan(add, total, (split, keys))[0]
+def _summed(function: Callable[..., Any], inputs: Any) -> Any:
+    """Σ function(*inputs[i]), one after the other."""
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], inputs))
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(*part)), None
+
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), inputs)[0]
 
 
 def _split(x: Array, parts: int) -> Array:

@@ -115,6 +115,14 @@ def test_what_fits_passes(load):
           "optimizer: {lr: 1}}}"], 32, "model.width 16 must be a multiple of mesh.fsdp 32"),
         (["model.architecture.head_dim=3"], 1, "rope turns pairs, so width / heads (or architecture.head_dim) must be "
          "even, got 3"),
+        (["mesh.expert=2"], 2, "mesh.expert 2: this model has no experts to split; use mesh.data or mesh.fsdp"),
+        (["mesh.expert=2", "model.family=mixtral", "stages.sft.batch.size=6"], 4,
+         "stages.sft.batch.size 6 must be a multiple of mesh.data x mesh.fsdp x mesh.expert = 2 x 1 x 2 = 4"),
+        (["mesh.expert=4", "model.family=mixtral", "model.architecture.experts.count=6"], 4,
+         "experts.count 6 must be a multiple of mesh.expert 4"),
+        (["model.family=mixtral", "model.architecture.experts={count: 2, per_token: 3}"], 1, "per_token 3 is more than"),
+        (["model.architecture.experts.per_token=3"], 1, "experts: per_token without experts; give count, or a family"),
+        (["model.family=gpt2", "model.architecture.experts.count=2"], 1, "experts are SwiGLU without biases, got gelu"),
         (["tokenizer={}"], 1, "tokenizer: give data (texts to train one on) or path"),
         (["model={checkpoint: x}"], 1, "tokenizer: a model from a checkpoint brings its own"),
         (["stages.sft=null"], 1, "stages.ppo needs a policy to start from; add stages.sft or model.checkpoint"),
@@ -170,4 +178,7 @@ def test_description_shows_what_is_derived(load):
     ):
         assert part in text
     assert "data 4 x fsdp 1 x sequence 1 x tensor 1 x expert 1 = 4 devices\n" in describe(load(), 4)
+    mixture = describe(load("model.family=mixtral", "model.architecture.experts.count=4"))
+    # three matrices of 16 x 32 an expert, in 2 layers, 2 of 4 at rest: 6,144 parameters fewer
+    assert "4 experts with 32 inside, 2 a token, context 32; 16,080 parameters, 9,936 active\n" in mixture
     assert "from checkpoint runs/x" in describe(load("model={checkpoint: runs/x}", "tokenizer={}"))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rlhfjax.config.sections import Architecture, Experts, Model
-from rlhfjax.config.shape import active_count, model_shape, parameter_count
-from rlhfjax.models import LanguageModel
+from rlhfjax.config.shape import active_count, linears, model_shape, parameter_count
+from rlhfjax.models import LanguageModel, lora
 from rlhfjax.models.decoder import FAMILIES
 from rlhfjax.stages.job import new_model
 
@@ -33,6 +33,21 @@ def test_agrees_with_the_decoder(model):
     params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
     counted = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
     assert parameter_count(model_shape(model), 11) == counted
+
+
+def test_agrees_with_the_encoder_decoder():
+    model = Model(family="transformer_2017", layers=3, width=24, heads=4, context=10)
+    params = jax.eval_shape(new_model(model, 11, 1).init, jax.random.key(0))
+    counted = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+    assert parameter_count(model_shape(model), 11) == counted
+    found = lora.linears(params)
+    assert set(linears(model_shape(model))) == set(found)
+
+
+def test_the_base_transformer_has_its_published_size():
+    # Vaswani et al. 2017, table 3: 65 M parameters, with a vocabulary of about 37,000
+    model = Model(family="transformer_2017", layers=6, width=512, heads=8, context=1024)
+    assert parameter_count(model_shape(model), 37_000) == pytest.approx(65e6, rel=0.05)
 
 
 def test_gpt2_small_has_its_published_size():

@@ -13,6 +13,7 @@ SIGNATURES = {
     "masked_mean": "x, mask",
     "whiten": "x, mask, shift_mean=True",
     "token_log_probs": "logits, tokens, temperature=1.0",
+    "smoothed_cross_entropy": "logits, tokens, smoothing",
     "entropy": "logits, temperature=1.0",
     "kl_estimate": "log_probs, ref_log_probs, kind",
     "kl_penalized_rewards": "scores, log_probs, ref_log_probs, mask, kl_coef",
@@ -46,6 +47,7 @@ SCORES, RANKS = X[:, 0], jnp.array([[1, 2, 2], [3, 1, 2]])
 CALLS = {
     "masked_mean": lambda f, s: f(X, MASK, normalizer=s),
     "token_log_probs": lambda f, s: f(X, RANKS[:, 0] - 1, s),
+    "smoothed_cross_entropy": lambda f, s: f(X, RANKS[:, 0] - 1, s),
     "entropy": lambda f, s: f(X, s),
     "kl_penalized_rewards": lambda f, s: f(SCORES, X, -X, MASK, s),
     "gae": lambda f, s: f(X, -X, MASK, s, s),

@@ -1,12 +1,14 @@
 """Token log-probabilities and entropy, against hand-worked numbers and scipy."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
 
-from rlhfjax.functional import entropy, filter_logits, token_log_probs
+from rlhfjax.functional import entropy, filter_logits, masked_mean, masked_sum, smoothed_cross_entropy, token_log_probs
 
 
 def test_log_probs_of_a_hand_worked_row():
@@ -60,3 +62,21 @@ def test_bfloat16_logits_are_computed_in_float32():
     assert result.dtype == jnp.float32
     np.testing.assert_allclose(result, [-np.log(4096.0)], rtol=1e-6)
     assert entropy(logits).dtype == jnp.float32
+
+
+def test_label_smoothing_of_a_hand_worked_row():
+    # probabilities ¼ and ¾, ε = 0.2: 0.8·log(4/3) + 0.1·(log 4 + log(4/3)). Without ε/V on the token itself: seen
+    logits, expected = jnp.array([[0.0, np.log(3.0)]]), 0.9 * np.log(4 / 3) + 0.1 * np.log(4.0)
+    np.testing.assert_allclose(smoothed_cross_entropy(logits, jnp.array([1]), 0.2), [expected], rtol=1e-6)
+    plain = smoothed_cross_entropy(logits, jnp.array([1]), 0.0)
+    np.testing.assert_allclose(plain, -token_log_probs(logits, jnp.array([1])), rtol=1e-6)
+
+
+def test_label_smoothing_is_torchs_for_every_reduction():
+    golden = np.load(Path(__file__).parents[1] / "golden" / "encoder_decoder.npz")
+    targets = golden["following"] != -100
+    assert not targets.all()
+    made = smoothed_cross_entropy(golden["logits"], np.where(targets, golden["following"], 0), 0.1)
+    np.testing.assert_allclose(np.where(targets, made, 0.0).ravel(), golden["loss_none"], rtol=1e-5)
+    np.testing.assert_allclose(masked_sum(made, targets), golden["loss_sum"], rtol=1e-5)
+    np.testing.assert_allclose(masked_mean(made, targets), golden["loss_mean"], rtol=1e-5)

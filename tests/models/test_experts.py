@@ -1,12 +1,17 @@
 """Experts against a plain loop over tokens, a drop case worked by hand, and what mixtures are not allowed to change."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import SHAPE, params_of, random_tokens
 
 from rlhfjax.functional import load_balancing_loss, max_load, router_z_loss
+from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.experts import bounded, capacity, dropless, route, routing_of
+from rlhfjax.models.interface import positions_of
 
 ROWS, LENGTH, WIDTH, INNER, EXPERTS, PER_TOKEN = 3, 7, 6, 5, 4, 2
 
@@ -158,3 +163,38 @@ def test_losses_of_perfect_balance_and_of_one_favourite():
     np.testing.assert_allclose(load_balancing_loss(one, one, jnp.full((1,), 12.0)), EXPERTS, rtol=1e-6)
     np.testing.assert_allclose(max_load(one), EXPERTS)
     np.testing.assert_allclose(router_z_loss(jnp.asarray([8.0, 4.0]), jnp.asarray([2.0, 2.0])), 3.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    routed = {"experts": EXPERTS, "capacity_factor": 0.5, "remat": "full"}
+    return LanguageModel(decoder_config("mixtral", **SHAPE, kv_heads=2, **routed))
+
+
+def test_a_model_drops_tokens_in_training_alone(model):
+    params, tokens, mask = params_of(model), random_tokens(ROWS, LENGTH), jnp.asarray(REAL)
+    inputs = params, tokens, positions_of(mask), mask.astype(jnp.int32)
+    free = LanguageModel(replace(model.config, capacity_factor=None))
+    wanted = jax.jit(free.hidden)(*inputs)
+    np.testing.assert_array_equal(jax.jit(model.hidden)(*inputs), wanted)
+    hidden, routing = jax.jit(free.hidden_and_routing)(*inputs)
+    np.testing.assert_allclose(hidden, wanted, rtol=1e-5, atol=1e-5)
+    assert not routing.dropped.any()
+    hidden, routing = jax.jit(model.hidden_and_routing)(*inputs)
+    assert float(routing.dropped.min()) > 0
+    assert np.abs(hidden - wanted).max() > 0.01
+    np.testing.assert_array_equal(routing.assigned.sum(axis=-1), [REAL.sum() * PER_TOKEN] * 2)
+
+
+def test_cached_decoding_and_padding_change_nothing(model):
+    params, tokens = params_of(model), random_tokens(2, 8)
+    wanted = jax.jit(model.logits)(params, tokens, jnp.ones((2, 8), bool))
+    padded = jnp.pad(tokens, ((0, 0), (3, 2)))
+    mask = jnp.pad(jnp.ones((2, 8), bool), ((0, 0), (3, 2)))
+    np.testing.assert_allclose(jax.jit(model.logits)(params, padded, mask)[:, 3:-2], wanted, rtol=1e-4, atol=1e-4)
+    logits, cache = jax.jit(model.prefill, static_argnums=3)(params, padded[:, :8], mask[:, :8], 3)
+    decode = jax.jit(model.decode)
+    for step in range(5, 8):
+        np.testing.assert_allclose(logits, wanted[:, step - 1], rtol=1e-4, atol=1e-4)
+        logits, cache = decode(params, cache, tokens[:, step])
+    np.testing.assert_allclose(logits, wanted[:, -1], rtol=1e-4, atol=1e-4)
