@@ -53,16 +53,22 @@ def read_files(directory: Path) -> dict[str, Any]:
     else:
         raise ConfigError(f"expected tokenizer.json or tokenizer.model in {directory}, got neither; fetch one of them")
     named = {**_json(directory / "special_tokens_map.json"), **config}
-    named = {name: _content(named.get(name)) for name in NAMED}
-    _add_tokens(tokenizer, config.get("added_tokens_decoder") or {}, [token for token in named.values() if token])
-    adds_bos = config.get("add_bos_token")
-    return description(
-        tokenizer,
-        named,
-        adds_bos=_adds_first(tokenizer, named["bos_token"]) if adds_bos is None else bool(adds_bos),
-        eos_ids=_eos_ids(_json(directory / "generation_config.json")),
-        chat_template=_chat_template(directory, config),
-    )
+    try:
+        named = {name: _content(named.get(name)) for name in NAMED}
+        _add_tokens(tokenizer, config.get("added_tokens_decoder") or {}, [token for token in named.values() if token])
+        adds_bos = config.get("add_bos_token")
+        return description(
+            tokenizer,
+            named,
+            adds_bos=_adds_first(tokenizer, named["bos_token"]) if adds_bos is None else bool(adds_bos),
+            eos_ids=_eos_ids(_json(directory / "generation_config.json")),
+            chat_template=_chat_template(directory, config),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            f"{directory}: expected the files of a tokenizer, got other JSON ({type(error).__name__}: {error}); fetch "
+            "tokenizer.json and tokenizer_config.json again"
+        ) from error
 
 
 def files(described: Mapping[str, Any]) -> dict[str, str]:

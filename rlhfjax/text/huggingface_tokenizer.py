@@ -156,9 +156,7 @@ class HuggingFaceTokenizer:
         neutral = [{"role": message["role"], "content": "?"} for message in messages]
         expected = self._special_text.findall(self._render(neutral, add_generation_prompt))
         if self._special_text.findall(written) != expected:
-            raise DataError(
-                "expected contents that leave the special tokens of the chat template alone; drop the record"
-            )
+            raise DataError("expected contents that spell no special token with the chat template; drop the record")
         sealed = self._special_text.sub(lambda found: self._seal[found[0]], written)
         for token, name in spelled.items():
             sealed = sealed.replace(name, token)

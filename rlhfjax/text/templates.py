@@ -1,8 +1,8 @@
 """Chat templates of models: Jinja from a file that somebody else wrote, rendered in a sandbox.
 
 The conventions are those of transformers: blocks are trimmed, `raise_exception`, `strftime_now`, `tojson`, loop
-controls and `{% generation %}` are there. A template sees text and lists only, reaches nothing outside, and its output, calls,
-ranges and repetitions are bounded. That ends loops without end; a file that is made to fill the memory still can.
+controls and `{% generation %}` are there. A template sees text and lists only, reaches nothing outside, and its output,
+calls, ranges and repetitions are bounded. That ends loops without end; a file made to fill the memory still can.
 """
 
 import datetime
