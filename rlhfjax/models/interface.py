@@ -28,6 +28,12 @@ class Cache:
     index: Int[Array, ""]
     lengths: Int[Array, "B"]
 
+    def take(self, rows: Int[Array, "N"]) -> "Cache":
+        """The cache of these rows, in this order; a row may come several times."""
+        return Cache(
+            self.keys[:, rows], self.values[:, rows], self.segments[rows], self.index, self.lengths[rows]
+        )
+
 
 def positions_of(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """0, 1, 2 … on real tokens wherever the padding is: cumsum(mask) - mask; 0 on left padding."""
@@ -64,14 +70,6 @@ class LanguageModel:
         rate = dropout if key is not None else 0.0
         return self._apply("hidden", params, tokens, positions, segments, dropout=rate, rngs=rngs)[0]
 
-    def _apply(self, method: str, params: Params, *args: Any, dropout: float = 0.0, rngs: Any = None) -> Any:
-        # Capacity is for training: what a model says of a token must not depend on how long or full its row is.
-        config = replace(self.config, capacity_factor=None)
-        return Decoder(config, dropout).apply({"params": params}, *args, method=method, rngs=rngs)
-
-    def unembed(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Hidden states to float32 logits."""
-        return self._apply("logits", params, hidden)
     def hidden_and_routing(
         self,
         params: Params,
@@ -87,8 +85,16 @@ class LanguageModel:
         (hidden, _), sown = decoder.apply(
             {"params": params}, tokens, positions, segments, method="hidden", rngs=rngs, mutable=["routing"]
         )
-        return hidden, sown["routing"]["blocks"]["experts"]["of"]
+        return hidden, sown["routing"]["blocks"]["experts"]["of"]  # pyright: ignore[reportReturnType]
 
+    def _apply(self, method: str, params: Params, *args: Any, dropout: float = 0.0, rngs: Any = None) -> Any:
+        # Capacity is for training: what a model says of a token must not depend on how long or full its row is.
+        config = replace(self.config, capacity_factor=None)
+        return Decoder(config, dropout).apply({"params": params}, *args, method=method, rngs=rngs)
+
+    def unembed(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Hidden states to float32 logits."""
+        return self._apply("logits", params, hidden)
 
     def logits(self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of a padded batch, padding on either side."""
@@ -127,10 +133,14 @@ class LanguageModel:
         params: Params,
         tokens: Int[Array, "B T"],
         mask: Bool[Array, "B T"],
+        prompt_lengths: Int[Array, "B"] | None = None,
         dropout: float = 0.0,
         key: jax.Array | None = None,
     ) -> Float[Array, "B"]:
-        """The scalar head at the last real token of each row, padding on either side."""
+        """The scalar head at the last real token of each row, padding on either side.
+
+        A decoder reads a prompt and its response alike; where one ends matters to models of two halves.
+        """
         hidden = self.hidden(params["decoder"], tokens, positions_of(mask), mask.astype(jnp.int32), dropout, key)
         last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
         return apply_head(params["head"], jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
