@@ -44,6 +44,16 @@ def test_schedules(settings, expected):
     np.testing.assert_allclose(rates(expected, **settings), list(expected.values()), rtol=1e-5, atol=1e-7)
 
 
+def test_noam_of_the_paper():
+    """d = 512 and 4,000 steps of warm-up: 512^-0.5 x 4000^-1.5 at step 1, 2048000^-0.5 at its highest, then s^-0.5."""
+    settings = Optimizer(lr=1.0, schedule="noam", warmup_steps=4000, b2=0.98, eps=1e-9, clip_norm=None)
+    schedule = learning_rate(settings, 100_000, width=512)
+    by_hand = {1: 1.7469e-7, 4000: 6.9877e-4, 16_000: 3.4939e-4, 100_000: 1.3975e-4}
+    for step, rate in by_hand.items():  # the optimizer counts from 0
+        assert float(schedule(step - 1)) == pytest.approx(rate, rel=1e-4)
+    assert float(learning_rate(settings, 100_000, peak=2.0, width=512)(3999)) == pytest.approx(2 * 6.9877e-4, rel=1e-4)
+
+
 def test_another_peak_has_the_same_shape():
     settings = Optimizer(lr=PEAK, schedule="linear", final=0.5)
     with jax.numpy_dtype_promotion("standard"):
