@@ -92,13 +92,13 @@ def read_rope(settings: Settings, theta: float, local_theta: float | None = None
     The two thetas are defaults; with a `local_theta` layers with a window have their own.
     """
     context = settings.size("max_position_embeddings")
-    theta = settings.positive("rope_theta", theta)
+    theta = settings.positive("rope_theta", theta) or theta
     settings.expect("partial_rotary_factor", (1.0, None), None)
     given = settings.take("rope_parameters", dict, None) or settings.take("rope_scaling", dict, None) or {}
     settings.take("rope_scaling", dict, None)
     if local_theta is None:
         return _rope(given, theta, context)
-    local_theta = settings.positive("rope_local_base_freq", local_theta)
+    local_theta = settings.positive("rope_local_base_freq", local_theta) or local_theta
     if not {"full_attention", "sliding_attention"} & given.keys():
         return _rope(given, theta, context) | {"rope_local_theta": local_theta}
     near = _rope(given.get("sliding_attention") or {}, local_theta, context)
@@ -109,7 +109,7 @@ def read_rope(settings: Settings, theta: float, local_theta: float | None = None
     return _rope(given.get("full_attention") or {}, theta, context) | {"rope_local_theta": near["rope_theta"]}
 
 
-def _rope(given: Mapping[str, Any], theta: float, context: int) -> dict[str, Any]:
+def _rope(given: Mapping[str, Any], theta: Any, context: int) -> dict[str, Any]:
     rope = Settings(given, "config.json: rope_parameters")
     older = rope.expect("type", ("default", "linear", "llama3"), "default")
     kind = rope.expect("rope_type", ("default", "linear", "llama3"), older)
@@ -130,10 +130,12 @@ def _rope(given: Mapping[str, Any], theta: float, context: int) -> dict[str, Any
 def write_rope(config: DecoderConfig) -> dict[str, Any]:
     """The settings of transformers 4, which 5 reads as well."""
     scaling: dict[str, Any] | None = None
-    if config.rope_scaling != "none":
+    if config.rope_scaling == "linear":
         scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
     if config.rope_scaling == "llama3":
-        scaling = scaling | {
+        scaling = {
+            "rope_type": config.rope_scaling,
+            "factor": config.rope_factor,
             "low_freq_factor": config.rope_low_freq,
             "high_freq_factor": config.rope_high_freq,
             "original_max_position_embeddings": config.rope_original_context,

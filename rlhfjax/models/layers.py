@@ -102,10 +102,9 @@ def rope_frequencies(config: DecoderConfig, local: bool = False) -> Float[Array,
     `linear` divides all by the factor. `llama3` divides those whose wavelength is over original_context / low_freq,
     keeps those under original_context / high_freq, and blends in between (Grattafiori et al. 2024, section 3.4.1).
     """
-    half, own = config.head_dim // 2, local and config.rope_local_theta is not None
-    theta = config.rope_local_theta if own else config.rope_theta
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if own or config.rope_scaling == "none":
+    half, own = config.head_dim // 2, config.rope_local_theta if local else None
+    frequency = (own or config.rope_theta) ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if own is not None or config.rope_scaling == "none":
         return frequency
     if config.rope_scaling == "linear":
         return frequency / config.rope_factor

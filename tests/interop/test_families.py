@@ -137,6 +137,41 @@ def test_tensors_go_there_and_back_in_any_type(family):
         assert np.shares_memory(weight.to_theirs(np.ascontiguousarray(ours)), ours) or not ours.flags.c_contiguous
 
 
+def llama_like(architecture, vocab, width, inner, layers, heads, kv_heads, **more):
+    sizes = {"vocab_size": vocab, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 8192}
+    return {"architectures": [architecture], "torch_dtype": "bfloat16", **sizes} | more
+
+
+GPT_SIZES = {"n_embd": 768, "n_layer": 12, "n_head": 12}
+TIED = {"tie_word_embeddings": True}
+# Published models as their files of transformers 4 describe them, and the parameters that are published with them.
+PUBLISHED = {
+    116_534_784: GPT_SIZES
+    | {"architectures": ["OpenAIGPTLMHeadModel"], "vocab_size": 40478, "n_positions": 512, "afn": "gelu"},
+    124_439_808: GPT_SIZES
+    | {"architectures": ["GPT2LMHeadModel"], "vocab_size": 50257, "n_positions": 1024, "n_ctx": 1024},
+    134_515_008: llama_like("LlamaForCausalLM", 49152, 576, 1536, 30, 9, 3, rope_interleaved=False, **TIED),
+    1_235_814_400: llama_like("LlamaForCausalLM", 128256, 2048, 8192, 16, 32, 8, head_dim=64, mlp_bias=False, **TIED),
+    7_241_732_096: llama_like("MistralForCausalLM", 32000, 4096, 14336, 32, 32, 8, sliding_window=4096),
+    494_032_768: llama_like("Qwen2ForCausalLM", 151936, 896, 4864, 24, 14, 2, use_sliding_window=False, **TIED),
+    596_049_920: llama_like("Qwen3ForCausalLM", 151936, 1024, 3072, 28, 16, 8, head_dim=128, **TIED),
+    2_614_341_888: llama_like("Gemma2ForCausalLM", 256000, 2304, 9216, 26, 8, 4, hidden_act="gelu_pytorch_tanh"),
+    999_885_952: llama_like("Gemma3ForCausalLM", 262144, 1152, 6912, 26, 4, 1, cache_implementation="hybrid"),
+}
+
+
+@pytest.mark.parametrize("parameters", PUBLISHED)
+def test_published_models_have_their_number_of_parameters(parameters):
+    config = config_of(PUBLISHED[parameters])
+    params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
+    tensors = {
+        weight.name: (weight.shape, config.layers if "{layer}" in weight.name else 1) for weight in weights(config)
+    }
+    assert sum(int(np.prod(shape)) * count for shape, count in tensors.values()) == parameters
+
+
 def test_settings_that_would_change_the_numbers_are_refused_by_name():
     llama, gpt2, gemma = (golden(name)[1] for name in ("llama2", "gpt2", "gemma2"))
     for described, change, named in (
