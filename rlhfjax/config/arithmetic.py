@@ -42,7 +42,8 @@ def check(run: Run, devices: int) -> None:
     Raises ConfigError that lists every problem with its numbers and a remedy.
     """
     sizes = mesh_shape(run.mesh, devices)
-    found = [*_batches(run, sizes), *_lengths(run, sizes), *_model(run, sizes), *_pairs(run), *_inputs(run), *_schedules(run)]
+    found = [*_batches(run, sizes), *_lengths(run, sizes), *_model(run, sizes)]
+    found += [*_pairs(run), *_inputs(run), *_schedules(run)]
     if len(found) == 1:
         raise ConfigError(found[0])
     if found:
@@ -130,7 +131,7 @@ def _experts(run: Run, shape: Shape, axis: int) -> Iterator[str]:
     if not shape.experts:
         given = sorted(run.model.architecture.experts.model_fields_set - {"count"})
         if given:
-            yield f"model.architecture.experts: {', '.join(given)} without experts; give count, or a family that has them"
+            yield f"model.architecture.experts: {', '.join(given)} without experts; give count or another family"
         if axis > 1:
             yield f"mesh.expert {axis}: this model has no experts to split; use mesh.data or mesh.fsdp"
         return
@@ -142,7 +143,7 @@ def _experts(run: Run, shape: Shape, axis: int) -> Iterator[str]:
             "lower it or raise count"
         )
     if shape.activation != "swiglu" or shape.biases:
-        yield f"model: experts are SwiGLU without biases, got {shape.activation}, biases {shape.biases}; change the family"
+        yield f"model: experts are SwiGLU without biases, got {shape.activation}, biases {shape.biases}; change family"
 
 
 def _pairs(run: Run) -> Iterator[str]:

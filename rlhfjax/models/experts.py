@@ -5,7 +5,7 @@ the residual stream carries dropped tokens past the block.
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -41,10 +41,15 @@ def capacity(factor: float, length: int, experts: int, experts_per_token: int) -
     return min(length, math.ceil(factor * experts_per_token * length / experts))
 
 
+@jax.custom_vjp
 def dropless(
     x: Float[Array, "*B D"], weights: Float[Array, "*B K"], chosen: Int[Array, "*B K"], kernels: Kernels
 ) -> Float[Array, "*B D"]:
-    """Σ_k weight_k · expert_k(x): assignments sorted by expert, one grouped matrix product a layer of the expert."""
+    """Σ_k weight_k · expert_k(x): assignments sorted by expert, one grouped matrix product for each of the kernels."""
+    return _mapped(x, weights, chosen, kernels)
+
+
+def _sorted(x: Array, weights: Array, chosen: Array, kernels: Kernels) -> Array:
     gate, up, down = kernels
     width, per_token = x.shape[-1], chosen.shape[-1]
     expert = chosen.reshape(-1)
@@ -57,6 +62,26 @@ def dropless(
     out = jax.lax.ragged_dot(hidden, down, sizes)
     out = out.at[jnp.argsort(order)].get(unique_indices=True, mode="promise_in_bounds")
     return _weighted(out.reshape(*chosen.shape, width), weights)
+
+
+@jax.custom_batching.custom_vmap
+def _mapped(x: Array, weights: Array, chosen: Array, kernels: Kernels) -> Array:
+    return _sorted(x, weights, chosen, kernels)
+
+
+@_mapped.def_vmap
+def _map(size: int, mapped: Any, x: Array, weights: Array, chosen: Array, kernels: Kernels) -> tuple[Array, bool]:
+    # `ragged_dot` cannot be mapped over one factor alone, but tokens of a mapped axis are only more tokens.
+    if any(mapped[3]):
+        raise NotImplementedError("experts are mapped over tokens, not over parameters")
+    inputs = [
+        v if m else jnp.broadcast_to(v, (size, *v.shape)) for v, m in zip((x, weights, chosen), mapped[:3], strict=True)
+    ]
+    return _sorted(*inputs, kernels), True
+
+
+# What can be mapped by a rule of its own cannot be differentiated, so the gradient is that of what is behind the rule.
+dropless.defvjp(lambda *inputs: jax.vjp(_sorted, *inputs), lambda pullback, out: pullback(out))
 
 
 def bounded(
@@ -137,7 +162,8 @@ class Experts(nn.Module):
             slots = capacity(c.capacity_factor, x.shape[1], c.experts, c.experts_per_token)
             out, dropped = bounded(x, weights, chosen, real, (gate, up, down), slots)
         if self.is_mutable_collection("routing"):
-            self.sow("routing", "of", routing_of(logits, chosen, real, dropped), reduce_fn=lambda _, new: new)
+            routing = routing_of(logits, chosen, real, dropped)
+            self.sow("routing", "of", routing, init_fn=lambda: routing, reduce_fn=lambda _, new: new)
         return out
 
 

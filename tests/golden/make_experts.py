@@ -35,7 +35,7 @@ LENGTHS, WIDTH, NEW = (9, 4, 1), 9, 8
 
 
 def computed(model) -> dict[str, np.ndarray]:
-    """Logits on left- and right-padded batches, greedy continuations, and the balancing loss of all and of each layer."""
+    """Logits on left- and right-padded batches, greedy continuations, and the losses of the routers."""
     tokens = torch.randint(1, SHAPE["vocab_size"], (len(LENGTHS), WIDTH))
     right = torch.arange(WIDTH) < torch.tensor(LENGTHS)[:, None]
     left = right.flip(1)

@@ -72,7 +72,7 @@ def test_greedy_tokens(golden):
 
 
 def test_router_losses(golden):
-    # their balancing loss of several layers is of the layers' counts together, so that layers can make up for each other
+    # theirs of several layers is of the counts of all together, so that layers can make up for each other
     tokens, mask = jnp.asarray(golden.theirs["tokens"], jnp.int32), jnp.asarray(golden.theirs["right"])
     routing = golden.model.hidden_and_routing(golden.params, tokens, positions_of(mask), mask.astype(jnp.int32))[1]
     for layer, wanted in enumerate(golden.theirs["balancing_by_layer"]):

@@ -198,3 +198,10 @@ def test_cached_decoding_and_padding_change_nothing(model):
         np.testing.assert_allclose(logits, wanted[:, step - 1], rtol=1e-4, atol=1e-4)
         logits, cache = decode(params, cache, tokens[:, step])
     np.testing.assert_allclose(logits, wanted[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_can_be_mapped():
+    # fails with `ragged_dot` as it is: it is not implemented for one factor mapped and the other not
+    weights, chosen = route(jnp.asarray(LOGITS), PER_TOKEN, True)
+    one_by_one = jax.vmap(dropless, in_axes=(0, 0, 0, None))(X, weights, chosen, KERNELS)
+    np.testing.assert_allclose(one_by_one, dropless(X, weights, chosen, KERNELS), rtol=1e-5, atol=1e-6)
