@@ -299,7 +299,8 @@ def test_8_advantages_are_whitened_over_all_devices(run):
 def test_each_step_is_compiled_once(run):
     # meant to catch a state that leaves the update in another layout than it came in
     steps = run.steps
-    assert [step._cache_size() for step in (steps.rollout, steps.score, steps.estimate, steps.update)] == [1, 1, 1, 1]
+    compiled = (steps.rollout.func, steps.score.func, steps.estimate, steps.update.func)
+    assert [step._cache_size() for step in compiled] == [1, 1, 1, 1]
 
 
 def test_the_state_keeps_its_layout_and_counts(run):

@@ -41,6 +41,8 @@ def run_recipe(run: Run, run_dir: Path, only: str | None = None, start_from: str
     if start_from:
         for stage in stages[stages.index(start_from) :]:
             shutil.rmtree(run_dir / stage, ignore_errors=True)
+        if start_from == stages[0]:
+            shutil.rmtree(run_dir / "base", ignore_errors=True)  # the model's checkpoint may be another one now
     wanted = [only] if only else stages
     open_stages = [stage for stage in wanted if not is_complete(run_dir, stage)]
     if not open_stages:

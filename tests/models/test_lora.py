@@ -1,5 +1,7 @@
 """Adapters against sums written out by hand, and what is trained of a model and what is not."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from tiny import STYLES, params_of, random_tokens, random_tree, right_mask, scalar_params_of, tiny
 
+from rlhfjax.config import schema, shape
 from rlhfjax.errors import ConfigError
 from rlhfjax.models.lora import has_adapters, init_lora, join, linears, merge, split
 from rlhfjax.sharding import make_mesh, state_shardings
 from rlhfjax.sharding.rules import path_name
+from rlhfjax.stages.job import new_model
 
 RANK, ALPHA = 3, 6.0
 TOKENS, MASK = random_tokens(3, 9), right_mask([9, 4, 7], 9)
@@ -114,6 +118,19 @@ def test_a_pattern_that_matches_nothing_names_the_linears():
     with pytest.raises(ConfigError, match=r"'attn/q'.*its linears are .*blocks/attention/query.*blocks/mlp/up$"):
         init_lora(jax.random.key(0), params, 2, ["mlp", "attn/q"])
     assert "unembed" not in linears(params)
+
+
+@pytest.mark.parametrize("family", get_args(schema.Model.model_fields["family"].annotation))
+def test_the_configuration_knows_the_linears_of_every_family(family):
+    settings = schema.Model(
+        family=family, layers=2, width=16, heads=2, context=16, lora={"rank": RANK, "targets": ["."]}
+    )
+    params = jax.eval_shape(new_model(settings, 32).init, jax.random.key(0))
+    assert shape.linears(shape.model_shape(settings)).keys() == linears(params).keys()
+    adapters = jax.eval_shape(lambda key: init_lora(key, params, RANK, ["."]), jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    assert settings.lora is not None
+    assert shape.adapter_count(shape.model_shape(settings), settings.lora) == count
 
 
 def test_adapters_lie_as_their_kernels():

@@ -1,0 +1,257 @@
+"""Adapters through SFT, reward model and PPO: what is trained, what is shared, and what a checkpoint holds.
+
+`adapted` is a run with its own pretraining, on one device. `sharded` adapts what that pretraining left as
+`model.checkpoint`, on eight devices as 2 x 2 x 2.
+"""
+
+import json
+import shutil
+from collections import Counter
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import VOCAB, params_of, random_tokens, tiny
+
+import rlhfjax
+from rlhfjax.algorithms import restrict
+from rlhfjax.config import load_config
+from rlhfjax.errors import IntegrityError
+from rlhfjax.models.lora import init_lora, join, linears, split
+from rlhfjax.sharding import make_mesh
+from rlhfjax.sharding.rules import path_name
+from rlhfjax.stages import ppo, run_recipe
+from rlhfjax.stages.job import Job
+from rlhfjax.stages.offline import language_modelling
+from rlhfjax.training.checkpoint import find_checkpoint, load_model, read_meta
+from rlhfjax.training.update import offline_step
+from rlhfjax.types import TokenBatch, TrainState
+from stages.conftest import assert_same_bits, rows_of, saved
+from stages.tiny_recipe import STEPS, recipe
+
+LORA = {"rank": 2, "alpha": 8.0, "targets": ["attention/(query|value)", "mlp/up"]}
+TRAINED = ("sft", "reward", "ppo")
+MESH = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+
+
+@pytest.fixture(scope="module")
+def adapted(files, command, tmp_path_factory):
+    """The directory of a finished run on one device."""
+    folder = tmp_path_factory.mktemp("adapted")
+    settings = recipe(files)
+    settings["model"]["lora"] = LORA
+    (folder / "lora.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    code, _, err = command("run", folder / "lora.yaml", "--run-dir", folder / "run")
+    assert code == 0, err
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def sharded(files, adapted, tmp_path_factory):
+    """A run on eight devices: its directory, its configuration, and what was on the devices when PPO was sampling."""
+    folder = tmp_path_factory.mktemp("sharded")
+    settings = recipe(files) | {"model": {"checkpoint": str(adapted / "pretrain"), "lora": LORA}}
+    settings["checkpoints"]["keep"] = STEPS
+    settings["stages"] |= {"pretrain": None, "evaluate": None}
+    del settings["tokenizer"]
+    (folder / "lora.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    run = load_config(str(folder / "lora.yaml"), MESH)
+    before = {id(array) for array in jax.live_arrays()}
+    live, loop = [], ppo.train_online
+
+    def watched(steps, state, *args, **kwargs):
+        def rollout(*inputs):
+            live.append([array for array in jax.live_arrays() if id(array) not in before])
+            return steps.rollout(*inputs)
+
+        watching = SimpleNamespace(**vars(steps) | {"rollout": rollout})
+        return loop(watching, state, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "train_online", watched)
+        run_recipe(run, folder / "run")
+        buffers = {a.addressable_data(0).unsafe_buffer_pointer(): a for a in live[-1] if not a.is_deleted()}
+    shapes = Counter((array.shape, array.dtype.name) for array in buffers.values())
+    return SimpleNamespace(run=run, dir=folder / "run", shapes=shapes)
+
+
+def leaves(tree):
+    """Leaves by path."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def base_leaves(tree):
+    """Of policy and scalar models alike: everything but adapters and head."""
+    return {name.removeprefix("decoder/"): leaf for name, leaf in leaves(split(tree)[0]).items()}
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_the_base_stays_as_it_was_and_the_adapters_move(adapted, stage):
+    # meant to catch a base that a later stage moves, a base of another type, and a stage that begins anew
+    base = leaves(rlhfjax.load(adapted / "pretrain").params)
+    model = rlhfjax.load(adapted / stage)
+    assert model.config.lora_alpha == LORA["alpha"]
+    kept = base_leaves(model.params)
+    assert kept.keys() == base.keys()
+    for name in base:
+        np.testing.assert_array_equal(kept[name], base[name])
+    start = leaves(split(rlhfjax.load(adapted / "sft").params)[1]) if stage != "sft" else {}
+    for name, leaf in leaves(split(model.params)[1]).items():
+        if "lora_" in name:
+            assert np.abs(leaf).max() > 0
+            if start:
+                moved = np.abs(leaf - start[name.removeprefix("decoder/")]).max()
+                assert 0 < moved < 0.1, name  # four small steps away from the SFT model's
+
+
+@pytest.mark.parametrize(
+    ("stage", "models"), [("sft", ["policy"]), ("reward", ["reward"]), ("ppo", ["policy", "value"])]
+)
+def test_a_checkpoint_holds_adapters_heads_and_their_moments(adapted, stage, models):
+    step = adapted / stage / "checkpoints" / str(STEPS)
+    held = saved(step)
+    items = Counter(name.split("[")[0] for name in held)
+    adapters, head = 2 * len(LORA["targets"]) + 2, 2
+    sizes = {"policy": adapters, "reward": adapters + head, "value": adapters + head}
+    assert {name: items[name] for name in models} == {name: sizes[name] for name in models}
+    trained = sum(sizes[name] for name in models)
+    # two moments a leaf; the rest are counters and the KL coefficient
+    assert sum(leaf.ndim > 0 for name, leaf in held.items() if name.startswith("training")) == 2 * (
+        trained - sum(name in ("reward", "value") for name in models)
+    )
+    assert set(items) <= {*models, "training", "average"}
+    assert items["average"] in (0, sizes[models[0]])
+    meta = read_meta(step)
+    assert meta["lora"] == LORA
+    assert (step / meta["base"]["path"]).resolve() == find_checkpoint(adapted / "pretrain").resolve()
+    facts = json.loads((adapted / stage / "complete.json").read_text(encoding="utf-8"))
+    if stage != "ppo":
+        whole, part = (sum(leaf.size for leaf in jax.tree.leaves(t)) for t in _whole_and_trained(adapted / stage))
+        assert (facts["parameters"], facts["trainable_parameters"]) == (whole, part)
+
+
+def _whole_and_trained(stage):
+    params = rlhfjax.load(stage).params
+    return params, split(params)[1]
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_the_numbers_are_those_of_one_device(adapted, sharded, stage):
+    names = {
+        "sft": ["loss/train", "loss/validation", "grad/norm"],
+        "reward": ["train/rm/loss", "train/rm/accuracy", "eval/rm/accuracy", "grad/norm"],
+        "ppo": ["objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "grad/policy_norm"],
+    }[stage]
+    many, one = (rows_of(run_dir / stage / "metrics.jsonl") for run_dir in (sharded.dir, adapted))
+    assert len(many) == len(one) == STEPS
+    for row, expected in zip(many, one, strict=True):
+        wanted = {name: expected[name] for name in names if name in expected}
+        assert {name: row[name] for name in wanted} == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_policy_starts_as_the_reference(adapted):
+    # meant to catch a policy with fresh adapters beside a reference with those of SFT
+    first = rows_of(adapted / "ppo" / "metrics.jsonl")[0]
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert rows_of(adapted / "ppo" / "metrics.jsonl")[-1]["objective/kl"] != pytest.approx(0, abs=1e-5)
+
+
+def test_ppo_holds_the_base_once(sharded):
+    """Policy, reference, value model, reward model and average are five models over one base.
+
+    Meant to catch a base in the state, a copy that a donation or a layout makes, and a base that is read twice.
+    """
+    base = leaves(load_model(find_checkpoint(sharded.dir / "base"))[1])
+    for name, leaf in base.items():
+        alike = sum(other.shape == leaf.shape for other in base.values())
+        assert sharded.shapes[leaf.shape, "float32"] <= alike + _others(name), name
+    assert sharded.shapes[base["embed/embedding"].shape, "float32"] == 1
+    assert sharded.shapes[base["blocks/mlp/down/kernel"].shape, "float32"] == 1
+
+
+def _others(name):
+    # vectors of the width: heads, their moments and the frozen reward model's
+    return 8 if "norm" in name else 0
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_run_that_stopped_ends_the_same(sharded, tmp_path, stage):
+    run_dir = tmp_path / "run"
+    shutil.copytree(sharded.dir, run_dir)
+    (run_dir / stage / "complete.json").unlink()
+    for step in range(3, STEPS + 1):
+        shutil.rmtree(run_dir / stage / "checkpoints" / str(step))
+    run_recipe(sharded.run, run_dir, only=stage)
+    assert_same_bits(*(saved(place / stage / "checkpoints" / str(STEPS)) for place in (run_dir, sharded.dir)))
+
+
+def test_a_run_can_be_moved_and_a_stage_alone_cannot(sharded, tmp_path):
+    shutil.copytree(sharded.dir, tmp_path / "moved")
+    want = rlhfjax.load(sharded.dir).logits(jnp.ones((1, 4), jnp.int32))
+    np.testing.assert_array_equal(rlhfjax.load(tmp_path / "moved").logits(jnp.ones((1, 4), jnp.int32)), want)
+    shutil.copytree(sharded.dir / "sft", tmp_path / "alone" / "sft")
+    with pytest.raises(IntegrityError, match=r"holds adapters of the model in .*alone/base.*not there"):
+        rlhfjax.load(tmp_path / "alone" / "sft")
+
+
+def test_adapters_refuse_another_base(sharded, tmp_path):
+    shutil.copytree(sharded.dir, tmp_path / "run")
+    base = find_checkpoint(tmp_path / "run" / "base") / "policy"
+    data = max((path for path in base.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-1] + b"\0")
+    with pytest.raises(IntegrityError, match=r"expected the base with digest .* its adapters belong to another model"):
+        rlhfjax.load(tmp_path / "run" / "ppo")
+
+
+@pytest.mark.parametrize("lora", [None, LORA | {"rank": 3}])
+def test_a_run_may_start_from_adapters(adapted, sharded, tmp_path, lora):
+    """They are merged into its base; the model that it starts from is the same one."""
+    settings = sharded.run.model.model_copy(update={"checkpoint": str(adapted / "sft")})
+    settings = type(settings).model_validate(settings.model_dump(exclude_unset=True) | {"lora": lora})
+    run, mesh = sharded.run.model_copy(update={"model": settings}), make_mesh(devices=jax.devices()[:1])
+    shutil.copytree(adapted / "tokenizer", tmp_path / "tokenizer")
+    model, params = Job(run, "sft", tmp_path, tmp_path, mesh, print, {}).policy_from("pretrain")
+    tokens = random_tokens(1, 6, high=300)
+    want = rlhfjax.load(adapted / "sft")
+    assert np.abs(want.logits(tokens) - rlhfjax.load(adapted / "pretrain").logits(tokens)).max() > 1e-3
+    np.testing.assert_allclose(model.logits(params, tokens, jnp.ones((1, 6), bool)), want.logits(tokens), atol=1e-5)
+    ranks = {leaf.shape[-1] for name, leaf in leaves(params).items() if name.endswith("lora_a")}
+    assert ranks == ({3} if lora else set())
+
+
+def test_of_full_rank_they_learn_what_all_weights_do():
+    """Texts learnt by heart: adapters of full rank come as far as the matrices themselves, those of rank 1 do not."""
+    model = tiny(width=16, heads=2)
+    base = params_of(model, std=0.3)
+    tokens = random_tokens(8, 16, seed=4)
+    batch = TokenBatch(tokens, jnp.ones_like(tokens), jnp.tile(jnp.arange(16), (8, 1)), jnp.ones(tokens.shape, bool))
+    algorithm = language_modelling(model)
+
+    def loss_after(trained, whole, steps=300):
+        optimizer = optax.adam(optax.cosine_decay_schedule(2e-2, steps))
+        step = jax.jit(lambda s, k: offline_step(restrict(algorithm, whole), optimizer, s, batch, k))
+        state = TrainState(trained, optimizer.init(trained), jnp.int32(0))
+        for _ in range(steps):
+            state, metrics = step(state, jax.random.key(0))
+        return float(metrics["loss/train"])
+
+    def adapters(rank, *targets):
+        fresh = init_lora(jax.random.key(1), base, rank, targets)
+        return loss_after(fresh, lambda p: join(base, p))
+
+    matrices = {name: {"kernel": kernel} for name, kernel in linears(base).items()}
+
+    def with_matrices(p):
+        whole = base
+        for name, leaf in p.items():
+            block, own = name.split("/")[1:]
+            part = whole["blocks"][block]
+            whole = whole | {"blocks": whole["blocks"] | {block: part | {own: part[own] | leaf}}}
+        return whole
+
+    full, high, low = loss_after(matrices, with_matrices), adapters(VOCAB, "."), adapters(1, "query")
+    assert high < full + 0.15
+    assert low > full + 0.5
