@@ -157,7 +157,7 @@ Sources = Annotated[list[Data], Field(min_length=1)]
 
 
 class Tokenizer(Section):
-    """A SentencePiece tokenizer to train on `data`, or `path`: a directory that holds one."""
+    """A SentencePiece tokenizer to train on `data`, or `path`: a directory that holds one, also Hugging Face's."""
 
     path: str | None = None
     vocab_size: Count = 2048

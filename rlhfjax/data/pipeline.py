@@ -16,7 +16,7 @@ from rlhfjax.data import batches as rows_of
 from rlhfjax.data.datasets import open_source
 from rlhfjax.errors import DataError
 from rlhfjax.text.chat import encode_demonstration
-from rlhfjax.text.tokenizer import Tokenizer
+from rlhfjax.text.loading import AnyTokenizer
 from rlhfjax.types import PromptBatch, RankedBatch, TokenBatch
 
 Report = Callable[[str], None]
@@ -55,7 +55,7 @@ class Batches:
 class Reader:
     """What every stage needs to open data: the tokenizer, the directory of prepared data, the seed, where to report."""
 
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     data_dir: Path
     seed: int
     report: Report = lambda text: None

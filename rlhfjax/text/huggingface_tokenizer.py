@@ -47,9 +47,8 @@ class HuggingFaceTokenizer:
             self._seal = {token: f"{token}{secrets.token_hex(16)}" for token in _special(described["tokenizer"])}
             sealed = _sealed(described["tokenizer"], self._seal)
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(sealed))
-            self._special: dict[str, int] = {
-                token: self._tokenizer.token_to_id(name) for token, name in self._seal.items()
-            }
+            ids = {token: self._tokenizer.token_to_id(name) for token, name in self._seal.items()}
+            self._special = {token: index for token, index in ids.items() if index is not None}
             named = {name: self._id(token) for name, token in described["named"].items()}
         # The library raises plain Exception on a file that it cannot read.
         except Exception as error:

@@ -1,7 +1,9 @@
 """What is saved comes back bit for bit, in its layout; what cannot be read is an expected error."""
 
+import base64
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from tiny import lenient, params_of, ppo_config, random_tokens, scalar_params_of
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.sharding import make_mesh, state_shardings
 from rlhfjax.stages.ppo import ppo_optimizer
+from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.text.tokenizer import Tokenizer
 from rlhfjax.training.checkpoint import Checkpoints, find_checkpoint, load_model, meta_of, read_meta, tokenizer_of
 from rlhfjax.training.state import abstract, init_state, place
@@ -119,6 +122,23 @@ def test_meta_holds_the_tokenizer(saved, tokenizer):
     found = tokenizer_of(read_meta(saved / "checkpoints" / "7"))
     assert found.fingerprint == tokenizer.fingerprint
     assert found.encode("a good film") == tokenizer.encode("a good film")
+
+
+def test_meta_holds_any_tokenizer_or_none(tokenizer):
+    published = load_tokenizer(Path(__file__).parents[1] / "golden" / "tokenizers" / "byte_level")
+    for one in (tokenizer, published):
+        found = tokenizer_of(json.loads(json.dumps(meta_of("policy", MODEL, one))))
+        assert (found.kind, found.fingerprint) == (one.kind, one.fingerprint)
+    assert tokenizer_of(meta_of("policy", MODEL, None)) is None
+    # As checkpoints held it before there were two kinds.
+    older = {"tokenizer": base64.b64encode(tokenizer.to_bytes()).decode()}
+    assert tokenizer_of(older).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("packed", ["?", {}, {"kind": "sentencepiece", "data": "aGk="}, {"kind": "x", "data": ""}, 3])
+def test_a_broken_tokenizer_in_meta(packed):
+    with pytest.raises(IntegrityError):
+        tokenizer_of({"tokenizer": packed})
 
 
 def steps_of(directory):
