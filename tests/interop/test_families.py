@@ -66,6 +66,8 @@ def family(request):
 
 
 def test_logits_equal_transformers_whatever_the_padding(family):
+    # fails with a window of one more, all layers global, the local theta or a scaling of RoPE left out, a soft cap or the
+    # query's scalar left out, a scale of w for 1 + w: seen
     _, data, config, params = family
     model, rows = LanguageModel(config), [data["row0"], data["row1"]]
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -79,7 +81,8 @@ def test_logits_equal_transformers_whatever_the_padding(family):
 
 
 def test_greedy_decoding_with_the_cache_equals_transformers_without(family):
-    # prompts of two lengths, padded on the left; 8 tokens run past every window of 4
+    # Prompts of two lengths, padded on the left; 8 tokens run past every window of 4. Fails when only decoding has a
+    # wider window: seen
     _, data, config, params = family
     tokens, mask = padded([data["row0"], data["row1"]], "left")
     batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(2, dtype=jnp.int32))

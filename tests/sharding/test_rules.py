@@ -8,6 +8,8 @@ from jax.sharding import PartitionSpec as P
 from tiny import ranked_batch, tiny, token_batch
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.models import LanguageModel, decoder_config
+from rlhfjax.models.decoder import FAMILIES
 from rlhfjax.sharding import batch_sharding, make_mesh, place_batch, state_shardings
 from rlhfjax.sharding.rules import path_name
 from rlhfjax.types import OnlineState, PromptBatch, TrainState
@@ -75,6 +77,13 @@ def test_moments_and_averages_lie_as_their_parameters(mesh):
     assert moments == 2 * len(wanted)
     assert got["train/average/embed/embedding"] == P("tensor", "fsdp")
     assert got["kl_coef"] == got["train/step"] == P()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_every_family_has_a_rule(mesh, family):
+    config = decoder_config(family, vocab_size=16, layers=2, width=16, heads=4, context=8)
+    shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
+    assert jax.tree.structure(state_shardings(mesh, shapes)) == jax.tree.structure(shapes)
 
 
 @pytest.mark.parametrize("name", ["adapter/kernel", "unembed/bias", "notembed/embedding"])
