@@ -66,8 +66,8 @@ def family(request):
 
 
 def test_logits_equal_transformers_whatever_the_padding(family):
-    # fails with a window of one more, all layers global, the local theta or a scaling of RoPE left out, a soft cap or the
-    # query's scalar left out, a scale of w for 1 + w: seen
+    # fails with a window of one more, all layers global, the local theta or a scaling of RoPE left out, a soft cap or
+    # the scalar of the query left out, a scale of w for 1 + w: seen
     _, data, config, params = family
     model, rows = LanguageModel(config), [data["row0"], data["row1"]]
     shapes = jax.eval_shape(model.init, jax.random.key(0))
