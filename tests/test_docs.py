@@ -97,6 +97,19 @@ def test_runs_name_stages_and_keys_that_are_there(words, with_configuration, mon
     assert (result.exit_code, len(started)) == (0, 1), result.output
 
 
+@pytest.mark.parametrize("words", [each for each in all_commands() if each.values[0][1] in ("import", "export")])
+def test_models_are_taken_in_and_given_out_as_shown(words, monkeypatch):
+    from rlhfjax.stages import transfer
+
+    called = []
+    monkeypatch.setattr(transfer, "import_model", lambda *given, **options: called.append(given))
+    monkeypatch.setattr(
+        transfer, "export_checkpoint", lambda *given, **options: called.append(given) or {"max_difference": 0.0}
+    )
+    result = CliRunner().invoke(app, words[1:])
+    assert (result.exit_code, called) == (0, [(words[2], Path(words[3]))]), result.output
+
+
 def test_make_targets_and_extras_are_there():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for path in DOCUMENTS:

@@ -9,6 +9,7 @@ from rlhfjax.interop.settings import Settings, read_rope, write_rope
 from rlhfjax.interop.tensors import Weight, gpt_weights, llama_weights
 from rlhfjax.models import DecoderConfig
 
+MOST_LAYERS = 10_000  # what is listed by layer stays small whatever a file claims
 _KINDS = {"sliding_attention": "L", "full_attention": "G"}  # of layers
 
 
@@ -29,7 +30,7 @@ def read_gpt(s: Settings) -> dict[str, Any]:
     width, heads = s.size("n_embd"), s.size("n_head")
     return {
         "vocab_size": s.size("vocab_size"),
-        "layers": s.size("n_layer"),
+        "layers": s.size("n_layer", most=MOST_LAYERS),
         "width": width,
         "heads": heads,
         "kv_heads": heads,
@@ -95,7 +96,7 @@ def read_llama(
         s.expect("hidden_act", ("silu", "swish"), "silu")
     return {
         "vocab_size": s.size("vocab_size"),
-        "layers": s.size("num_hidden_layers"),
+        "layers": s.size("num_hidden_layers", most=MOST_LAYERS),
         "width": width,
         "heads": heads,
         "kv_heads": s.size("num_key_value_heads", None) or heads,

@@ -24,7 +24,7 @@ from rlhfjax.interop.parity import certificate, outputs
 from rlhfjax.interop.pretrained import load_parameters, names_of
 from rlhfjax.interop.safetensors_files import DTYPES, cast, write_file
 from rlhfjax.interop.whole_directories import check_target, whole_directory
-from rlhfjax.models import DecoderConfig, LanguageModel
+from rlhfjax.models import DecoderConfig, LanguageModel, SequenceModel
 from rlhfjax.models.lora import has_adapters, merge
 from rlhfjax.sharding.rules import path_name
 from rlhfjax.text.huggingface_tokenizer import HuggingFaceTokenizer
@@ -39,7 +39,7 @@ STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 def export_model(
     target: Path,
     what: str,
-    model: LanguageModel,
+    model: SequenceModel,
     params: Params,
     tokenizer: AnyTokenizer | None,
     *,
@@ -56,7 +56,7 @@ def export_model(
     check_target(target, PARITY, force)
     if dtype not in STORED:
         raise ConfigError(f"dtype: expected {', '.join(STORED)}, got {dtype!r}")
-    if not isinstance(model.config, DecoderConfig):
+    if not isinstance(model, LanguageModel):
         raise ConfigError("export: expected a decoder, got an encoder–decoder, which has no architecture there")
     if has_adapters(params):
         params = merge(params, model.config.lora_alpha)

@@ -20,7 +20,7 @@ from rlhfjax.models import DecoderConfig
 from rlhfjax.text.loading import AnyTokenizer, load_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-HEAD = "score.weight"
+HEAD, UNEMBEDDING = "score.weight", "lm_head.weight"
 SCORE_BIAS = "rlhfjax_score_bias"  # in config.json: transformers' heads have no bias
 CLASSIFIER = "ForSequenceClassification"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -45,7 +45,7 @@ def open_directory(directory: Path) -> Pretrained:
     scalar, bias = _score(described)
     config = config_of(described)
     wanted = weights(config, scalar)
-    found = _with_prefix(_tensors(directory), wanted, config)
+    found = _with_prefix(_tensors(directory), wanted)
     head = None
     if scalar:
         kernel = _one(directory, found, HEAD, (1, config.width))
@@ -88,7 +88,6 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
     index = _read_json(directory, INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
         raise IntegrityError(f"{directory / INDEX}: expected weight_map with a file for each tensor, got none")
-    found = {}
     for shard in sorted(set(index.values())):
         inside = Path(shard).name == shard and not {"\\", "\0"} & set(shard) and len(shard) <= 255
         if not inside or not shard.endswith(".safetensors"):
@@ -97,6 +96,12 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
             )
         if not (directory / shard).is_file():
             raise IntegrityError(f"{directory}: expected the shard {shard}, which is not there; fetch it")
+    return _shards(directory, index)
+
+
+def _shards(directory: Path, index: Mapping[str, str]) -> dict[str, Tensor]:
+    found = {}
+    for shard in sorted(set(index.values())):
         held = read_header(directory / shard)
         listed = {name for name, file in index.items() if file == shard}
         if odd := sorted(listed ^ held.keys()):
@@ -108,13 +113,12 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
     return found
 
 
-def _with_prefix(found: dict[str, Tensor], wanted: tuple[Weight, ...], config: DecoderConfig) -> dict[str, Tensor]:
+def _with_prefix(found: dict[str, Tensor], wanted: tuple[Weight, ...]) -> dict[str, Tensor]:
     """Names as a model with a head has them; files of a base model lack the first part ("transformer.", "model.")."""
-    prefix = next(iter(wanted)).name.partition(".")[0] + "."
+    prefix = wanted[0].name.partition(".")[0] + "."
     if any(name.startswith(prefix) for name in found):
         return found
-    heads = {name for weight in wanted if not weight.name.startswith(prefix) for _, name in names_of(weight, config)}
-    return {name if name in {HEAD, *heads} else prefix + name: tensor for name, tensor in found.items()}
+    return {name if name in (HEAD, UNEMBEDDING) else prefix + name: tensor for name, tensor in found.items()}
 
 
 def _check(
@@ -129,7 +133,7 @@ def _check(
     for name in sorted(found.keys() - names):
         if name.endswith(_BUFFERS):
             continue
-        if name == "lm_head.weight" and config.tied and _same_as_embedding(found, wanted, name):
+        if name == UNEMBEDDING and config.tied and _same_as_embedding(found, wanted, name):
             continue
         raise IntegrityError(
             f"{directory}: expected the tensors of this architecture, got {name[:80]!r} as well; is config.json theirs?"

@@ -1,6 +1,5 @@
 """A model of somebody else, opened but not read, and its parameters laid out one at a time."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,10 +34,10 @@ class Pretrained:
 
 def names_of(weight: Weight, config: DecoderConfig) -> Iterator[tuple[tuple[int, ...], str]]:
     """Each tensor of a weight: where it goes on our leading axes (layer, then expert), and its name in the files."""
-    axes = [("layer", config.layers)] if "{layer}" in weight.name else []
-    axes += [("expert", config.experts)] if "{expert}" in weight.name else []
-    for place in itertools.product(*(range(size) for _, size in axes)):
-        yield place, weight.name.format(**dict(zip((name for name, _ in axes), place, strict=True)))
+    axes = {"layer": config.layers, "expert": config.experts}
+    axes = {name: size for name, size in axes.items() if f"{{{name}}}" in weight.name}
+    for place in np.ndindex(*axes.values()):
+        yield place, weight.name.format(**dict(zip(axes, place, strict=True)))
 
 
 def load_parameters(source: Pretrained, mesh: jax.sharding.Mesh | None = None, dtype: str = "float32") -> Params:

@@ -75,9 +75,9 @@ def read_tensor(tensor: Tensor, name: str) -> np.ndarray:
     read = np.empty(tensor.shape, DTYPES[tensor.dtype])
     with tensor.path.open("rb", buffering=0) as file:
         file.seek(tensor.start)
-        view, done = memoryview(read.reshape(-1).view(np.uint8)), 0
-        while done < len(view):
-            count = file.readinto(view[done:])
+        octets, done = read.reshape(-1).view(np.uint8), 0
+        while done < octets.size:
+            count = file.readinto(octets[done:].data)
             if not count:
                 raise _broken(tensor.path, f"an end of the file within tensor {name!r}")
             done += count

@@ -51,11 +51,11 @@ class Settings:
             raise ConfigError(f"{self._where}: expected {key} as {kind.__name__}, got {value!r:.80}")
         return float(value) if kind is float and value is not None else value
 
-    def size(self, key: str, default: Any = _REQUIRED) -> Any:
+    def size(self, key: str, default: Any = _REQUIRED, most: int = 2**31 - 1) -> Any:
         """A count above 0."""
         value = self.take(key, int, default)
-        if value is not None and not 0 < value < 2**31:
-            raise ConfigError(f"{self._where}: expected {key} from 1 to 2^31 - 1, got {value}")
+        if value is not None and not 0 < value <= most:
+            raise ConfigError(f"{self._where}: expected {key} from 1 to {most:,}, got {value:,}")
         return value
 
     def positive(self, key: str, default: Any = _REQUIRED) -> Any:

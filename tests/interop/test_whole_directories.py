@@ -16,6 +16,12 @@ def write(target, text="new", force=False):
         (part / "inner" / "file").write_text("x")
 
 
+def fail(target, force):
+    with whole_directory(target, "mark", force) as part:
+        (part / "mark").write_text("half")
+        raise ConfigError("half")
+
+
 def names(folder):
     return sorted(os.listdir(folder))
 
@@ -37,9 +43,8 @@ def test_an_empty_directory_is_taken(tmp_path):
 def test_what_fails_leaves_nothing(tmp_path):
     write(tmp_path / "old", "old")
     for target, force in ((tmp_path / "target", False), (tmp_path / "old", True)):
-        with pytest.raises(RuntimeError), whole_directory(target, "mark", force) as part:
-            (part / "mark").write_text("half")
-            raise RuntimeError
+        with pytest.raises(ConfigError, match="half"):
+            fail(target, force)
     assert names(tmp_path) == ["old"]
     assert (tmp_path / "old" / "mark").read_text() == "old"
 
