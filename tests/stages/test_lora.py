@@ -19,7 +19,7 @@ from tiny import VOCAB, params_of, random_tokens, tiny
 import rlhfjax
 from rlhfjax.algorithms import restrict
 from rlhfjax.config import load_config
-from rlhfjax.errors import IntegrityError
+from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.models.lora import init_lora, join, linears, split
 from rlhfjax.sharding import make_mesh
 from rlhfjax.sharding.rules import path_name
@@ -195,6 +195,17 @@ def test_a_run_can_be_moved_and_a_stage_alone_cannot(sharded, tmp_path):
     shutil.copytree(sharded.dir / "sft", tmp_path / "alone" / "sft")
     with pytest.raises(IntegrityError, match=r"holds adapters of the model in .*alone/base.*not there"):
         rlhfjax.load(tmp_path / "alone" / "sft")
+
+
+def test_adapters_may_be_chosen_anew_until_a_stage_has_trained_them(adapted, tmp_path):
+    run = load_config(str(adapted / "config.yaml"), ["model.lora.rank=4"])
+    with pytest.raises(ConfigError, match=r"another configuration: model\.lora\.rank 2 -> 4"):
+        run_recipe(run, adapted)
+    for kept in ("tokenizer", "pretrain"):
+        shutil.copytree(adapted / kept, tmp_path / kept)
+    shutil.copy(adapted / "config.yaml", tmp_path)
+    run_recipe(run, tmp_path, only="pretrain")  # is done, and has nothing to say against it
+    assert load_config(str(tmp_path / "config.yaml")) == run
 
 
 def test_adapters_refuse_another_base(sharded, tmp_path):
