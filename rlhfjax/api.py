@@ -13,12 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.data.batches import left_padded, right_padded
 from rlhfjax.errors import ConfigError
-from rlhfjax.generation import SamplingParams, generate
-from rlhfjax.models import DecoderConfig, LanguageModel
+from rlhfjax.generation import BeamParams, SamplingParams, beam_search, generate
+from rlhfjax.models import DecoderConfig, EncoderDecoder, EncoderDecoderConfig, SequenceModel
 from rlhfjax.text.chat import encode_prompt, encode_response
-from rlhfjax.text.tokenizer import Tokenizer
+from rlhfjax.text.loading import AnyTokenizer
 from rlhfjax.training.checkpoint import SCALAR, find_checkpoint, load_model, read_meta, tokenizer_of
-from rlhfjax.types import Params, PromptBatch
+from rlhfjax.types import Params, PromptBatch, Rollout
+
+_NEVER = -1  # an id that no model emits
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,20 @@ class Model:
     """A checkpoint in memory: a policy, a reward model or a value model (`role`)."""
 
     role: str
-    network: LanguageModel
+    network: SequenceModel
     params: Params
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer | None
+    step_dir: Path | None = None  # where it was read from
 
     @property
-    def config(self) -> DecoderConfig:
+    def config(self) -> DecoderConfig | EncoderDecoderConfig:
         return self.network.config
 
     def logits(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """Next-token logits, float32; `mask` marks real tokens, padding on either side. Scalar models have none."""
         self._expect(scalar=False, what="logits")
+        if isinstance(self.network, EncoderDecoder):
+            raise ConfigError("logits: expected a decoder, got an encoder–decoder, whose logits are of a response")
         self._check_ids("tokens", np.asarray(tokens), axes=2)
         tokens = jnp.asarray(tokens, jnp.int32)
         mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
@@ -65,37 +70,48 @@ class Model:
     ) -> list[list[Completion]]:
         """`n` responses to each prompt (texts, or lists of ids as they are); temperature 0 is greedy.
 
-        Raises ConfigError when a prompt and `max_new_tokens` do not fit the model's context, or the arguments make no
-        sense.
+        A model without a tokenizer takes ids only, never stops early, and its completions have no text. Raises
+        ConfigError when a prompt and `max_new_tokens` do not fit the model's context, or the arguments make no sense.
         """
         self._expect(scalar=False, what="generate")
-        if isinstance(prompts, str):
-            raise ConfigError("prompts: expected a list of texts, got one text; put it into a list")
         if n < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
             raise ConfigError(
                 "generate: expected n >= 1, max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
                 f"n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, top_p={top_p}"
             )
-        if not prompts:
+        rows = self._prompt_ids(prompts)
+        if not rows:
             return []
-        rows = [encode_prompt(self.tokenizer, {"prompt": p}) if isinstance(p, str) else list(p) for p in prompts]
-        for i, row in enumerate(rows):
-            self._check_ids(f"prompts[{i}]", np.asarray(row))
-        tokens, mask = left_padded([row for row in rows for _ in range(n)], self.tokenizer.pad_id)
-        self._check_length(tokens.shape[1] + max_new_tokens)
-        sampling = SamplingParams(
-            max_new_tokens, self.tokenizer.eos_id, self.tokenizer.pad_id, temperature, top_k, top_p
-        )
-        batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
-        made = jax.device_get(self._generate(self.params, batch, jax.random.key(seed), sampling))
-        completions = []
-        for response, kept, log_probs, finished in zip(
-            made.response, made.response_mask, made.sampled_log_probs, made.finished, strict=True
-        ):
-            ids = response[kept].tolist()
-            reason = "stop" if finished else "length"
-            completions.append(Completion(self.tokenizer.decode(ids), ids, log_probs[kept].tolist(), reason))
+        batch = self._prompt_batch([row for row in rows for _ in range(n)], max_new_tokens)
+        sampling = SamplingParams(max_new_tokens, *self._ends(), temperature, top_k, top_p)
+        completions = self._completions(self._generate(self.params, batch, jax.random.key(seed), sampling))
         return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+    def beam_search(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        beams: int = 4,
+        max_new_tokens: int = 64,
+        length_penalty: float = 0.6,
+    ) -> list[Completion]:
+        """The best response to each prompt that a search with `beams` open sequences finds.
+
+        Best is the highest sum of log-probabilities over ((5 + length) / 6)^length_penalty, the stop token counted (Wu
+        et al. 2016, eq. 14). Raises ConfigError as `generate`.
+        """
+        self._expect(scalar=False, what="beam_search")
+        if beams < 1 or max_new_tokens < 1 or not 0 <= length_penalty < math.inf:
+            raise ConfigError(
+                "beam_search: expected beams >= 1, max_new_tokens >= 1 and length_penalty >= 0, got "
+                f"beams={beams}, max_new_tokens={max_new_tokens}, length_penalty={length_penalty}"
+            )
+        if self.tokenizer is None:
+            raise ConfigError("beam_search: expected a model with a tokenizer, which says what token ends a response")
+        rows = self._prompt_ids(prompts)
+        if not rows:
+            return []
+        search = BeamParams(max_new_tokens, *self._ends(), beams, length_penalty)
+        return self._completions(self._beam_search(self.params, self._prompt_batch(rows, max_new_tokens), search))
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[np.ndarray, "B"]:
         """The reward model's score of each response, float32, read at its EOS. Only for a reward or value model."""
@@ -104,13 +120,28 @@ class Model:
             raise ConfigError(f"score: expected as many responses as prompts, got {len(responses)} for {len(prompts)}")
         if not prompts:
             return np.zeros(0, np.float32)
-        rows = [
-            encode_prompt(self.tokenizer, {"prompt": prompt}) + encode_response(self.tokenizer, response)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        tokens, mask = right_padded(rows, self.tokenizer.pad_id)
+        t = self._tokenizer("prompts")
+        asked = [encode_prompt(t, {"prompt": prompt}) for prompt in prompts]
+        rows = [prompt + encode_response(t, response) for prompt, response in zip(asked, responses, strict=True)]
+        tokens, mask = right_padded(rows, t.pad_id)
         self._check_length(tokens.shape[1])
-        return np.asarray(self._scores(self.params, tokens, mask))
+        lengths = np.asarray([len(prompt) for prompt in asked], np.int32)
+        return np.asarray(self._scores(self.params, tokens, mask, lengths))
+
+    def export(self, target: str | Path, dtype: str = "float32", force: bool = False) -> None:
+        """Write a Hugging Face directory with a model card, and proof that what was written computes the same.
+
+        Raises ConfigError when `target` holds something (an earlier export is replaced with `force`) or transformers has
+        no such model, IntegrityError when what is read back computes something else.
+        """
+        from rlhfjax.interop.exporting import export_model
+        from rlhfjax.stages.transfer import lineage
+
+        what, origin = self.role, None
+        if self.step_dir:
+            what, origin = read_meta(self.step_dir)["serve"], lineage(self.step_dir)
+        settings = {"dtype": dtype, "force": force, "lineage": origin}
+        export_model(Path(target), what, self.network, self.params, self.tokenizer, **settings)
 
     @cached_property
     def _logits(self):
@@ -123,6 +154,44 @@ class Model:
     @cached_property
     def _generate(self):
         return jax.jit(partial(generate, self.network), static_argnums=3)
+
+    @cached_property
+    def _beam_search(self):
+        return jax.jit(partial(beam_search, self.network), static_argnums=2)
+
+    def _prompt_ids(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+        if isinstance(prompts, str):
+            raise ConfigError("prompts: expected a list of texts, got one text; put it into a list")
+        rows = [
+            encode_prompt(self._tokenizer("prompts"), {"prompt": p}) if isinstance(p, str) else list(p) for p in prompts
+        ]
+        for i, row in enumerate(rows):
+            self._check_ids(f"prompts[{i}]", np.asarray(row))
+        return rows
+
+    def _prompt_batch(self, rows: list[list[int]], max_new_tokens: int) -> PromptBatch:
+        tokens, mask = left_padded(rows, self._ends()[1])
+        self._check_length(tokens.shape[1] + max_new_tokens)
+        return PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
+
+    def _ends(self) -> tuple[int, int]:
+        """The token that ends a response, and the one that fills what follows."""
+        return (_NEVER, 0) if self.tokenizer is None else (self.tokenizer.eos_id, self.tokenizer.pad_id)
+
+    def _completions(self, rollout: Rollout) -> list[Completion]:
+        made, t = jax.device_get(rollout), self.tokenizer
+        rows = zip(made.response, made.response_mask, made.sampled_log_probs, made.finished, strict=True)
+        completions = []
+        for response, kept, log_probs, finished in rows:
+            ids = response[kept].tolist()
+            reason = "stop" if finished else "length"
+            completions.append(Completion("" if t is None else t.decode(ids), ids, log_probs[kept].tolist(), reason))
+        return completions
+
+    def _tokenizer(self, what: str) -> AnyTokenizer:
+        if self.tokenizer is None:
+            raise ConfigError(f"{what}: expected lists of ids, got text for a model that has no tokenizer")
+        return self.tokenizer
 
     def _expect(self, scalar: bool, what: str) -> None:
         if (self.role in SCALAR) != scalar:
@@ -151,4 +220,4 @@ def load(checkpoint: str | Path) -> Model:
     step_dir = find_checkpoint(checkpoint)
     meta = read_meta(step_dir)
     network, params = load_model(step_dir)
-    return Model(meta["role"], network, params, tokenizer_of(meta))
+    return Model(meta["role"], network, params, tokenizer_of(meta), step_dir)

@@ -63,7 +63,13 @@ def calls(monkeypatch):
         )
 
     rows = ["tokens \x1b[31mred\x1b[0m", "mask"]
-    module("stages", run_recipe=record("run_recipe"), inspect_batch=record("inspect_batch", rows))
+    transfer = types.SimpleNamespace(
+        import_model=record("import_model"),
+        export_checkpoint=record("export_checkpoint", {"max_abs_logit_difference": 0.25}),
+        parse_size=len,
+    )
+    made_here = {"run_recipe": record("run_recipe"), "inspect_batch": record("inspect_batch", rows)}
+    module("stages", transfer=transfer, **made_here)
     module("data.benchmark", prepare=record("prepare", lambda kind, where, cache, say: [Path(where) / kind]))
     module("data.movies", Movies="movies")
     module("data.chitchat", Chitchat="chitchat")
@@ -107,7 +113,8 @@ def examples():
 
 def test_the_verbs_are_these():
     assert {" ".join(names) for names, _ in verbs()} == {
-        "run", "ls", "cp", "show", "validate", "schema", "generate", "env", "metrics", "data prepare", "data inspect",
+        "run", "ls", "cp", "show", "validate", "schema", "generate", "import", "export", "env", "metrics",
+        "data prepare", "data inspect",
     }  # fmt: skip
 
 
@@ -283,6 +290,19 @@ def test_generate_defaults_are_those_of_the_python_interface(calls):
     assert calls[1][2] == {"max_new_tokens": 64, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, "n": 1}
 
 
+def test_models_are_taken_in_and_given_out(calls):
+    assert call("import", "SRC", "DST", "--dtype", "bfloat16", "--force").exit_code == 0
+    name, given, options = calls.pop()
+    assert (name, given) == ("import_model", ("SRC", Path("DST")))
+    assert (options["dtype"], options["force"]) == ("bfloat16", True)
+    result = call("export", "CKPT", "DST", "--item", "value", "--dtype", "float16", "--shard-size", "12345", "--force")
+    assert "read back, it differs by at most 0.25" in result.stderr
+    chosen = {"item": "value", "dtype": "float16", "shard_size": 5, "force": True}
+    assert calls.pop() == ("export_checkpoint", ("CKPT", Path("DST")), chosen)
+    call("export", "CKPT", "DST")
+    assert calls[0][2] == {"item": None, "dtype": "float32", "shard_size": len("5GB"), "force": False}
+
+
 def test_data_prepare(calls, tmp_path):
     result = call("data", "prepare", "movies", "--data-dir", "d", "--cache-dir", "c")
     assert result.stdout == os.path.join("d", "movies") + "\n"
@@ -298,7 +318,7 @@ def test_data_prepare(calls, tmp_path):
 
 
 def test_data_prepare_says_what_is_missing(calls):
-    assert "expected movies or chitchat, or --kind KIND with --split" in error("data", "prepare", "mine")
+    assert "expected movies, chitchat or reversal, or --kind KIND with --split" in error("data", "prepare", "mine")
     assert "expected --dialogue-filters with it" in error("data", "prepare", "mine", "--blocklist", "words.txt")
     assert "--dialogue-filters: expected --kind demonstration, got prompt" in error(
         "data", "prepare", "mine", "--kind", "prompt", "--dialogue-filters"
