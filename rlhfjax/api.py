@@ -50,8 +50,6 @@ class Model:
     def logits(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """Next-token logits, float32; `mask` marks real tokens, padding on either side. Scalar models have none."""
         self._expect(scalar=False, what="logits")
-        if isinstance(self.network, EncoderDecoder):
-            raise ConfigError("logits: expected a decoder, got an encoder–decoder, whose logits are of a response")
         self._check_ids("tokens", np.asarray(tokens), axes=2)
         tokens = jnp.asarray(tokens, jnp.int32)
         mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
@@ -131,8 +129,8 @@ class Model:
     def export(self, target: str | Path, dtype: str = "float32", force: bool = False) -> None:
         """Write a Hugging Face directory with a model card, and proof that what was written computes the same.
 
-        Raises ConfigError when `target` holds something (an earlier export is replaced with `force`) or transformers has
-        no such model, IntegrityError when what is read back computes something else.
+        Raises ConfigError when `target` holds something (an earlier export is replaced with `force`) or transformers
+        has no such model, IntegrityError when what is read back computes something else.
         """
         from rlhfjax.interop.exporting import export_model
         from rlhfjax.stages.transfer import lineage
@@ -145,6 +143,8 @@ class Model:
 
     @cached_property
     def _logits(self):
+        if isinstance(self.network, EncoderDecoder):
+            raise ConfigError("logits: expected a decoder, got an encoder–decoder, whose logits are of a response")
         return jax.jit(self.network.logits)
 
     @cached_property

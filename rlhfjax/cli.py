@@ -162,6 +162,12 @@ def generate(
     top_p: Annotated[float, typer.Option(metavar="P", min=0, max=1, help="Only the likeliest with sum P.")] = 1.0,
     seed: Annotated[int, typer.Option(metavar="S", min=0, help="Equal seeds draw equal responses.")] = 0,
     n: Annotated[int, typer.Option("--n", metavar="N", min=1, help="Responses to draw.")] = 1,
+    beams: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Search for the best response, N open at a time.")
+    ] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(metavar="A", min=0, help="Of the search; above 0 favours length.  [default: 0.6]")
+    ] = None,
 ) -> None:
     """Print what a model answers.
 
@@ -169,14 +175,26 @@ def generate(
     Example:
       rlhfjax generate runs/quickstart --prompt "Review: the film is" --max-new-tokens 24 --n 3
     """
+    _one_way_to_generate(beams, length_penalty, (temperature, top_k, top_p, seed, n) != (1.0, 0, 1.0, 0, 1))
     import rlhfjax
 
     model = rlhfjax.load(checkpoint)
+    if beams:
+        alpha = 0.6 if length_penalty is None else length_penalty
+        typer.echo(printable(model.beam_search([prompt], beams, max_new_tokens, alpha)[0].text))
+        return
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     completions = model.generate([prompt], **settings, seed=seed, n=n)[0]
     for number, completion in enumerate(completions, 1):
         mark = f"[{number}] " if n > 1 else ""
         typer.echo(f"{mark}{printable(completion.text)}")
+
+
+def _one_way_to_generate(beams: int | None, length_penalty: float | None, sampled: bool) -> None:
+    if beams and sampled:
+        raise ConfigError("--beams: a search draws nothing; remove --temperature, --top-k, --top-p, --seed and --n")
+    if length_penalty is not None and not beams:
+        raise ConfigError("--length-penalty: expected --beams with it")
 
 
 @app.command("import")
@@ -208,20 +226,36 @@ def export(
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16.")] = "float32",
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The largest file of weights.")] = "5GB",
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="Write a policy's adapters alone, as PEFT does, in float32.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an export that is there.")] = False,
 ) -> None:
     """Write a model as a Hugging Face directory, with a model card and proof that it computes the same.
+
+    Adapters are merged into their base, or with --adapters written alone.
 
     \b
     Example:
       rlhfjax export runs/quickstart exported/policy --dtype bfloat16
     """
+    if adapters:
+        _export_adapters(checkpoint, target, item, force)
+        return
     from rlhfjax.stages import transfer
 
     size = transfer.parse_size(shard_size)
     parity = transfer.export_checkpoint(checkpoint, target, item=item, dtype=dtype, shard_size=size, force=force)
     [difference] = (value for key, value in parity.items() if key.endswith("_difference"))
     say(f"wrote {target} (read back, it differs by at most {difference:.2g})")
+
+
+def _export_adapters(checkpoint: str, target: Path, item: str | None, force: bool) -> None:
+    from rlhfjax.interop.peft import export_adapters
+    from rlhfjax.training.checkpoint import find_checkpoint, load_model
+
+    export_adapters(target, *load_model(find_checkpoint(checkpoint), item=item), force=force)
+    say(f"wrote {target} (adapters alone; their base is a model of its own)")
 
 
 @app.command()
@@ -255,7 +289,7 @@ def metrics() -> None:
 
 @data.command()
 def prepare(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="movies, chitchat, or a name for your own files.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="movies, chitchat, reversal, or a name of your own.")],
     split: Annotated[
         list[str] | None, typer.Option(metavar="SPLIT=FILE.jsonl", help="One split and its file; may be repeated.")
     ] = None,
@@ -271,7 +305,7 @@ def prepare(
         Path | None, typer.Option(metavar="DIR", help="Where downloads are kept (movies and chitchat).")
     ] = None,
 ) -> None:
-    """Prepare the movies benchmark, the chitchat conversations, or your own JSONL files.
+    """Prepare the movies benchmark, the chitchat conversations, reversed strings, or your own JSONL files.
 
     \b
     Examples:
@@ -284,16 +318,17 @@ def prepare(
         raise ConfigError(f"--dialogue-filters: expected --kind demonstration, got {kind or 'no kind'}")
     if split or kind:
         _prepare_files(name, split or [], kind, data_dir, dialogue_filters, blocklist)
-    elif name in ("movies", "chitchat"):
-        from rlhfjax.data import benchmark, chitchat, movies
+    elif name in ("movies", "chitchat", "reversal"):
+        from rlhfjax.data import benchmark, chitchat, movies, reversal
         from rlhfjax.data.datasets import default_data_dir
 
-        wanted = {"movies": movies.Movies, "chitchat": chitchat.Chitchat}[name]
-        for folder in benchmark.prepare(wanted, data_dir or default_data_dir(), cache_dir, say):
+        known = {"movies": movies.Movies, "chitchat": chitchat.Chitchat, "reversal": reversal.Reversal}
+        for folder in benchmark.prepare(known[name], data_dir or default_data_dir(), cache_dir, say):
             typer.echo(str(folder))
     else:
         raise ConfigError(
-            f"{name}: expected movies or chitchat, or --kind KIND with --split SPLIT=FILE.jsonl (kinds: {_KINDS})"
+            f"{name}: expected movies, chitchat or reversal, or --kind KIND with --split SPLIT=FILE.jsonl (kinds: "
+            f"{_KINDS})"
         )
 
 

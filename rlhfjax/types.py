@@ -50,12 +50,16 @@ class Routing:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RankedBatch:
-    """K ranked responses a prompt (rank 1 best, equal = tie); `mask` marks the candidates that are present."""
+    """K ranked responses a prompt (rank 1 best, equal = tie); `mask` marks the candidates that are present.
+
+    A row of tokens is a prompt and its response joined; the first `prompt_lengths` tokens are the prompt.
+    """
 
     tokens: Int[Array, "B K T"]
     token_mask: Bool[Array, "B K T"]
     ranks: Int[Array, "B K"]
     mask: Bool[Array, "B K"]
+    prompt_lengths: Int[Array, "B"]
 
     def real_tokens(self) -> Int[Array, ""]:
         """Tokens that are not padding."""

@@ -124,6 +124,17 @@ def test_a_finished_response_says_so(policy, tokenizer):
     assert (made.tokens, made.text, made.finish_reason) == ([tokenizer.eos_id], "", "stop")
 
 
+def test_a_model_without_a_tokenizer_takes_ids(policy, tokenizer):
+    ids = encode_prompt(tokenizer, {"prompt": "the movie"})
+    alone = type(policy)("policy", policy.network, policy.params, None)
+    [[made]] = alone.generate([ids], 4, temperature=0.0)
+    [[full]] = policy.generate([ids], 4, temperature=0.0)
+    assert made.tokens[: len(full.tokens)] == full.tokens
+    assert (made.text, made.finish_reason, len(made.tokens)) == ("", "length", 4)
+    with pytest.raises(ConfigError, match="expected lists of ids, got text"):
+        alone.generate(["the movie"], 4)
+
+
 def test_scores_are_read_at_the_end_of_each_response(reward, tokenizer):
     # meant to catch an EOS that is left out, and padding that moves the place
     prompts, responses = ["the movie", "a", "the film was"], [" was good", " long and bad film", ""]

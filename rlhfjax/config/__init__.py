@@ -1,6 +1,6 @@
 """The run configuration: schema, strict loading, and arithmetic checked before any device work. Imports no jax."""
 
-from rlhfjax.config.arithmetic import check, least_devices, mesh_shape, sequence_lengths
+from rlhfjax.config.arithmetic import check, least_devices, mesh_shape, needs_documents, sequence_lengths
 from rlhfjax.config.description import describe
 from rlhfjax.config.loading import (
     config_hash,
@@ -23,6 +23,7 @@ __all__ = [
     "least_devices",
     "load_config",
     "mesh_shape",
+    "needs_documents",
     "resolved",
     "resolved_yaml",
     "sequence_lengths",

@@ -51,8 +51,18 @@ class Pretrain(Section):
         return check_steps(self)
 
 
+class TokenLoss(Section):
+    """Loss on completions (`train_on: all` = every assistant turn), their labels smoothed by `label_smoothing`.
+
+    0.1 trained the Transformer (Vaswani et al. 2017, section 5.4). What is measured on validation data is not smoothed.
+    """
+
+    train_on: Literal["last", "all"] = "last"
+    label_smoothing: BelowOne = 0.0
+
+
 class Sft(Section):
-    """Supervised fine-tuning on demonstrations: the loss is on completions (`train_on: all` = every assistant turn)."""
+    """Supervised fine-tuning on demonstrations."""
 
     data: Sources
     validation: list[Data] = []
@@ -61,7 +71,7 @@ class Sft(Section):
     batch: Batch
     optimizer: Optimizer
     dropout: BelowOne = 0.0
-    train_on: Literal["last", "all"] = "last"
+    loss: TokenLoss = TokenLoss()
     pretraining: PretrainingMix | None = None
     validate_every: Count = 100
     select_by: Literal["last", "validation_loss", "reward_score"] = "last"
@@ -204,8 +214,19 @@ class Ratings(Section):
     prefix: str = ""
 
 
+class ExactMatch(Section):
+    """Share of the demonstrations in `data` that the policy repeats to the letter, found by a search with `beams`.
+
+    Scores are divided by ((5 + length) / 6)^length_penalty (Wu et al. 2016, eq. 14).
+    """
+
+    data: Sources
+    beams: Count = 4
+    length_penalty: NonNegative = 0.6
+
+
 class Evaluate(Section):
-    """The report: held-out losses by stage, reward-model accuracy, win rates PPO against SFT, samples."""
+    """The report: held-out losses by stage, reward-model accuracy, win rates PPO against SFT, samples, exact match."""
 
     data: Sources
     samples: Count = 512
@@ -214,6 +235,7 @@ class Evaluate(Section):
     losses: list[Data] = []
     comparisons: list[Data] = []
     ratings: Ratings | None = None
+    exact_match: ExactMatch | None = None
 
 
 class Stages(Section):

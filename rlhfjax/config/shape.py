@@ -15,7 +15,11 @@ _STYLES = {
     "gpt1": _GPT | {"norm_place": "post"},
     "gpt2": _GPT,
     "transformer_2017": {
-        "norm": "layer", "positions": "sinusoidal", "activation": "relu", "biases": True, "tied": True,
+        "norm": "layer",
+        "positions": "sinusoidal",
+        "activation": "relu",
+        "biases": True,
+        "tied": True,
     },
     "llama": _LLAMA,
     "mistral": _LLAMA | {"tied": False},

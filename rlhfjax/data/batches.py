@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from rlhfjax.errors import DataError
-from rlhfjax.text.chat import encode_all_turns, encode_demonstration, encode_prompt
-from rlhfjax.text.tokenizer import Tokenizer
+from rlhfjax.text.chat import beginning, encode_all_turns, encode_demonstration, encode_prompt
+from rlhfjax.text.loading import AnyTokenizer
 
 CHUNK = 1024  # records read and tokenised at a time
 
@@ -55,21 +55,27 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class RankedRows:
-    """Comparison i holds the candidate rows groups[i] … groups[i + 1] of `tokens`, with their `ranks`."""
+    """Comparison i holds the candidate rows groups[i] … groups[i + 1] of `tokens`, with their `ranks`.
+
+    A row begins with the `prompt_lengths[i]` tokens of the comparison's prompt.
+    """
 
     tokens: Ragged
     groups: np.ndarray
     ranks: np.ndarray
+    prompt_lengths: np.ndarray
 
     def select(self, keep: np.ndarray) -> "RankedRows":
         """Only the candidates `keep`, and only the comparisons that still have two of different rank."""
         comparison = np.searchsorted(self.groups, keep, side="right") - 1
-        kept, groups = [], [0]
+        kept, groups, lengths = [], [0], []
         for rows in np.split(keep, np.flatnonzero(np.diff(comparison)) + 1):
             if len(set(self.ranks[rows].tolist())) > 1:
                 kept.extend(rows.tolist())
                 groups.append(len(kept))
-        return RankedRows(self.tokens.select(np.asarray(kept, int)), np.asarray(groups), self.ranks[kept])
+                lengths.append(self.prompt_lengths[np.searchsorted(self.groups, rows[0], side="right") - 1])
+        tokens, ranks = self.tokens.select(np.asarray(kept, int)), self.ranks[kept]
+        return RankedRows(tokens, np.asarray(groups), ranks, np.asarray(lengths, np.int32))
 
 
 def _records(source) -> Iterable[dict]:
@@ -77,20 +83,20 @@ def _records(source) -> Iterable[dict]:
         yield from source.__getitems__(range(start, min(start + CHUNK, len(source))))
 
 
-def document_rows(source, tokenizer: Tokenizer, length: int) -> TokenRows:
+def document_rows(source, tokenizer: AnyTokenizer, length: int) -> TokenRows:
     """BOS + text + EOS of every document, cut into windows of at most `length` tokens; every token is a target."""
     rows = []
     for start in range(0, len(source), CHUNK):
         texts = [record["text"] for record in source.__getitems__(range(start, min(start + CHUNK, len(source))))]
         for ids in tokenizer.encode_batch(texts):
-            row = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+            row = [*beginning(tokenizer), *ids, tokenizer.eos_id]
             # A window overlaps its predecessor by one token, so that every token but the first is predicted once.
             rows.extend(row[i : i + length] for i in range(0, max(len(row) - 1, 1), length - 1))
     tokens = Ragged.of(rows)
     return TokenRows(tokens, Ragged(np.ones(len(tokens.values), bool), tokens.offsets))
 
 
-def demonstration_rows(source, tokenizer: Tokenizer, train_on: str) -> TokenRows:
+def demonstration_rows(source, tokenizer: AnyTokenizer, train_on: str) -> TokenRows:
     """Prompt and completion of every demonstration; targets are the completion (or all answers) and its EOS."""
     rows, targets = [], []
     for record in _records(source):
@@ -104,14 +110,14 @@ def demonstration_rows(source, tokenizer: Tokenizer, train_on: str) -> TokenRows
     return TokenRows(Ragged.of(rows), Ragged.of(targets, bool))
 
 
-def prompt_rows(source, tokenizer: Tokenizer) -> Ragged:
+def prompt_rows(source, tokenizer: AnyTokenizer) -> Ragged:
     """Every prompt up to where the response begins."""
     return Ragged.of(encode_prompt(tokenizer, record) for record in _records(source))
 
 
-def ranked_rows(source, tokenizer: Tokenizer) -> RankedRows:
+def ranked_rows(source, tokenizer: AnyTokenizer) -> RankedRows:
     """Every candidate of every comparison as prompt + response + EOS."""
-    rows, groups, ranks = [], [0], []
+    rows, groups, ranks, lengths = [], [0], [], []
     for start in range(0, len(source), CHUNK):
         records = source.__getitems__(range(start, min(start + CHUNK, len(source))))
         # Many labelers rank the same texts: each is tokenised once.
@@ -122,7 +128,8 @@ def ranked_rows(source, tokenizer: Tokenizer) -> RankedRows:
             rows.extend([*prompt, *ids[text], tokenizer.eos_id] for text in record["responses"])
             ranks.extend(record["ranks"])
             groups.append(len(rows))
-    return RankedRows(Ragged.of(rows), np.asarray(groups), np.asarray(ranks, np.int32))
+            lengths.append(len(prompt))
+    return RankedRows(Ragged.of(rows), np.asarray(groups), np.asarray(ranks, np.int32), np.asarray(lengths, np.int32))
 
 
 def within(
@@ -208,6 +215,7 @@ class RankedItems:
             "token_mask": np.zeros((self.candidates, self.length), bool),
             "ranks": np.zeros(self.candidates, np.int32),
             "mask": np.zeros(self.candidates, bool),
+            "prompt_lengths": np.asarray(self.rows.prompt_lengths[i], np.int32),
         }
         # An absent candidate keeps one unmasked token, so that every row has a last token to read a score at.
         out["token_mask"][:, 0] = True

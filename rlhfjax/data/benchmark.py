@@ -83,7 +83,8 @@ def prepare(
         for pinned in benchmark.sources():
             say(f"fetching {pinned.requirement}")
             archives.append(fetch(pinned, Path(cache_dir or default_cache_dir())))
-        say("reading " + " and ".join(pinned.filename for pinned in benchmark.sources()))
+        if archives:
+            say("reading " + " and ".join(path.name for path in archives))
         tables = benchmark.compute(*archives)
         with staging(data_dir) as stage:
             missing = [config for config in datasets if not (data_dir / datasets[config]).is_dir()]

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rlhfjax.data.fetch import file_sha256
 from rlhfjax.data.jsonl import prepare_file
 from rlhfjax.data.records import parse_record
 from rlhfjax.data.storage import decode
 from rlhfjax.data.writing import read_manifest
 from rlhfjax.errors import ConfigError, DataError, IntegrityError
+from rlhfjax.fetch import file_sha256
 
 _SOURCE = re.compile(r"(?P<name>[A-Za-z_]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")

@@ -13,8 +13,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhfjax.data.fetch import PinnedFile
 from rlhfjax.errors import DataError
+from rlhfjax.fetch import PinnedFile
 
 RATINGS_SDIST = PinnedFile(
     "vaderSentiment==3.3.2",

@@ -16,20 +16,20 @@ from rlhfjax.interop.families import Weight, weights
 from rlhfjax.interop.pretrained import names_of
 from rlhfjax.interop.safetensors_files import write_file
 from rlhfjax.interop.whole_directories import whole_directory
-from rlhfjax.models import LanguageModel
+from rlhfjax.models import LanguageModel, SequenceModel
 from rlhfjax.models.lora import LEAVES, has_adapters
 from rlhfjax.types import Params
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def export_adapters(target: Path, model: LanguageModel, params: Params, *, force: bool = False) -> None:
+def export_adapters(target: Path, model: SequenceModel, params: Params, *, force: bool = False) -> None:
     """Write the adapters of a policy, float32; its base is a directory of its own, such as the one that it came from.
 
     Raises ConfigError for a model without adapters, a scalar model, and a family that stores a linear with adapters
     together with others.
     """
-    if "head" in params or not has_adapters(params):
+    if not isinstance(model, LanguageModel) or "head" in params or not has_adapters(params):
         got = "a scalar model" if "head" in params else "one without; export it as a whole"
         raise ConfigError(f"export --adapters: expected a policy with adapters, got {got}")
     tensors: dict[str, np.ndarray] = {}

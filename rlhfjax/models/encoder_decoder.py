@@ -31,8 +31,14 @@ class CrossCache:
 
     def take(self, rows: Int[Array, "N"]) -> "CrossCache":
         """The cache of these rows, in this order; a row may come several times."""
-        by_layer = (x[:, rows] for x in (self.keys, self.values, self.cross_keys, self.cross_values))
-        return CrossCache(*by_layer, self.prompt_mask[rows], self.index)
+        return CrossCache(
+            self.keys[:, rows],
+            self.values[:, rows],
+            self.cross_keys[:, rows],
+            self.cross_values[:, rows],
+            self.prompt_mask[rows],
+            self.index,
+        )
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,9 @@ class EncoderDecoder:
         """Fresh parameters of a scalar model of the same shape."""
         return with_head(self.init(key), init_head(key, self.config.width))
 
-    def _apply(self, method: str, params: Params, *args: Any, dropout: float = 0.0, key: jax.Array | None = None):
+    def _apply(
+        self, method: str, params: Params, *args: Any, dropout: float = 0.0, key: jax.Array | None = None
+    ) -> Any:
         rngs = None if key is None else {"dropout": key}
         model = Transformer(self.config, dropout if key is not None else 0.0)
         return model.apply({"params": params}, *args, method=method, rngs=rngs)
@@ -158,5 +166,6 @@ class EncoderDecoder:
         ones = jnp.ones_like(tokens)[:, None]
         slots = jnp.ones((len(tokens), kept[0].shape[2]), jnp.int32)
         args = (tokens[:, None], ones * index, ones, memory, prompt_mask.astype(jnp.int32), slots, kept, index)
-        hidden, kept = self._apply("decode", params, *args)
-        return self.unembed(params, hidden[:, 0]), CrossCache(*kept, prompt_mask, index + 1)
+        hidden, (keys, values, crossed_keys, crossed_values) = self._apply("decode", params, *args)
+        cache = CrossCache(keys, values, crossed_keys, crossed_values, prompt_mask, index + 1)
+        return self.unembed(params, hidden[:, 0]), cache

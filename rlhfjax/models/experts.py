@@ -77,7 +77,7 @@ def _map(size: int, mapped: Any, x: Array, weights: Array, chosen: Array, kernel
     inputs = [
         v if m else jnp.broadcast_to(v, (size, *v.shape)) for v, m in zip((x, weights, chosen), mapped[:3], strict=True)
     ]
-    return _sorted(*inputs, kernels), True
+    return _sorted(inputs[0], inputs[1], inputs[2], kernels), True
 
 
 # What can be mapped by a rule of its own cannot be differentiated, so the gradient is that of what is behind the rule.

@@ -30,9 +30,7 @@ class Cache:
 
     def take(self, rows: Int[Array, "N"]) -> "Cache":
         """The cache of these rows, in this order; a row may come several times."""
-        return Cache(
-            self.keys[:, rows], self.values[:, rows], self.segments[rows], self.index, self.lengths[rows]
-        )
+        return Cache(self.keys[:, rows], self.values[:, rows], self.segments[rows], self.index, self.lengths[rows])
 
 
 def positions_of(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:

@@ -1,6 +1,7 @@
 """Layers of the encoder–decoder Transformer as it was published (Vaswani et al. 2017): norms after the residual sum."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -130,21 +131,20 @@ class DecoderBlock(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, x, cache, memory, mask, memory_mask, index):
+    def __call__(self, x, cache: Any, memory, mask, memory_mask, index):
         c = self.config
         attention = MultiHeadAttention(c, name="attention")
         cross_attention = MultiHeadAttention(c, name="cross_attention")
-        own = attention.keys_values(x)
+        crossed_keys, crossed_values = cache[2:] if memory is None else cross_attention.keys_values(memory)
+        keys, values = attention.keys_values(x)
         if cache is not None:
-            own = [
-                jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
-                for old, new in zip(cache[:2], own, strict=True)
-            ]
-        crossed = cache[2:] if memory is None else cross_attention.keys_values(memory)
-        x = _add_and_norm(c, self.dropout, "attention_norm", x, attention(x, *own, mask))
-        x = _add_and_norm(c, self.dropout, "cross_attention_norm", x, cross_attention(x, *crossed, memory_mask))
+            keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, index, axis=1)
+            values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, index, axis=1)
+        x = _add_and_norm(c, self.dropout, "attention_norm", x, attention(x, keys, values, mask))
+        crossed = cross_attention(x, crossed_keys, crossed_values, memory_mask)
+        x = _add_and_norm(c, self.dropout, "cross_attention_norm", x, crossed)
         x = _add_and_norm(c, self.dropout, "mlp_norm", x, FeedForward(c, name="mlp")(x))
-        return x, None if cache is None else (*own, *crossed)
+        return x, None if cache is None else (keys, values, crossed_keys, crossed_values)
 
 
 class Stack(nn.Module):
@@ -164,7 +164,7 @@ class Stack(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=self.axes,
+            in_axes=self.axes,  # pyright: ignore[reportArgumentType]
             length=c.layers,
         )
         return blocks(c, self.dropout, name="blocks")(x, *args)

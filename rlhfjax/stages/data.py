@@ -24,10 +24,10 @@ def _pretrain(job: Job) -> dict[str, Batches]:
 def _sft(job: Job) -> dict[str, Batches]:
     c: schema.Sft = job.config
     held_out = {
-        name: job.reader.demonstrations([entry], c.batch, c.train_on, shuffle=False)
+        name: job.reader.demonstrations([entry], c.batch, c.loss.train_on, shuffle=False)
         for name, entry in _named(c.validation)
     }
-    return {"train": job.reader.demonstrations(c.data, c.batch, c.train_on, c.pretraining)} | held_out
+    return {"train": job.reader.demonstrations(c.data, c.batch, c.loss.train_on, c.pretraining)} | held_out
 
 
 def _reward(job: Job) -> dict[str, Batches]:

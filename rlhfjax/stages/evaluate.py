@@ -16,20 +16,22 @@ from rlhfjax.config import schema
 from rlhfjax.data.batches import right_padded
 from rlhfjax.data.datasets import open_source
 from rlhfjax.data.pipeline import Batches
+from rlhfjax.evaluation.calibration import calibration
 from rlhfjax.evaluation.judges import Judge, fit_ridge_judge, tfidf_ridge_baseline, vader_judge
 from rlhfjax.evaluation.pairwise import RatedTexts
 from rlhfjax.evaluation.report import write_report
-from rlhfjax.evaluation.results import AccuracyRow, Evaluation, PolicyRow, Response, Sample
+from rlhfjax.evaluation.results import AccuracyRow, Calibration, Evaluation, PolicyRow, Response, Sample
 from rlhfjax.evaluation.rows import REWARD_MODEL, accuracy_row, comparison_row, human_row, policy_row, win_row
 from rlhfjax.evaluation.run_data import read_run
 from rlhfjax.functional import entropy, token_log_probs
 from rlhfjax.generation import generate
-from rlhfjax.models import LanguageModel
+from rlhfjax.models import SequenceModel
 from rlhfjax.sharding import place_batch
 from rlhfjax.stages.data import held_out, open_batches
+from rlhfjax.stages.exact_match import exact_match
 from rlhfjax.stages.job import Job, sampling_params
 from rlhfjax.stages.offline import Facts, loss_meter
-from rlhfjax.text.chat import encode_prompt
+from rlhfjax.text.chat import beginning, encode_prompt
 from rlhfjax.training.checkpoint import COMPLETE
 from rlhfjax.types import Params
 
@@ -50,7 +52,7 @@ def evaluate(job: Job) -> Facts:
     compared = {stage: models[stage] for stage in ("sft", "ppo") if stage in models}
     responses = {stage: respond(job, opened["train"], compared, stage) for stage in compared}
     scorer = _RewardScorer(job) if job.run.stages.reward else None
-    accuracy, judge_accuracy, judges = _accuracies(job, scorer)
+    accuracy, judge_accuracy, judges, calibrated = _accuracies(job, scorer)
     rows = []
     if len(compared) == 2:
         ours, theirs = responses["ppo"].texts, responses["sft"].texts
@@ -67,8 +69,10 @@ def evaluate(job: Job) -> Facts:
         stage_seconds=seconds,
         heldout_losses=losses,
         reward_accuracy=accuracy,
+        calibration=calibrated,
         judge_accuracy=judge_accuracy,
         win_rates=rows,
+        exact_match={stage: exact_match(job, *compared[stage]) for stage in compared} if job.config.exact_match else {},
         policies=[_policy_row(stage, made) for stage, made in responses.items()],
         samples=_samples(responses, judges),
     )
@@ -97,7 +101,7 @@ class Responses:
     entropy: float = 0.0
 
 
-def respond(job: Job, prompts: Batches, compared: dict[str, tuple[LanguageModel, Params]], stage: str) -> Responses:
+def respond(job: Job, prompts: Batches, compared: dict[str, tuple[SequenceModel, Params]], stage: str) -> Responses:
     """One response to each of the first `samples` evaluation prompts, drawn by the policy of `stage`."""
     c: schema.Evaluate = job.config
     made, spread = Responses(), 0.0
@@ -120,7 +124,7 @@ def respond(job: Job, prompts: Batches, compared: dict[str, tuple[LanguageModel,
     return made
 
 
-def _sampler(job: Job, compared: dict[str, tuple[LanguageModel, Params]], stage: str) -> Callable:
+def _sampler(job: Job, compared: dict[str, tuple[SequenceModel, Params]], stage: str) -> Callable:
     """A compiled function of (prompts, key): rollout, KL and summed entropy of each response, and its score.
 
     KL and entropy are those of the unscaled policy, whatever temperature the responses are drawn at.
@@ -155,6 +159,8 @@ class _RewardScorer:
     def __init__(self, job: Job):
         self.job, (self.model, self.params) = job, job.load("reward")
         self.score = jax.jit(self.model.scores)
+        facts = json.loads((job.run_dir / "reward" / COMPLETE).read_text(encoding="utf-8"))
+        self.gain: float = facts.get("normalized_gain", 1.0)  # what normalisation multiplied the scores with
 
     def __call__(self, prompts: list[tuple[int, ...]], responses: list[str]) -> np.ndarray:
         """One score a pair; equal pairs are computed once. A text beyond the context is read without its end."""
@@ -166,17 +172,21 @@ class _RewardScorer:
         for start in range(0, len(rows), size):
             chosen = order[start : start + size]
             length = min(-(-len(rows[chosen[-1]]) // 32) * 32, limit)
-            filler = [[t.bos_id] * length] * (size - len(chosen) + 1)  # also sets the padded length
+            filler = [[t.eos_id] * length] * (size - len(chosen) + 1)  # also sets the padded length
             tokens, mask = right_padded([rows[i] for i in chosen] + filler, t.pad_id)
-            scores[chosen] = np.asarray(self.score(self.params, tokens, mask))[: len(chosen)]
+            lengths = np.ones(size + 1, np.int32)
+            lengths[: len(chosen)] = [min(len(distinct[i][0]), len(rows[i]) - 1) for i in chosen]
+            scores[chosen] = np.asarray(self.score(self.params, tokens, mask, lengths))[: len(chosen)]
         place = {pair: i for i, pair in enumerate(distinct)}
         return scores[[place[pair] for pair in zip(prompts, responses, strict=True)]]
 
 
-def _accuracies(job: Job, scorer: _RewardScorer | None) -> tuple[list[AccuracyRow], list[AccuracyRow], list[Judge]]:
-    """Accuracy of reward model, baseline, lexicon and people on the same held-out pairs; and of the judges."""
+def _accuracies(
+    job: Job, scorer: _RewardScorer | None
+) -> tuple[list[AccuracyRow], list[AccuracyRow], list[Judge], Calibration | None]:
+    """Accuracy of reward model, baseline, lexicon and people on the same held-out pairs; of the judges; calibration."""
     c: schema.Evaluate = job.config
-    seed, judges, accuracy, judge_accuracy = job.run.seed, [], [], []
+    seed, judges, accuracy, judge_accuracy, calibrated = job.run.seed, [], [], [], None
     if c.ratings:
         judged, based, tested = (
             list(open_source(entry.source, entry.split, job.data_dir, kind="rated_text"))
@@ -192,9 +202,10 @@ def _accuracies(job: Job, scorer: _RewardScorer | None) -> tuple[list[AccuracyRo
         judges = [ridge, lexicon]
         judge_accuracy = [accuracy_row(judge.name, judge(texts), rated, seed) for judge in judges]
         if scorer:
-            prefix = (job.tokenizer.bos_id, *job.tokenizer.encode(c.ratings.prefix))
+            prefix = (*beginning(job.tokenizer), *job.tokenizer.encode(c.ratings.prefix))
             scores = scorer([prefix] * len(texts), [f" {text}" for text in texts])
             accuracy = [accuracy_row(REWARD_MODEL, scores, rated, seed)]
+            calibrated = calibration(scores, rated, scorer.gain)
         accuracy += [accuracy_row(baseline.name, baseline(texts), rated, seed), judge_accuracy[1], human_row(rated)]
     if scorer and c.comparisons:
         records = [
@@ -210,7 +221,7 @@ def _accuracies(job: Job, scorer: _RewardScorer | None) -> tuple[list[AccuracyRo
         others = [other for other in accuracy if other.name != REWARD_MODEL]
         rated_values = next((other.values for other in accuracy if other.name == REWARD_MODEL), {})
         accuracy = [AccuracyRow(REWARD_MODEL, rated_values | row.values), *others]
-    return accuracy, judge_accuracy, judges
+    return accuracy, judge_accuracy, judges, calibrated
 
 
 def _policy_row(stage: str, made: Responses) -> PolicyRow:

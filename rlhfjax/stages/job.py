@@ -1,7 +1,7 @@
 """One stage of one run, and how the parts of a configuration become objects."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from rlhfjax.config import schema
 from rlhfjax.data.pipeline import Reader
 from rlhfjax.errors import ConfigError
 from rlhfjax.generation import SamplingParams
-from rlhfjax.models import LanguageModel, compute_dtype, decoder_config
+from rlhfjax.models import LanguageModel, SequenceModel, compute_dtype, decoder_config, model_of
+from rlhfjax.models.lora import has_adapters, init_lora, join, merge
 from rlhfjax.sharding import place_batch
-from rlhfjax.text.tokenizer import Tokenizer
-from rlhfjax.training.checkpoint import find_checkpoint, load_model
+from rlhfjax.text.loading import AnyTokenizer, load_tokenizer
+from rlhfjax.training.checkpoint import Bases, find_checkpoint, load_model, meta_of, reference_to, save_model
 from rlhfjax.training.state import place
 from rlhfjax.types import Params
 
@@ -44,16 +45,16 @@ class Job:
     def key(self, use: str) -> jax.Array:
         """A key of its own for each use in each stage: fold_in(fold_in(key(seed), stage), use)."""
         stage_key = jax.random.fold_in(jax.random.key(self.run.seed), NAMES.index(self.stage))
-        return jax.random.fold_in(stage_key, ("init", "steps", "samples").index(use))
+        return jax.random.fold_in(stage_key, ("init", "steps", "samples", "adapters").index(use))
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> AnyTokenizer:
         return self.reader.tokenizer
 
     @property
     def reader(self) -> Reader:
         if "reader" not in self.shared:
-            tokenizer = Tokenizer.load(self.run_dir / "tokenizer")
+            tokenizer = load_tokenizer(self.run_dir / "tokenizer")
             self.shared["reader"] = Reader(tokenizer, self.data_dir, self.run.seed, self.report)
         return self.shared["reader"]
 
@@ -61,28 +62,72 @@ class Job:
         """Batches on the mesh."""
         return (place_batch(self.mesh, batch) for batch in batches)
 
-    def load(self, stage: str, item: str | None = None) -> tuple[LanguageModel, Params]:
+    def load(self, stage: str, item: str | None = None) -> tuple[SequenceModel, Params]:
         """The model that an earlier stage of this run left."""
         return self._load(self.run_dir / stage, item)
 
-    def _load(self, path: Path | str, item: str | None = None) -> tuple[LanguageModel, Params]:
+    def _load(self, path: Path | str, item: str | None = None) -> tuple[SequenceModel, Params]:
         settings = self.run.model
-        return load_model(find_checkpoint(path), self.mesh, item=item, dtype=settings.dtype, remat=settings.remat)
+        bases = self.shared.setdefault("bases", Bases()) if settings.lora else None
+        return load_model(
+            find_checkpoint(path), self.mesh, item=item, dtype=settings.dtype, remat=settings.remat, bases=bases
+        )
 
-    def policy_from(self, *stages: str) -> tuple[LanguageModel, Params]:
-        """The policy of the first of `stages` that the recipe has; else the model's checkpoint; else a fresh one."""
+    def policy_from(self, *stages: str) -> tuple[SequenceModel, Params]:
+        """The policy of the first of `stages` that the recipe has; else the model's checkpoint; else a fresh one.
+
+        With `model.lora` it holds adapters, fresh ones where that policy has none. Pretraining has no use for them.
+        """
         for stage in stages:
             if getattr(self.run.stages, stage):
-                return self.load(stage)
+                return self._adapted(*self.load(stage))
         if self.run.model.checkpoint:
-            return self._load(self.run.model.checkpoint)
-        model = new_model(self.run.model, self.tokenizer.vocab_size)
+            return self._adapted(*self._start())
+        begin = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+        model = new_model(self.run.model, self.tokenizer.vocab_size, begin)
         return model, place(self.mesh, jax.jit(model.init)(self.key("init")))
 
+    def _start(self) -> tuple[SequenceModel, Params]:
+        """The model's checkpoint, without adapters; a run that trains its own keeps a copy, which its stages share."""
+        settings, copy = self.run.model, self.run_dir / "base" / "checkpoints" / "0"
+        keeps = settings.lora and not self.run.stages.pretrain
+        if keeps and copy.is_dir():
+            return self._load(copy)
+        model, params = load_model(
+            find_checkpoint(str(settings.checkpoint)), self.mesh, dtype=settings.dtype, remat=settings.remat
+        )
+        params = merge(params, model.config.lora_alpha)
+        if not keeps:
+            return model, params
+        copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        save_model(copy, "policy", params, meta_of("policy", model, self.tokenizer))
+        del params
+        return self._load(copy)
 
-def new_model(settings: schema.Model, vocab_size: int) -> LanguageModel:
-    """The decoder that the `model` section describes."""
-    shape = settings.model_dump(exclude={"checkpoint", "architecture", "dtype"})
+    def _adapted(self, model: SequenceModel, params: Params) -> tuple[SequenceModel, Params]:
+        lora = self.run.model.lora
+        if not lora or self.stage == "pretrain" or has_adapters(params):
+            return model, params
+        init = jax.jit(lambda key: init_lora(key, params, lora.rank, lora.targets))
+        adapters = place(self.mesh, init(self.key("adapters")))
+        return replace(model, config=replace(model.config, lora_alpha=lora.alpha)), join(params, adapters)
+
+    def lineage(self) -> dict[str, Any]:
+        """What checkpoints with adapters say of them and of the base that they belong to; nothing without adapters."""
+        lora = self.run.model.lora
+        if not lora or self.stage == "pretrain":
+            return {}
+        base_dir = find_checkpoint(self.run_dir / ("pretrain" if self.run.stages.pretrain else "base"))
+        return {"lora": lora.model_dump(), "base": reference_to(base_dir, self.dir)}
+
+
+def new_model(settings: schema.Model, vocab_size: int, start_id: int = 0) -> SequenceModel:
+    """The model that the `model` section describes; `start_id` begins the responses of an encoder–decoder."""
+    if settings.family == "transformer_2017":
+        described = settings.model_dump(include={"family", "layers", "width", "heads", "context", "remat"})
+        sizes = {"mlp_width": settings.mlp_width or 4 * settings.width, "vocab_size": vocab_size}
+        return model_of(described | sizes | {"start_id": start_id, "dtype": compute_dtype(settings.dtype)})
+    shape = settings.model_dump(exclude={"checkpoint", "architecture", "dtype", "lora"})
     style = settings.architecture.model_dump(exclude={"experts"})
     experts = settings.architecture.experts.model_dump()
     style |= {"experts": experts.pop("count"), "experts_per_token": experts.pop("per_token")} | experts
@@ -90,7 +135,7 @@ def new_model(settings: schema.Model, vocab_size: int) -> LanguageModel:
     return LanguageModel(config)
 
 
-def sampling_params(sampling: schema.Sampling, tokenizer: Tokenizer) -> SamplingParams:
+def sampling_params(sampling: schema.Sampling, tokenizer: AnyTokenizer) -> SamplingParams:
     """The sampler's settings; raises ConfigError when `stop` is not a single token."""
     stop = [tokenizer.eos_id] if sampling.stop is None else tokenizer.encode(sampling.stop)
     if len(stop) != 1:

@@ -1,24 +1,25 @@
 """From a configuration to jobs: device mesh, shared reader, the check of all data before anything is compiled."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from rlhfjax.config import Run, check, schema, sequence_lengths
+from rlhfjax.config import Run, check, needs_documents, schema, sequence_lengths
 from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
-from rlhfjax.data.fetch import file_sha256
 from rlhfjax.errors import ConfigError
 from rlhfjax.evaluation.judges import require_judges
+from rlhfjax.models import model_of
+from rlhfjax.models.lora import linears, targeted
 from rlhfjax.sharding import make_mesh
 from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.evaluate import evaluate
+from rlhfjax.stages.exact_match import pairs_of
 from rlhfjax.stages.job import Job, sampling_params
 from rlhfjax.stages.offline import pretrain, reward, sft, tokenizer
 from rlhfjax.stages.ppo import ppo
-from rlhfjax.training.checkpoint import find_checkpoint, read_meta, tokenizer_of
+from rlhfjax.training.checkpoint import find_checkpoint, read_meta, tokenizer_of, tree_digest
 
 
 def make_jobs(run: Run, run_dir: Path, stages: list[str], report: Callable[[str], None]) -> list[Job]:
@@ -50,14 +51,6 @@ def origins(jobs: list[Job]) -> dict[str, Any]:
     }
 
 
-def tree_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of all files below a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\0{file_sha256(path)}\n".encode())
-    return digest.hexdigest()
-
-
 def execute(job: Job) -> dict[str, Any]:
     """Run one stage."""
     stages = {f.__name__: f for f in (tokenizer, pretrain, sft, reward, ppo, evaluate)}
@@ -74,16 +67,21 @@ def check_data(jobs: list[Job]) -> None:
     if run.model.checkpoint:
         shape = read_meta(find_checkpoint(run.model.checkpoint))["model"]
         rows = shape["vocab_size"]
-        if rows != words:
+        if words > rows:  # rows that no id uses are padding, which published models have
             raise ConfigError(
                 f"model.checkpoint has a vocabulary of {rows}, the tokenizer one of {words}; use the tokenizer "
                 "that the model was trained with (leave tokenizer out of the file to take it from the checkpoint)"
             )
+        problem = next(needs_documents(run), None) if shape.get("family") == "transformer_2017" else None
+        if problem:
+            raise ConfigError(problem)
         for name, length in sequence_lengths(run):
             if length > shape["context"]:
                 raise ConfigError(
                     f"{name} {length} is more than the context {shape['context']} of model.checkpoint; shorten it"
                 )
+        if run.model.lora:
+            targeted(linears(jax.eval_shape(model_of(shape).init, jax.random.key(0))), run.model.lora.targets)
 
 
 def _check_rest(job: Job) -> None:
@@ -91,11 +89,15 @@ def _check_rest(job: Job) -> None:
     c = job.config
     if isinstance(c, schema.Ppo | schema.Evaluate):
         sampling_params(c.sampling, job.tokenizer)
+    if isinstance(c, schema.Evaluate) and c.exact_match:
+        for entry in c.exact_match.data:
+            pairs_of(job, entry)
     if isinstance(c, schema.Reward) and c.normalize.on != "none":
         job.reader.demonstration_ids(c.normalize.data, c.batch.length, c.normalize.count)
     if isinstance(c, schema.Sft) and c.reward_model:
         meta = read_meta(find_checkpoint(c.reward_model))
-        if tokenizer_of(meta).fingerprint != job.tokenizer.fingerprint:
+        own = tokenizer_of(meta)
+        if own is None or own.fingerprint != job.tokenizer.fingerprint:
             raise ConfigError(
                 f"stages.sft.reward_model: expected a model with this run's tokenizer, got {c.reward_model} with "
                 "another; train it on the ids that this tokenizer makes"

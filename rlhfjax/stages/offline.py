@@ -11,18 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhfjax.algorithms import LanguageModelling, RewardModelling, RoutedLanguageModelling
+from rlhfjax.algorithms import LanguageModelling, RewardModelling, RoutedLanguageModelling, restrict
 from rlhfjax.algorithms.language_modelling import predicted
 from rlhfjax.config import schema
 from rlhfjax.data.batches import left_padded, right_padded
 from rlhfjax.data.datasets import open_source
 from rlhfjax.data.pipeline import Batches
+from rlhfjax.errors import ConfigError
 from rlhfjax.generation import SamplingParams, generate
-from rlhfjax.models import LanguageModel
+from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.heads import init_head, rescale_head, with_head
+from rlhfjax.models.lora import join, split
 from rlhfjax.sharding import place_batch, state_shardings
 from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.job import Job
+from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.text.tokenizer import Tokenizer
 from rlhfjax.training.checkpoint import Checkpoints, find_checkpoint, load_model, meta_of, read_meta, tokenizer_of
 from rlhfjax.training.metrics import MetricsWriter
@@ -33,16 +36,21 @@ from rlhfjax.training.update import offline_step
 from rlhfjax.types import Params, PromptBatch, RankedBatch, TrainState
 
 Facts = dict[str, Any]
-Validate = Callable[[TrainState, dict[str, Batches]], dict[str, float]]
+Validate = Callable[[Params, dict[str, Batches]], dict[str, float]]
 
 
 def tokenizer(job: Job) -> Facts:
     """Train the tokenizer on documents, or take the one that the configuration or the starting model has."""
     c = job.run.tokenizer
     if c.path:
-        made = Tokenizer.load(c.path)
+        made = load_tokenizer(c.path)
     elif job.run.model.checkpoint:
         made = tokenizer_of(read_meta(find_checkpoint(job.run.model.checkpoint)))
+        if made is None:
+            raise ConfigError(
+                f"model.checkpoint: expected a model with a tokenizer, got {job.run.model.checkpoint} with none; "
+                "import it again with its tokenizer files beside the weights"
+            )
     else:
         texts = itertools.chain.from_iterable(
             (record["text"] for record in open_source(entry.source, entry.split, job.data_dir, kind="document"))
@@ -72,10 +80,8 @@ def reward(job: Job) -> Facts:
     params = with_head(policy, init_head(job.key("init"), model.config.width))
     measure = accuracy_meter(job, reward_modelling(model, c.loss))
 
-    def validate(state: TrainState, opened: dict[str, Batches]) -> dict[str, float]:
-        return _named(
-            "eval/rm/accuracy", {name: measure(state.params, data) for name, data in held_out(opened).items()}
-        )
+    def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:
+        return _named("eval/rm/accuracy", {name: measure(params, data) for name, data in held_out(opened).items()})
 
     return _train(
         job,
@@ -89,46 +95,55 @@ def reward(job: Job) -> Facts:
     )
 
 
-def language_modelling(model: LanguageModel, dropout: float = 0.0) -> LanguageModelling:
-    """The language-modelling loss of a decoder."""
+def language_modelling(model: SequenceModel, dropout: float = 0.0) -> LanguageModelling:
+    """The language-modelling loss of a decoder; of responses given their prompts for an encoder–decoder."""
 
     def logits(params, batch, key):
+        if isinstance(model, EncoderDecoder):
+            return model.token_logits(params, batch, dropout, key)
         return model.unembed(params, model.hidden(params, batch.tokens, batch.positions, batch.segments, dropout, key))
 
     return LanguageModelling(logits)
 
 
 def training_loss(
-    model: LanguageModel, dropout: float = 0.0, decoder: Callable[[Params], Params] = lambda params: params
+    model: SequenceModel,
+    dropout: float = 0.0,
+    decoder: Callable[[Params], Params] = lambda params: params,
+    label_smoothing: float = 0.0,
 ) -> LanguageModelling | RoutedLanguageModelling:
     """What a policy is trained on: the language-modelling loss and, with experts, the losses of their routers.
 
     `decoder` picks the parameters of the model out of those that are trained.
     """
-    if not model.config.experts:
+    if isinstance(model, EncoderDecoder) or not model.config.experts:
         plain = language_modelling(model, dropout).logits
-        return LanguageModelling(lambda params, *rest: plain(decoder(params), *rest))
+        return LanguageModelling(lambda params, *rest: plain(decoder(params), *rest), label_smoothing)
 
     def logits(params, batch, key):
         inputs = batch.tokens, batch.positions, batch.segments
         hidden, routing = model.hidden_and_routing(decoder(params), *inputs, dropout, key)
         return model.unembed(decoder(params), hidden), routing
 
-    return RoutedLanguageModelling(logits, model.config.load_balancing_coef, model.config.router_z_coef)
+    c = model.config
+    return RoutedLanguageModelling(logits, c.load_balancing_coef, c.router_z_coef, label_smoothing)
 
 
-def reward_modelling(model: LanguageModel, loss: schema.RankingLoss, dropout: float = 0.0) -> RewardModelling:
+def reward_modelling(model: SequenceModel, loss: schema.RankingLoss, dropout: float = 0.0) -> RewardModelling:
     """The ranking loss of a scalar model: one forward pass a candidate."""
 
     def scores(params, batch: RankedBatch, key):
         flat = (-1, batch.tokens.shape[-1])
-        rows = model.scores(params, batch.tokens.reshape(flat), batch.token_mask.reshape(flat), dropout, key)
+        prompts = jnp.repeat(batch.prompt_lengths, batch.ranks.shape[1])
+        rows = model.scores(
+            params, batch.tokens.reshape(flat), batch.token_mask.reshape(flat), prompts, dropout, key
+        )
         return rows.reshape(batch.ranks.shape)
 
     return RewardModelling(scores, loss.kind, loss.margin)
 
 
-def normalize_scores(job: Job, model: LanguageModel, params: Params) -> tuple[Params, Facts]:
+def normalize_scores(job: Job, model: SequenceModel, params: Params) -> tuple[Params, Facts]:
     """Shift (and scale) the head so that the scores of reference responses have mean 0 (and deviation 1).
 
     The responses are people's demonstrations (Ouyang et al. 2022, C.2) or samples of the policy (Ziegler et al. 2019).
@@ -141,16 +156,20 @@ def normalize_scores(job: Job, model: LanguageModel, params: Params) -> tuple[Pa
     if n.on == "samples":
         pairs = _sampled(job, [prompt for prompt, _ in pairs], c.batch.length)
     tokens, mask = right_padded([prompt + response for prompt, response in pairs], job.tokenizer.pad_id)
-    score = jax.jit(
-        lambda p, t, m: jax.lax.map(lambda row: model.scores(p, row[0][None], row[1][None])[0], (t, m), batch_size=64)
-    )
-    before = score(params, tokens, mask)
+    lengths = np.asarray([len(prompt) for prompt, _ in pairs], np.int32)
+
+    def one(params: Params, row: tuple) -> jax.Array:
+        return model.scores(params, *(part[None] for part in row))[0]
+
+    score = jax.jit(lambda p, *rows: jax.lax.map(partial(one, p), rows, batch_size=64))
+    before = score(params, tokens, mask, lengths)
     gain = 1.0 / jnp.maximum(before.std(), 1e-6) if n.scale else jnp.float32(1.0)
     params = params | {"head": rescale_head(params["head"], gain, -gain * before.mean())}
-    after = score(params, tokens, mask)
+    after = score(params, tokens, mask, lengths)
     return params, {
         "eval/rm/normalized_mean": float(after.mean()),
         "eval/rm/normalized_std": float(after.std()),
+        "normalized_gain": float(gain),
         "normalized_on": f"{len(pairs)} {n.on}",
     }
 
@@ -168,7 +187,7 @@ def _sampled(job: Job, prompts: list[list[int]], length: int) -> list[tuple[list
     ]
 
 
-def loss_meter(job: Job, model: LanguageModel) -> Callable[[Params, Batches], float]:
+def loss_meter(job: Job, model: SequenceModel) -> Callable[[Params, Batches], float]:
     """Mean loss over every target token of a data set, nats per token."""
     algorithm = language_modelling(model)
 
@@ -185,7 +204,7 @@ def loss_meter(job: Job, model: LanguageModel) -> Callable[[Params, Batches], fl
     return measure
 
 
-def reward_meter(job: Job, model: LanguageModel, count: int = 64) -> Callable[[Params], dict[str, float]]:
+def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[Params], dict[str, float]]:
     """Mean score that the reward model at `reward_model` gives samples for validation prompts.
 
     InstructGPT chose its SFT checkpoint by this, not by validation loss (Ouyang et al. 2022, C.1).
@@ -232,19 +251,20 @@ def _named(metric: str, values: dict[str, float]) -> dict[str, float]:
     return each | {metric: float(np.mean(list(values.values())))}
 
 
-def _train_policy(job: Job, model: LanguageModel, params: Params) -> Facts:
+def _train_policy(job: Job, model: SequenceModel, params: Params) -> Facts:
     measure = loss_meter(job, model)
 
-    def validate(state: TrainState, opened: dict[str, Batches]) -> dict[str, float]:
-        losses = {name: measure(state.params, data) for name, data in held_out(opened).items()}
-        return _named("loss/validation", losses) | (reward_score(state.params) if reward_score else {})
+    def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:
+        losses = {name: measure(params, data) for name, data in held_out(opened).items()}
+        return _named("loss/validation", losses) | (reward_score(params) if reward_score else {})
 
+    smoothing = job.config.loss.label_smoothing if job.stage == "sft" else 0.0
     reward_score = None
     if getattr(job.config, "select_by", "last") == "reward_score":
         reward_score = reward_meter(job, model)
     return _train(
         job,
-        training_loss(model, job.config.dropout),
+        training_loss(model, job.config.dropout, label_smoothing=smoothing),
         model,
         params,
         role="policy",
@@ -256,7 +276,7 @@ def _train_policy(job: Job, model: LanguageModel, params: Params) -> Facts:
 def _train(
     job: Job,
     algorithm: Any,
-    model: LanguageModel,
+    model: SequenceModel,
     params: Params,
     *,
     role: str,
@@ -269,10 +289,11 @@ def _train(
     opened = open_batches(job)
     batches = opened["train"]
     steps = c.steps or batches.steps(c.epochs)
-    optimizer = make_optimizer(c.optimizer, steps)
+    optimizer = make_optimizer(c.optimizer, steps, width=model.config.width)
     follow = (lambda params: params) if c.optimizer.ema_decay is not None else None
-    state = init_state(job.mesh, params, optimizer, follow)
-    meta = meta_of(role, model, job.tokenizer, averaged=bool(follow), stage=job.stage)
+    frozen, trained = split(params)
+    state = init_state(job.mesh, trained, optimizer, follow)
+    meta = meta_of(role, model, job.tokenizer, averaged=bool(follow), stage=job.stage, **job.lineage())
     select = getattr(c, "select_by", "last")
     checkpoints = Checkpoints(job.dir / "checkpoints", job.run.checkpoints.keep, keep_best=select != "last")
     state, done = _restore(checkpoints, state, role)
@@ -289,7 +310,7 @@ def _train(
     last_measured: dict[str, float] = {}
 
     def measure(state: TrainState, step: int) -> dict[str, float]:
-        measured = validate(state, opened) if step % c.validate_every == 0 or step == steps else {}
+        measured = validate(join(frozen, state.params), opened) if step % c.validate_every == 0 or step == steps else {}
         last_measured.update(measured)
         return measured
 
@@ -301,33 +322,40 @@ def _train(
         return (lambda: save(state)) if step % job.run.checkpoints.every == 0 else None
 
     parts = b.size // (b.micro or b.size)
-    step_fn = jax.jit(
-        partial(offline_step, algorithm, optimizer, parts=parts, ema_decay=c.optimizer.ema_decay),
-        donate_argnums=0,
-        out_shardings=(state_shardings(job.mesh, state), None),
-    )
+
+    @partial(jax.jit, donate_argnums=1, out_shardings=(state_shardings(job.mesh, state), None))
+    def step_fn(frozen: Params, state: TrainState, batch: Any, key: jax.Array):
+        restricted = restrict(algorithm, partial(join, frozen))
+        return offline_step(restricted, optimizer, state, batch, key, parts, c.optimizer.ema_decay)
+
     writer = MetricsWriter(job.dir, int(state.step), job.run.logging.tensorboard)
     with closing(checkpoints), closing(writer):  # a stage that is interrupted still finishes the save that is under way
         state = train_offline(
-            step_fn,
+            partial(step_fn, frozen),
             state,
             job.put(batches.iterate(int(state.step))),
             steps=steps,
             key=job.key("steps"),
             stage=job.stage,
             writer=writer,
-            learning_rate=learning_rate(c.optimizer, steps),
+            learning_rate=learning_rate(c.optimizer, steps, width=model.config.width),
             shown=shown,
             measure=measure,
             keep=keep,
         )
         # What is served is finished: the moving average where one is kept.
-        served, facts = finish(state.params if state.average is None else state.average)
-        facts = {"step": steps, "parameters": sum(x.size for x in jax.tree.leaves(served))} | facts
+        served, facts = finish(join(frozen, state.params if state.average is None else state.average))
+        trained = split(served)[1]
+        sizes = {"parameters": _size(served)} | ({"trainable_parameters": _size(trained)} if frozen else {})
+        facts = {"step": steps} | sizes | facts
         score = None if select == "last" else _selection_score(select, last_measured)
-        finished = {"params": served} if state.average is None else {"average": served}
+        finished = {"params": trained} if state.average is None else {"average": trained}
         save(replace(state, **finished), facts, score)
         return facts | {"step": checkpoints.best() if select != "last" else steps}
+
+
+def _size(params: Params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def _selection_score(select: str, measured: dict[str, float]) -> float:

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhfjax.algorithms import Mix, Ppo
+from rlhfjax.algorithms import Mix, Ppo, restrict
 from rlhfjax.config import schema
 from rlhfjax.functional import adaptive_kl, kl_estimate, token_log_probs
 from rlhfjax.generation import SamplingParams, generate
-from rlhfjax.models import LanguageModel
+from rlhfjax.models import SequenceModel
 from rlhfjax.models.heads import with_head, zero_head
+from rlhfjax.models.lora import join, split
 from rlhfjax.sharding import batch_sharding, state_shardings
 from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.job import Job, sampling_params
@@ -39,20 +40,20 @@ def ppo(job: Job) -> Facts:
     value = reward if from_reward else with_head(policy, zero_head(policy_model.config.width))
     sampling = sampling_params(c.sampling, job.tokenizer)
     algorithm = ppo_algorithm(c, policy_model, value_model)
-    optimizer = ppo_optimizer(c)
+    optimizer = ppo_optimizer(c, policy_model.config.width)
 
-    params = {"policy": policy, "value": value}
+    base, trained = split({"policy": policy, "value": value})
     follow = (lambda params: params["policy"]) if c.optimizer.ema_decay is not None else None
-    train = init_state(job.mesh, params, optimizer, follow)
+    train = init_state(job.mesh, trained, optimizer, follow)
     state = OnlineState(train, jnp.float32(c.kl.coef), jnp.int32(0))
     state = jax.device_put(state, state_shardings(job.mesh, state))
     checkpoints = Checkpoints(job.dir / "checkpoints", job.run.checkpoints.keep)
     state = _restore(checkpoints, state)
 
-    steps = compiled_steps(job, state, algorithm, optimizer, policy_model, reward_model, sampling)
+    steps = compiled_steps(job, state, algorithm, optimizer, policy_model, reward_model, sampling, base)
     opened, start = open_batches(job), int(state.iteration)
     pretraining = job.put(opened["ptx"].iterate(start)) if c.ptx else itertools.repeat(None)
-    meta = meta_of("policy", policy_model, job.tokenizer, averaged=bool(follow), stage=job.stage)
+    meta = meta_of("policy", policy_model, job.tokenizer, averaged=bool(follow), stage=job.stage, **job.lineage())
     writer = MetricsWriter(job.dir, start, job.run.logging.tensorboard)
 
     def save(state: OnlineState, iteration: int) -> None:
@@ -71,7 +72,7 @@ def ppo(job: Job) -> Facts:
             key=job.key("steps"),
             stage=job.stage,
             writer=writer,
-            learning_rate=learning_rate(c.optimizer, c.steps * updates_of(c)),
+            learning_rate=learning_rate(c.optimizer, c.steps * updates_of(c), width=policy_model.config.width),
             updates=updates_of(c),
             episodes=c.batch.size,
             samples=partial(sample_rows, job),
@@ -89,7 +90,7 @@ def updates_of(c: schema.Ppo) -> int:
     return c.batch.epochs * (c.batch.size // (c.batch.minibatch or c.batch.size))
 
 
-def ppo_algorithm(c: schema.Ppo, policy_model: LanguageModel, value_model: LanguageModel) -> Ppo | Mix:
+def ppo_algorithm(c: schema.Ppo, policy_model: SequenceModel, value_model: SequenceModel) -> Ppo | Mix:
     """PPO over the two models, with the pretraining loss in the same gradient where the recipe has it."""
     algorithm = Ppo(
         logits=lambda params, rollout: policy_model.response_logits(params["policy"], *_sequences(rollout)),
@@ -108,12 +109,12 @@ def ppo_algorithm(c: schema.Ppo, policy_model: LanguageModel, value_model: Langu
     return Mix(algorithm, c.ptx.coef, training_loss(policy_model, decoder=lambda params: params["policy"]))
 
 
-def ppo_optimizer(c: schema.Ppo) -> optax.GradientTransformation:
+def ppo_optimizer(c: schema.Ppo, width: int | None = None) -> optax.GradientTransformation:
     """AdamW for the policy and AdamW for the value model, each with its own learning rate and its own clipping."""
     total = c.steps * updates_of(c)
     each: dict[Hashable, optax.GradientTransformation] = {
-        "policy": make_optimizer(c.optimizer, total),
-        "value": make_optimizer(c.optimizer, total, peak=c.value.lr),
+        "policy": make_optimizer(c.optimizer, total, width=width),
+        "value": make_optimizer(c.optimizer, total, peak=c.value.lr, width=width),
     }
     return optax.partition(each, {"policy": "policy", "value": "value"})
 
@@ -123,20 +124,25 @@ def compiled_steps(
     state: OnlineState,
     algorithm: Ppo | Mix,
     optimizer: optax.GradientTransformation,
-    policy_model: LanguageModel,
-    reward_model: LanguageModel,
+    policy_model: SequenceModel,
+    reward_model: SequenceModel,
     sampling: SamplingParams,
+    base: Params | None = None,
 ) -> OnlineSteps:
-    """The four steps of an iteration, jitted with the layouts of the rules table; the state is donated to `update`."""
+    """The four steps of an iteration, jitted with the layouts of the rules table; the state is donated to `update`.
+
+    `base` holds the parameters of policy and value model that are not in the state because nothing trains them.
+    """
     c: schema.Ppo = job.config
     estimator = algorithm.first if isinstance(algorithm, Mix) else algorithm
     rows, layout = batch_sharding(job.mesh), state_shardings(job.mesh, state)
     minibatch = c.batch.minibatch or c.batch.size
 
-    def rollout(params: Params, prompts: PromptBatch, key: jax.Array) -> Rollout:
-        return generate(policy_model, params["policy"], prompts, key, sampling)
+    def rollout(base: Params, trained: Params, prompts: PromptBatch, key: jax.Array) -> Rollout:
+        return generate(policy_model, join(base, trained)["policy"], prompts, key, sampling)
 
-    def score(params: Params, frozen: Any, rollout: Rollout) -> Rollout:
+    def score(base: Params, trained: Params, frozen: Any, rollout: Rollout) -> Rollout:
+        params = join(base, trained)
         reference = {"policy": frozen["reference"]}
         log_probs = rollout.sampled_log_probs
         if c.sampling.old_log_probs == "recompute":
@@ -145,9 +151,9 @@ def compiled_steps(
         scores = reward_model.response_scores(frozen["reward"], *_sequences(rollout))
         return rollout.scored(log_probs, ref_log_probs, estimator.values(params, rollout), scores)
 
-    def update(state: OnlineState, experience: Any, pretraining: Any, measured: dict, key: jax.Array):
+    def update(base: Params, state: OnlineState, experience: Any, pretraining: Any, measured: dict, key: jax.Array):
         train, metrics = online_update(
-            algorithm,
+            restrict(algorithm, partial(join, base)),
             optimizer,
             state.train,
             experience,
@@ -165,11 +171,12 @@ def compiled_steps(
             kl_coef = adaptive_kl(kl_coef, kl, target=c.kl.target, horizon=c.kl.horizon, episodes=c.batch.size)
         return OnlineState(train, kl_coef, state.iteration + 1), metrics
 
+    # The base is an argument of the compiled programs like any other: they share its arrays, and none is copied.
     return OnlineSteps(
-        rollout=jax.jit(rollout, out_shardings=rows),
-        score=jax.jit(score, out_shardings=rows),
+        rollout=partial(jax.jit(rollout, out_shardings=rows), base or {}),
+        score=partial(jax.jit(score, out_shardings=rows), base or {}),
         estimate=jax.jit(estimator.estimate, out_shardings=(rows, None)),
-        update=jax.jit(update, donate_argnums=0, out_shardings=(layout, None)),
+        update=partial(jax.jit(update, donate_argnums=1, out_shardings=(layout, None)), base or {}),
     )
 
 

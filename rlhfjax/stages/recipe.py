@@ -112,7 +112,9 @@ def _free(begun: list[str]) -> tuple[str, ...]:
     """What keys that touch nothing of the stages `begun` start with. On another mesh a run continues, rounded anew."""
     if not begun:
         return ("",)
-    others = (f"stages.{stage}." for stage in ALL_STAGES if stage not in begun)
+    others = [f"stages.{stage}." for stage in ALL_STAGES if stage not in begun]
+    if not {"sft", "reward", "ppo"} & set(begun):
+        others.append("model.lora")
     return (*others, "description", "logging.", "checkpoints.", "mesh.")
 
 

@@ -86,7 +86,7 @@ def _answers_in_template(tokenizer: HuggingFaceTokenizer, messages: Sequence[Mes
             if tokens[: len(before)] != before or tokenizer.eos_id not in tokens[len(before) :]:
                 raise DataError(
                     f"messages[{place}]: expected a chat template that writes an earlier answer as it was generated, "
-                    "got one that changes it; train on the last answer alone (train_on: last)"
+                    "got one that changes it; train on the last answer alone (loss.train_on: last)"
                 )
             end = tokens.index(tokenizer.eos_id, len(before)) + 1
             trained[len(before) : end] = [True] * (end - len(before))

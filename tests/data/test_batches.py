@@ -210,7 +210,8 @@ def test_ranked_rows_are_prompt_response_and_eos(tokenizer):
 
 
 def test_ranked_items_are_padded_on_the_right():
-    rows = RankedRows(Ragged.of([[5, 6, 7], [8], [9, 9]]), np.array([0, 3]), np.array([2, 1, 2], np.int32))
+    ranks = np.array([2, 1, 2], np.int32)
+    rows = RankedRows(Ragged.of([[5, 6, 7], [8], [9, 9]]), np.array([0, 3]), ranks, np.array([1]))
     [item] = [RankedItems(rows, 4, 5, PAD)[0]]
     assert item["tokens"].tolist() == [[5, 6, 7, 0, 0], [8, 0, 0, 0, 0], [9, 9, 0, 0, 0], [0] * 5]
     # The absent candidate has one slot to read a score at; `mask` says that nobody may use it.

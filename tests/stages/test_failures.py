@@ -59,7 +59,7 @@ def refused(config, tmp_path, compiled):
         ("stages.ppo.steps=1.5", "stages.ppo.steps: expected a whole number >= 1, got 1.5"),
         ("stages.ppo.batch.minibatch=6", "batch.minibatch 6 must divide batch.size 16 (remainder 4)"),
         ("stages.pretrain.batch.size=12", "stages.pretrain.batch.size 12 must be a multiple of mesh.data x mesh.fsdp"),
-        ("mesh.data=3", "mesh: data 3 x fsdp 1 x sequence 1 x tensor 1 x expert 1 = 3, expected the number of devices, 8"),
+        ("mesh.data=3", "fsdp 1 x sequence 1 x tensor 1 x expert 1 = 3, expected the number of devices, 8"),
         ("stages.sft.batch.length=99", "stages.sft.batch.length 99 is more than model.context 32"),
         ("stages.reward=null", "stages.ppo needs a reward model"),
         ("tokenizer.vocab_size=9000", "expected a vocab_size of at most "),

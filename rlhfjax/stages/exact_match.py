@@ -1,0 +1,47 @@
+"""Exact match: the share of demonstrations that a policy's best response, found by beam search, is to the letter."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhfjax.config import schema
+from rlhfjax.data.batches import left_padded
+from rlhfjax.generation import BeamParams, beam_search
+from rlhfjax.models import SequenceModel
+from rlhfjax.sharding import place_batch
+from rlhfjax.stages.job import Job
+from rlhfjax.types import Params, PromptBatch
+
+
+def pairs_of(job: Job, entry: schema.Data) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response ids of the demonstrations that are measured, `samples` of them at most.
+
+    Raises DataError when no prompt leaves room for a response.
+    """
+    c: schema.Evaluate = job.config
+    return job.reader.demonstration_ids([entry], c.batch.prompt_length + c.sampling.max_new_tokens, c.samples)
+
+
+def exact_match(job: Job, model: SequenceModel, params: Params) -> dict[str, float]:
+    """Share of responses that end and have the text of the demonstration, by the name of the data set."""
+    c: schema.Evaluate = job.config
+    assert c.exact_match is not None
+    t, e = job.tokenizer, c.exact_match
+    search = BeamParams(c.sampling.max_new_tokens, t.eos_id, t.pad_id, e.beams, e.length_penalty)
+    best = jax.jit(partial(beam_search, model, search=search))
+    shares = {}
+    for entry in e.data:
+        pairs, right = pairs_of(job, entry), 0
+        tokens, mask = left_padded([prompt for prompt, _ in pairs], t.pad_id)
+        for start in range(0, len(pairs), c.batch.size):
+            # The last batch is filled up with the first rows.
+            rows = (np.arange(start, start + c.batch.size) % len(pairs)).astype(np.int32)
+            batch = PromptBatch(jnp.asarray(tokens[rows]), jnp.asarray(mask[rows]), jnp.asarray(rows))
+            made = jax.device_get(best(params, place_batch(job.mesh, batch)))
+            for i, (_, response) in enumerate(pairs[start : start + c.batch.size]):
+                said = t.decode(made.response[i][made.response_mask[i]].tolist())
+                right += bool(made.finished[i]) and said == t.decode(response)
+        shares[f"{entry.source}@{entry.split}"] = right / len(pairs)
+    return shares
