@@ -5,7 +5,7 @@ Lengths are tokens. Learning rates are per optimizer step. A `None` default mean
 """
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -55,11 +55,31 @@ class Experts(Section):
     router_z_coef: NonNegative | None = None
 
 
+class Attention(Section):
+    """What a position sees and how; None keeps the family's choice.
+
+    `window_pattern` says by layer, over and over, who sees only the last `window` tokens: L (local) or G (global).
+    """
+
+    window: Count | None = None
+    window_pattern: Annotated[str, Field(pattern="^[LG]+$")] | None = None
+    rope_local_theta: Positive | None = None
+    qk_norm: bool | None = None
+    qkv_biases: bool | None = None
+    attention_softcap: Positive | None = None
+
+
+class Embedding(Section):
+    """The two ends of the decoder; None keeps the family's choice."""
+
+    scale_embeddings: bool | None = None
+    logit_softcap: Positive | None = None
+
+
 class Architecture(Section):
     """What differs from the family's own choice; None keeps that choice."""
 
     norm: Literal["layer", "rms"] | None = None
-    norm_place: Literal["pre", "post", "sandwich"] | None = None
     positions: Literal["learned", "rope"] | None = None
     activation: Literal["gelu", "swiglu", "geglu"] | None = None
     biases: bool | None = None
@@ -67,16 +87,15 @@ class Architecture(Section):
     head_dim: Count | None = None
     norm_eps: Positive | None = None
     rope_theta: Positive | None = None
-    rope_local_theta: Positive | None = None
-    window: Count | None = None
-    window_pattern: Annotated[str, Field(pattern="^[LG]+$")] | None = None
-    qk_norm: bool | None = None
-    qkv_biases: bool | None = None
-    attention_softcap: Positive | None = None
-    logit_softcap: Positive | None = None
-    scale_embeddings: bool | None = None
     init_std: Positive | None = None
+    attention: Attention = Attention()
+    embedding: Embedding = Embedding()
     experts: Experts = Experts()
+
+    def style(self) -> dict[str, Any]:
+        """Every choice but the experts, by the name that the decoder has for it."""
+        own = self.model_dump(exclude={"attention", "embedding", "experts"})
+        return own | self.attention.model_dump() | self.embedding.model_dump()
 
 
 class Lora(Section):
@@ -196,7 +215,7 @@ class Optimizer(Section):
     def _noam(self):
         if self.schedule == "noam" and not self.warmup_steps:
             raise ValueError("schedule: noam rises for warmup_steps and then falls; give warmup_steps above 0")
-        if self.schedule == "noam" and self.model_fields_set & {"final", "warmup_from"}:
+        if self.schedule == "noam" and (self.final, self.warmup_from) != (0.1, 0.0):  # other than what they are
             raise ValueError("schedule: noam starts and ends at 0; remove final and warmup_from")
         return self
 

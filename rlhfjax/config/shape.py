@@ -10,7 +10,7 @@ _LLAMA = {"norm": "rms", "positions": "rope", "activation": "swiglu", "biases": 
 _GPT = {"norm": "layer", "positions": "learned", "activation": "gelu", "biases": True, "tied": True}
 _GEMMA = _LLAMA | {"activation": "geglu", "norm_place": "sandwich"}
 _GATED = {"swiglu", "geglu"}
-_CHOICES = {"norm", "norm_place", "positions", "activation", "biases", "qkv_biases", "qk_norm", "tied"}
+_CHOICES = {"norm", "positions", "activation", "biases", "qkv_biases", "qk_norm", "tied"}
 _STYLES = {
     "gpt1": _GPT | {"norm_place": "post"},
     "gpt2": _GPT,
@@ -62,8 +62,8 @@ class Shape:
 
 def model_shape(model: Model) -> Shape:
     """The shape that `model` describes; with a gate the default width is 8/3 of the model's, as costly as 4 without."""
-    given = model.architecture.model_dump(include=_CHOICES, exclude_none=True)
-    style = _STYLES[model.family] | given
+    given = model.architecture.style().items()
+    style = _STYLES[model.family] | {name: choice for name, choice in given if name in _CHOICES and choice is not None}
     experts = model.architecture.experts
     if count := experts.count or style.get("experts"):
         style |= {"experts": count, "experts_per_token": experts.per_token or style.get("experts_per_token", 2)}

@@ -128,7 +128,7 @@ def new_model(settings: schema.Model, vocab_size: int, start_id: int = 0) -> Seq
         sizes = {"mlp_width": settings.mlp_width or 4 * settings.width, "vocab_size": vocab_size}
         return model_of(described | sizes | {"start_id": start_id, "dtype": compute_dtype(settings.dtype)})
     shape = settings.model_dump(exclude={"checkpoint", "architecture", "dtype", "lora"})
-    style = settings.architecture.model_dump(exclude={"experts"})
+    style = settings.architecture.style()
     experts = settings.architecture.experts.model_dump()
     style |= {"experts": experts.pop("count"), "experts_per_token": experts.pop("per_token")} | experts
     config = decoder_config(**shape, **style, vocab_size=vocab_size, dtype=compute_dtype(settings.dtype))

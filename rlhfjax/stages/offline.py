@@ -135,9 +135,7 @@ def reward_modelling(model: SequenceModel, loss: schema.RankingLoss, dropout: fl
     def scores(params, batch: RankedBatch, key):
         flat = (-1, batch.tokens.shape[-1])
         prompts = jnp.repeat(batch.prompt_lengths, batch.ranks.shape[1])
-        rows = model.scores(
-            params, batch.tokens.reshape(flat), batch.token_mask.reshape(flat), prompts, dropout, key
-        )
+        rows = model.scores(params, batch.tokens.reshape(flat), batch.token_mask.reshape(flat), prompts, dropout, key)
         return rows.reshape(batch.ranks.shape)
 
     return RewardModelling(scores, loss.kind, loss.margin)

@@ -75,6 +75,7 @@ def test_weights_count_prompts_that_compare_and_pairs_that_differ():
         batch.token_mask,
         jnp.asarray([[1, 2, 2], [1, 1, 1], [1, 2, 3]], jnp.int32),
         jnp.asarray([[1, 1, 1], [1, 1, 0], [1, 0, 0]], bool),
+        batch.prompt_lengths,
     )
     weight = reward_modelling(MODEL, schema.RankingLoss()).weight(batch)
     assert (weight["prompts"], weight["pairs"]) == (2, 2)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhfjax.config.sections import Architecture, Experts, Model
+from rlhfjax.config.sections import Architecture, Attention, Experts, Model
 from rlhfjax.config.shape import active_count, linears, model_shape, parameter_count
 from rlhfjax.models import LanguageModel, lora
 from rlhfjax.models.decoder import FAMILIES
@@ -19,7 +19,13 @@ MODELS = [
     Model(family="gpt2", layers=1, width=16, heads=2, kv_heads=1, context=12, architecture=Architecture(tied=False)),
     Model(layers=1, width=16, heads=2, context=8, architecture=Architecture(biases=True, norm="layer", head_dim=6)),
     Model(layers=2, width=16, heads=2, context=8, architecture=Architecture(activation="gelu", positions="learned")),
-    Model(layers=1, width=16, heads=2, context=8, architecture=Architecture(qk_norm=True, norm="layer")),
+    Model(
+        layers=1,
+        width=16,
+        heads=2,
+        context=8,
+        architecture=Architecture(attention=Attention(qk_norm=True), norm="layer"),
+    ),
     Model(layers=2, width=16, heads=2, context=8, architecture=Architecture(experts=Experts(count=2, per_token=1))),
     *(Model(family=family, layers=2, width=24, heads=4, kv_heads=2, context=10) for family in FAMILIES),
 ]

@@ -178,9 +178,8 @@ def rankings(draw):
 def test_dropping_candidates_keeps_comparisons_that_still_compare(case):
     groups, keep = case
     ids = np.arange(sum(map(len, groups)))
-    rows = RankedRows(
-        Ragged.of([[10 + i] for i in ids]), np.cumsum([0, *map(len, groups)]), np.concatenate(groups).astype(np.int32)
-    )
+    ends, ranks = np.cumsum([0, *map(len, groups)]), np.concatenate(groups).astype(np.int32)
+    rows = RankedRows(Ragged.of([[10 + i] for i in ids]), ends, ranks, np.ones(len(groups), np.int32))
     expected, first = [], 0
     for ranks in groups:
         left = [(10 + first + i, rank) for i, rank in enumerate(ranks) if first + i in keep]
