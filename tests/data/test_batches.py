@@ -179,16 +179,18 @@ def test_dropping_candidates_keeps_comparisons_that_still_compare(case):
     groups, keep = case
     ids = np.arange(sum(map(len, groups)))
     ends, ranks = np.cumsum([0, *map(len, groups)]), np.concatenate(groups).astype(np.int32)
-    rows = RankedRows(Ragged.of([[10 + i] for i in ids]), ends, ranks, np.ones(len(groups), np.int32))
-    expected, first = [], 0
-    for ranks in groups:
+    rows = RankedRows(Ragged.of([[10 + i] for i in ids]), ends, ranks, 20 + np.arange(len(groups)))
+    expected, lengths, first = [], [], 0
+    for number, ranks in enumerate(groups):
         left = [(10 + first + i, rank) for i, rank in enumerate(ranks) if first + i in keep]
         first += len(ranks)
         if len({rank for _, rank in left}) > 1:
             expected.append(left)
+            lengths.append(20 + number)
     made = rows.select(np.asarray(keep))
     spans = list(pairwise(made.groups.tolist()))
     assert [[(int(made.tokens[i][0]), int(made.ranks[i])) for i in range(*span)] for span in spans] == expected
+    assert made.prompt_lengths.tolist() == lengths
     assert len(made.tokens) == len(made.ranks) == sum(map(len, expected))
 
 
@@ -204,6 +206,7 @@ def test_ranked_rows_are_prompt_response_and_eos(tokenizer):
     assert rows.ranks.tolist() == [2, 1, 1, 3, 1]
     plain = [BOS, *tokenizer.encode("the")]
     chat = [BOS, tokenizer.role_ids["user"], *tokenizer.encode("a"), EOS, tokenizer.role_ids["assistant"]]
+    assert rows.prompt_lengths.tolist() == [len(plain), len(chat)]
     expected = [(plain, " film"), (plain, " story"), (chat, "of music"), (chat, ""), (chat, "dull")]
     assert [rows.tokens[i].tolist() for i in range(5)] == [[*p, *tokenizer.encode(t), EOS] for p, t in expected]
 
@@ -218,6 +221,7 @@ def test_ranked_items_are_padded_on_the_right():
     assert item["token_mask"][:, 0].all()
     assert item["mask"].tolist() == [True, True, True, False]
     assert item["ranks"].tolist() == [2, 1, 2, 0]
+    assert item["prompt_lengths"] == 1
 
 
 # Prompts and padding -------------------------------------------------------------------------------------------------
