@@ -184,7 +184,7 @@ def test_what_needs_documents_is_refused(recipe, override, words):
         ("model.kv_heads=1", "remove kv_heads and architecture"),
         ("model.architecture.norm=rms", "remove kv_heads and architecture"),
         ("stages.sft.optimizer.warmup_steps=0", "give warmup_steps above 0"),
-        ("stages.sft.optimizer.final=0.1", "remove final and warmup_from"),
+        ("stages.sft.optimizer.final=0.2", "remove final and warmup_from"),
     ],
 )
 def test_settings_that_it_does_not_have_are_refused(recipe, override, words):
