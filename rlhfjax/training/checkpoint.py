@@ -10,8 +10,11 @@ import hashlib
 import json
 import logging
 import os
+import signal
+import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +74,8 @@ class Checkpoints:
         args = ocp.args.Composite(
             **items, training=ocp.args.StandardSave(training), meta=ocp.args.JsonSave(dict(meta) | {"step": step})
         )
-        self._manager.save(step, args=args, force=True, metrics=None if score is None else {"score": score})
+        with _uninterrupted():
+            self._manager.save(step, args=args, force=True, metrics=None if score is None else {"score": score})
 
     def restore(
         self, step: int, models: Mapping[str, Any], training: Any
@@ -87,7 +91,34 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until everything is on disk."""
-        self._manager.close()
+        with _uninterrupted():
+            self._manager.close()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the save that is under way; the second one does not.
+
+    Inside Orbax it would be logged as a failed save, traceback and all.
+    """
+    main = threading.current_thread() is threading.main_thread()  # no other thread is interrupted
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    pressed = []
+
+    def remember(*_: Any) -> None:
+        pressed.append(True)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+
+    try:
+        signal.signal(signal.SIGINT, remember)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _score(metrics: Mapping[str, float]) -> float:

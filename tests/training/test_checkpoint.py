@@ -2,7 +2,9 @@
 
 import base64
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -280,3 +282,29 @@ def test_a_loaded_model_computes_what_the_saved_one_did(saved, state):
     np.testing.assert_array_equal(
         forward(params, tokens, everything), forward(jax.device_get(state.params["policy"]), tokens, everything)
     )
+
+
+def test_the_keyboard_waits_for_a_save(tmp_path, monkeypatch):
+    # fails when Ctrl-C is let through to Orbax, which then logs a failed save: seen
+    checkpoints, done = Checkpoints(tmp_path, keep=1), []
+
+    def slow(presses):
+        for _ in range(presses):
+            os.kill(os.getpid(), signal.SIGINT)
+        done.append(True)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(checkpoints._manager, "close", lambda: slow(1))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.close()
+        assert done == [True]
+        monkeypatch.setattr(checkpoints._manager, "close", lambda: slow(2))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.close()
+        assert done == [True]  # the second time it does not wait
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.undo()
+    checkpoints.close()
