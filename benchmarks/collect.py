@@ -64,8 +64,8 @@ def _command(attempt: dict[str, Any], run_name: str) -> str:
     name, seed = attempt["config"]["name"], attempt["seed"]
     overrides = [] if seed == 0 else [f"seed={seed}"]
     if name not in shipped() or config_hash(load_config(name, overrides)) != attempt["config_hash"]:
-        words = (word.rpartition("/")[2] if word.startswith("/") else word for word in attempt["argv"])
-        return shlex.join(words)  # without directories of the machine it ran on
+        words = (word.rpartition("/")[2] if word.startswith("/") else word for word in attempt["argv"][1:])
+        return shlex.join(["rlhfjax", *words])  # however it was started; without directories of the machine it ran on
     where = [] if run_name == name else ["--run-dir", f"runs/{run_name}"]
     return shlex.join(["rlhfjax", "run", name, *overrides, *where])
 

@@ -73,6 +73,7 @@ def calls(monkeypatch):
     module("data.benchmark", prepare=record("prepare", lambda kind, where, cache, say: [Path(where) / kind]))
     module("data.movies", Movies="movies")
     module("data.chitchat", Chitchat="chitchat")
+    module("data.reversal", Reversal="reversal")
     module("data.jsonl", prepare_jsonl=record("prepare_jsonl", "made/it"))
     records = [{"prompt": f"p{i}", "text": "\x1b]0;title\x07x"} for i in range(9)]
     module("data.datasets", open_source=record("open_source", records), default_data_dir=lambda: "DEFAULT")

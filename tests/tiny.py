@@ -144,3 +144,11 @@ def lenient(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
             return optimizer.update(*args)
 
     return optax.GradientTransformation(optimizer.init, update)
+
+
+def assert_equal_gradients(grads, wanted, name):
+    """To the rounding of float32 sums, which is that of the largest gradient."""
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
+    jax.tree.map(
+        lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-3, atol=2e-5 * largest, err_msg=name), grads, wanted
+    )

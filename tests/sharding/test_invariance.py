@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import experience, params_of, ppo_config, ranked_batch, scalar_params_of, tiny, token_batch
+from tiny import (
+    assert_equal_gradients,
+    experience,
+    params_of,
+    ppo_config,
+    ranked_batch,
+    scalar_params_of,
+    tiny,
+    token_batch,
+)
 
 from rlhfjax.algorithms.mix import MixedBatch
 from rlhfjax.config import schema
@@ -91,14 +100,7 @@ def test_loss_and_gradient_do_not_depend_on_parts_or_mesh(mesh, reference):
             np.testing.assert_allclose(
                 metrics[metric], wanted[metric], rtol=2e-5, atol=1e-6, err_msg=f"{name} {metric}"
             )
-        largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted_grads))
-        jax.tree.map(
-            lambda g, w, name=name, size=largest: np.testing.assert_allclose(
-                g, w, rtol=1e-3, atol=2e-5 * size, err_msg=name
-            ),
-            grads,
-            wanted_grads,
-        )
+        assert_equal_gradients(grads, wanted_grads, name)
 
 
 def test_every_gradient_is_there(reference):

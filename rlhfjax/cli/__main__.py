@@ -1,0 +1,5 @@
+"""`python -m rlhfjax.cli`."""
+
+from rlhfjax.cli import main
+
+main()
