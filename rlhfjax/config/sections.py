@@ -70,10 +70,15 @@ class Attention(Section):
 
 
 class Embedding(Section):
-    """The two ends of the decoder; None keeps the family's choice."""
+    """The two ends of the decoder; None keeps the family's choice.
+
+    `mtp_heads` heads predict tokens 2, 3 … ahead; `mtp_coef` is the weight of their loss in pretraining and SFT.
+    """
 
     scale_embeddings: bool | None = None
     logit_softcap: Positive | None = None
+    mtp_heads: Annotated[int, Field(ge=0)] = 0
+    mtp_coef: NonNegative = 0.3
 
 
 class Architecture(Section):
@@ -193,12 +198,15 @@ class Tokenizer(Section):
 
 
 class Optimizer(Section):
-    """AdamW with a schedule. `final` and `warmup_from` are fractions of `lr`; `clip_norm` null means no clipping.
+    """A direction (`_bf16`: its first moments in bfloat16) and a schedule. Adafactor has no `b1`, `b2` and `eps`.
+
+    `final` and `warmup_from` are fractions of `lr`; `clip_norm` null means no clipping.
 
     `noam` is lr x width^-0.5 x min(step^-0.5, step x warmup_steps^-1.5) (Vaswani et al. 2017, eq. 3; they take lr 1,
     warmup_steps 4000, b2 0.98, eps 1e-9); it has no `final` and no `warmup_from`.
     """
 
+    kind: Literal["adamw", "adamw_bf16", "adafactor", "lion", "lion_bf16", "muon", "muon_bf16"] = "adamw"
     lr: Positive
     schedule: Literal["constant", "linear", "cosine", "noam"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0

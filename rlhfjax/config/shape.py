@@ -10,7 +10,7 @@ _LLAMA = {"norm": "rms", "positions": "rope", "activation": "swiglu", "biases": 
 _GPT = {"norm": "layer", "positions": "learned", "activation": "gelu", "biases": True, "tied": True}
 _GEMMA = _LLAMA | {"activation": "geglu", "norm_place": "sandwich"}
 _GATED = {"swiglu", "geglu"}
-_CHOICES = {"norm", "positions", "activation", "biases", "qkv_biases", "qk_norm", "tied"}
+_CHOICES = {"norm", "positions", "activation", "biases", "qkv_biases", "qk_norm", "tied", "mtp_heads"}
 _STYLES = {
     "gpt1": _GPT | {"norm_place": "post"},
     "gpt2": _GPT,
@@ -53,6 +53,7 @@ class Shape:
     qk_norm: bool = False
     experts: int = 0
     experts_per_token: int = 2
+    mtp_heads: int = 0
 
     @property
     def encoder(self) -> bool:
@@ -108,7 +109,7 @@ def active_count(shape: Shape, vocab_size: int) -> int:
 
 
 def parameter_count(shape: Shape, vocab_size: int) -> int:
-    """Parameters of the policy: embeddings, `layers` blocks, a final norm, and an output matrix unless tied."""
+    """Parameters of the policy: embeddings, `layers` blocks, a final norm, an output matrix unless tied, heads."""
     bias = int(shape.biases)
     norm = shape.width * (2 if shape.norm == "layer" else 1)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -124,5 +125,6 @@ def parameter_count(shape: Shape, vocab_size: int) -> int:
     embeddings = vocab_size * shape.width * (1 if shape.tied else 2) + positions
     if shape.encoder:  # two norms in a layer that reads, three in one that writes, none at the end
         return embeddings + shape.layers * (3 * attention + 2 * mlp + 5 * norm)
+    embeddings += shape.mtp_heads * 2 * shape.width**2
     around = 4 if shape.norm_place == "sandwich" else 2
     return embeddings + shape.layers * (attention + mlp + around * norm) + norm * (shape.norm_place != "post")

@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,12 @@ def export_model(
         raise ConfigError("export: expected a decoder, got an encoder–decoder, which has no architecture there")
     if has_adapters(params):
         params = merge(params, model.config.lora_alpha)
+    lineage = dict(lineage or {})
+    if heads := model.config.mtp_heads:  # no architecture has a place for them, and the next token does without
+        model = LanguageModel(replace(model.config, mtp_heads=0, mtp_coef=DecoderConfig.mtp_coef))
+        if "mtp_heads" in params:
+            params = {name: tree for name, tree in params.items() if name != "mtp_heads"}
+            lineage["Left out"] = {"mtp_heads": f"{heads}, which predict tokens further ahead (speculative decoding)"}
     scalar = "head" in params
     if scalar:
         tokenizer = _padding_apart(tokenizer)
@@ -74,7 +81,7 @@ def export_model(
         if not scalar:
             _write_json(part / "generation_config.json", _generation(described, tokenizer))
         parity = certificate(part, before, _read_back(part, params), dtype, scalar)
-        card = model_card(target.name, what, described, parity, lineage or {})
+        card = model_card(target.name, what, described, parity, lineage)
         (part / "README.md").write_text(card, encoding="utf-8")
         _write_json(part / PARITY, parity)
     return parity

@@ -28,5 +28,6 @@ def rescale_head(head: Params, gain: Float[Array, ""], bias: Float[Array, ""]) -
 
 
 def with_head(decoder: Params, head: Params) -> Params:
-    """Parameters of a scalar model: the decoder without its unembedding, and the head."""
-    return {"decoder": {name: tree for name, tree in decoder.items() if name != "unembed"}, "head": head}
+    """Parameters of a scalar model: the decoder without what predicts tokens, and the head."""
+    kept = {name: tree for name, tree in decoder.items() if name not in ("unembed", "mtp_heads")}
+    return {"decoder": kept, "head": head}

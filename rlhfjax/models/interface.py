@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhfjax.models.decoder import Decoder
 from rlhfjax.models.heads import apply_head, init_head, with_head
 from rlhfjax.models.layers import DecoderConfig
+from rlhfjax.models.multi_token import ahead, init_heads
 from rlhfjax.types import Params, Routing
 
 
@@ -48,7 +49,11 @@ class LanguageModel:
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters, layers stacked on the first axis."""
         tokens = jnp.zeros((1, 1), jnp.int32)
-        return Decoder(self.config).init(key, tokens, tokens, tokens + 1)["params"]
+        c = self.config
+        params: Params = Decoder(c).init(key, tokens, tokens, tokens + 1)["params"]
+        if not c.mtp_heads:
+            return params
+        return params | {"mtp_heads": init_heads(jax.random.fold_in(key, 1), c.mtp_heads, c.width, c.init_std)}
 
     def init_scalar(self, key: jax.Array) -> Params:
         """Fresh parameters of a scalar model of the same shape."""
@@ -93,6 +98,10 @@ class LanguageModel:
     def unembed(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Hidden states to float32 logits."""
         return self._apply("logits", params, hidden)
+
+    def ahead(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "N *B D"]:
+        """Hidden states whose logits are those of the tokens 2, 3 … N+1 ahead, from heads that the model has."""
+        return ahead(params["mtp_heads"], hidden)
 
     def logits(self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of a padded batch, padding on either side."""

@@ -69,6 +69,10 @@ class DecoderConfig:
     scale_embeddings: bool = False  # by sqrt(width)
     logit_softcap: float | None = None
 
+    # Heads that predict tokens 2 … mtp_heads + 1 ahead, and the weight of their loss (DeepSeek-AI 2024, section 2.2).
+    mtp_heads: int = 0
+    mtp_coef: float = 0.3
+
     family: str = "llama"
     init_std: float = 0.02
     lora_alpha: float = 16.0  # adapters are scaled by lora_alpha / rank

@@ -41,6 +41,14 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks/attention/(query|key)_norm/(scale|bias)", (None, None)),
     (r"final_norm/(scale|bias)", (None,)),
     (r"head/kernel", ("embed",)),
+    (r"mtp_heads/(up|down)", (None, "embed", None)),
+)
+
+# Whole on every device: means of the rows and columns of a matrix in Adafactor, and the polynomial of Muon.
+SMALL = (
+    *(rf"v_(row|col)/(.*/)?{pattern}" for pattern, _ in RULES),
+    r"v_(row|col)/(.*/)?(head/bias|.*/lora_(a|b))",
+    r"ns_coeffs",
 )
 
 
@@ -54,14 +62,26 @@ def spec_of(name: str, ndim: int) -> PartitionSpec:
 
     Raises ConfigError when no rule matches: an unsharded copy on every device would be a silent waste.
     """
-    if ndim == 0:
+    if ndim == 0 or any(_matches(pattern, name) for pattern in SMALL):
+        return PartitionSpec()
+    if ndim == 1 and "/v/" in name and _factored(name):
         return PartitionSpec()
     if name.endswith(("/lora_a", "/lora_b")):
         return _adapter_spec(name, ndim)
     for pattern, axes in RULES:
-        if len(axes) == ndim and re.search(f"(^|/){pattern}$", name):
+        if len(axes) == ndim and _matches(pattern, name):
             return PartitionSpec(*(MESH_AXES[axis] for axis in axes))
     raise ConfigError(f"sharding: no rule for parameter {name!r} with {ndim} axes; add one to the table of rules")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.search(f"(^|/){pattern}$", name) is not None
+
+
+def _factored(name: str) -> bool:
+    """Whether a vector under this name is no parameter: Adafactor leaves one number where it factors a moment."""
+    matrices = (pattern for pattern, axes in RULES if len(axes) > 1)
+    return name.endswith(("/lora_a", "/lora_b")) or any(_matches(pattern, name) for pattern in matrices)
 
 
 def _adapter_spec(name: str, ndim: int) -> PartitionSpec:

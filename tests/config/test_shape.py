@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhfjax.config.sections import Architecture, Attention, Experts, Model
+from rlhfjax.config.sections import Architecture, Attention, Embedding, Experts, Model
 from rlhfjax.config.shape import active_count, linears, model_shape, parameter_count
 from rlhfjax.models import LanguageModel, lora
 from rlhfjax.models.decoder import FAMILIES
@@ -27,6 +27,7 @@ MODELS = [
         architecture=Architecture(attention=Attention(qk_norm=True), norm="layer"),
     ),
     Model(layers=2, width=16, heads=2, context=8, architecture=Architecture(experts=Experts(count=2, per_token=1))),
+    Model(layers=1, width=16, heads=2, context=8, architecture=Architecture(embedding=Embedding(mtp_heads=3))),
     *(Model(family=family, layers=2, width=24, heads=4, kv_heads=2, context=10) for family in FAMILIES),
 ]
 
