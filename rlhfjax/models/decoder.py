@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhfjax.models.layers import Block, DecoderConfig, Sight, attention_mask, norm
+from rlhfjax.models.layers import Block, DecoderConfig, Linear, Sight, attention_mask, norm
+from rlhfjax.models.quantized import int8_dot
 
 _GPT = {"norm": "layer", "positions": "learned", "activation": "gelu", "biases": True, "tied": True}
 _LLAMA = {"norm": "rms", "positions": "rope", "activation": "swiglu", "biases": False, "tied": True}
@@ -100,12 +101,14 @@ class Decoder(nn.Module):
         if c.norm_place != "post":
             self.final_norm = norm(c, "final_norm")
         if not c.tied:
-            self.unembed = nn.Dense(c.vocab_size, use_bias=False, kernel_init=normal)
+            self.unembed = Linear(c.vocab_size, use_bias=False, dtype=jnp.float32, kernel_init=normal)
 
     def hidden(self, tokens, positions, segments, key_segments=None, cache=None, index=0):
         """[B, T] tokens to [B, T, width]; with a cache also the cache with these tokens in slots index … index+T-1."""
         c = self.config
         x = self.embed(tokens)
+        if self.embed.has_variable("params", "embedding_scale"):
+            x = x.astype(jnp.float32) * self.embed.get_variable("params", "embedding_scale")[tokens]
         if c.scale_embeddings:
             x = x * c.width**0.5
         if c.positions == "learned":
@@ -122,7 +125,13 @@ class Decoder(nn.Module):
     def logits(self, hidden):
         """[..., width] to [..., vocabulary], float32."""
         hidden, cap = hidden.astype(jnp.float32), self.config.logit_softcap
-        logits = hidden @ self.embed.embedding.T if self.config.tied else self.unembed(hidden)
+        if not self.config.tied:
+            logits = self.unembed(hidden)
+        elif self.embed.has_variable("params", "embedding_scale"):
+            scale = self.embed.get_variable("params", "embedding_scale")
+            logits = int8_dot(hidden, self.embed.embedding.T, scale.T, 1, jnp.float32)
+        else:
+            logits = hidden @ self.embed.embedding.T
         return cap * jnp.tanh(logits / cap) if cap else logits
 
     def __call__(self, tokens, positions, segments):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.models.experts import Experts
+from rlhfjax.models.quantized import int8_dot
 
 
 @dataclass(frozen=True)
@@ -153,19 +154,28 @@ class Linear(nn.DenseGeneral):
     """x · kernel + bias, and where the parameters hold an adapter also (lora_alpha / r) (x · lora_a) · lora_b.
 
     `lora_a` is [*input axes, r], `lora_b` [r, *features] (Hu et al. 2022, eq. 3); without these leaves none is added.
+    A kernel may be int8 with its scales beside it (`models/quantized.py`).
     """
 
     lora_alpha: float = 16.0
 
     @nn.compact
     def __call__(self, inputs):
-        out = super().__call__(inputs)
+        out = self._quantized(inputs) if self.has_variable("params", "kernel_scale") else super().__call__(inputs)
         if not self.has_variable("params", "lora_a"):
             return out
         down = self.get_variable("params", "lora_a").astype(out.dtype)
         up = self.get_variable("params", "lora_b").astype(out.dtype)
         inner = jnp.tensordot(inputs.astype(out.dtype), down, axes=down.ndim - 1)
         return out + (self.lora_alpha / down.shape[-1]) * jnp.tensordot(inner, up, axes=1)
+
+    def _quantized(self, inputs):
+        kernel, scale = self.get_variable("params", "kernel"), self.get_variable("params", "kernel_scale")
+        out = int8_dot(inputs, kernel, scale, 1 if isinstance(self.axis, int) else len(self.axis), self.dtype)
+        if not self.use_bias:
+            return out
+        bias = self.get_variable("params", "bias").astype(out.dtype)
+        return out + bias.reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
 
 
 def _linear(

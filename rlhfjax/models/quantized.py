@@ -1,0 +1,89 @@
+"""Parameters of a policy in int8, for sampling: half the bytes of bfloat16, and bytes are what decoding waits for.
+
+A quantised matrix is int8 and has a float32 scale for each output (each row of an embedding) beside it, under its own
+name and `_scale`: W ≈ q · s with s = max|W| / 127 over the inputs, so that no element is off by more than s / 2. A
+product reads the integers and multiplies its sums by the scales (Dettmers et al. 2022, section 2, "row-wise", without
+their outliers; the inputs stay as they are). Norms, biases, adapters, routers, experts and heads stay, too.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+from rlhfjax.types import Params
+
+SCALE = "_scale"
+_WHOLE = re.compile(r"(^|/)(positions|experts|head|mtp_heads)(/|$)")
+
+
+def quantize_array(x: Float[Array, "*A"], axes: int | tuple[int, ...]) -> tuple[Int8[Array, "*A"], Float[Array, "*S"]]:
+    """(q, s) with q = round(x / s) in -127 … 127 and s = max|x| / 127 over `axes`, which s keeps with size 1.
+
+    |x - q · s| <= s / 2. It is symmetric: 0 stays 0, and a product needs no correction for an offset. Where all of x
+    is 0, s is 1.
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    scale = jnp.where(largest > 0, largest / 127.0, 1.0)
+    return jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8), scale
+
+
+def quantize(params: Params) -> Params:
+    """The same model with int8 embeddings and linears; other arrays are shared. Layers are stacked below `blocks`."""
+    return _quantized(params, "")
+
+
+def _quantized(params: Params, path: str) -> Params:
+    made = {}
+    for name, tree in params.items():
+        here = f"{path}/{name}"
+        if isinstance(tree, dict):
+            made[name] = tree if _WHOLE.search(here) else _quantized(tree, here)
+        elif name in ("kernel", "embedding"):
+            made[name], made[name + SCALE] = quantize_array(tree, _inputs(here))
+        else:
+            made[name] = tree
+    return made
+
+
+def _inputs(path: str) -> int | tuple[int, ...]:
+    """The axes of a kernel that a product adds over, those of an embedding that belong to one row."""
+    parts = path.split("/")
+    if parts[-1] == "embedding":
+        return 1
+    lead = int("blocks" in parts)  # the layer
+    # The output of attention reads heads x head_dim.
+    return tuple(range(lead, lead + (2 if parts[-2] == "out" else 1)))
+
+
+def is_quantized(params: Params) -> bool:
+    """Whether any array is int8."""
+    return any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(params))
+
+
+def dequantize(params: Params) -> Params:
+    """What a quantised tree stands for, float32."""
+    whole = {}
+    for name, tree in params.items():
+        if isinstance(tree, dict):
+            whole[name] = dequantize(tree)
+        elif name + SCALE in params:
+            whole[name] = tree.astype(jnp.float32) * params[name + SCALE]
+        elif not (name.endswith(SCALE) and name[: -len(SCALE)] in params):
+            whole[name] = tree
+    return whole
+
+
+def int8_dot(
+    x: Float[Array, "*B"], kernel: Int8[Array, "*W"], scale: Float[Array, "*S"], inputs: int, dtype: Any
+) -> Float[Array, "*C"]:
+    """x · (q s) = (x · q) s over the last `inputs` axes of x and the first of q; the sum is float32."""
+    axes = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
+    out = jax.lax.dot_general(
+        x.astype(dtype), kernel.astype(dtype), (axes, ((), ())), preferred_element_type=jnp.float32
+    )
+    outputs = scale.shape[inputs:]
+    return (out * scale.reshape((1,) * (out.ndim - len(outputs)) + outputs)).astype(dtype)
