@@ -127,7 +127,8 @@ def _accumulation(size: int, micro: int | None) -> str:
 
 def _rate(optimizer: Optimizer) -> str:
     warmup = f", {optimizer.warmup_steps:,} warm-up" if optimizer.warmup_steps else ""
-    return f"lr {optimizer.lr:g} {optimizer.schedule}{warmup}"
+    kind = "" if optimizer.kind == "adamw" else f"{optimizer.kind} "
+    return f"{kind}lr {optimizer.lr:g} {optimizer.schedule}{warmup}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -263,6 +263,13 @@ class Logging(Section):
     tensorboard: bool = True
 
 
+class Profile(Section):
+    """A trace of each training stage: `steps` steps or PPO iterations, from the `start`-th of this process on."""
+
+    start: Count = 3
+    steps: Count = 2
+
+
 class Run(Section):
     """One whole recipe."""
 
@@ -275,6 +282,7 @@ class Run(Section):
     stages: Stages
     checkpoints: Checkpoints = Checkpoints()
     logging: Logging = Logging()
+    profile: Profile | None = None
     data_dir: str | None = None
 
 
