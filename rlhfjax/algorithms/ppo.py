@@ -72,6 +72,7 @@ class Ppo:
             kind: jnp.where(mask, kl_estimate(rollout.log_probs, rollout.ref_log_probs, kind), 0.0)
             for kind in ("k1", "k2", "k3")
         }
+        gap = jnp.where(mask, jnp.abs(rollout.sampled_log_probs - rollout.log_probs), 0.0)
         metrics = {
             "objective/kl": kl["k1"].sum(axis=1).mean(),
             "objective/kl_k2": kl["k2"].sum(axis=1).mean(),
@@ -89,9 +90,8 @@ class Ppo:
             "tokens": mask.sum(),
             "objective/eos_rate": rollout.finished.astype(jnp.float32).mean(),
             "val/explained_variance": explained,
-            "rollout_vs_train/logp_absdiff_max": jnp.where(
-                mask, jnp.abs(rollout.sampled_log_probs - rollout.log_probs), 0.0
-            ).max(),
+            "rollout_vs_train/logp_absdiff_max": gap.max(),
+            "rollout_vs_train/logp_absdiff_mean": masked_mean(gap, mask),
         }
         return Experience(rollout, advantages, returns), metrics
 

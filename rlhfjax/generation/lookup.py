@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 
 def suffix_match(context: Int[Array, "B S"], lengths: Int[Array, "B"], longest: int) -> Int[Array, "B S"]:
@@ -21,10 +21,8 @@ def suffix_match(context: Int[Array, "B S"], lengths: Int[Array, "B"], longest: 
     return jnp.where(slots[None] < lengths[:, None] - 1, matched, 0)
 
 
-def lookup(
-    context: Int[Array, "B S"], lengths: Int[Array, "B"], count: int, longest: int
-) -> tuple[Int[Array, "B N"], Bool[Array, "B"]]:
-    """`count` tokens that may come next, and whether the row's ending occurs in it before.
+def lookup(context: Int[Array, "B S"], lengths: Int[Array, "B"], count: int, longest: int) -> Int[Array, "B N"]:
+    """`count` tokens that may come next; -1 where the row's last token occurs nowhere before.
 
     They are those that followed the longest earlier occurrence of the row's last tokens, of `longest` … 1 tokens, and
     of occurrences of one length the latest. Where what followed reaches the end of the row it goes on with its own
@@ -36,4 +34,5 @@ def lookup(
     found = jnp.take_along_axis(matched, best[:, None], axis=1)[:, 0] > 0
     period = jnp.maximum(lengths - 1 - best, 1)
     steps = jax.lax.broadcasted_iota(jnp.int32, (len(context), count), 1) % period[:, None]
-    return jnp.take_along_axis(context, jnp.where(found, best, -1)[:, None] + 1 + steps, axis=1, mode="clip"), found
+    guesses = jnp.take_along_axis(context, best[:, None] + 1 + steps, axis=1, mode="clip")
+    return jnp.where(found[:, None], guesses, -1)

@@ -26,20 +26,15 @@ def test_equals_a_search_through_lists(vocabulary, longest):
     context = rng.integers(0, vocabulary, (64, 17))
     lengths = np.concatenate([[1, 2, 17], rng.integers(1, 18, 61)])
     context[1, :2] = 0  # one token and the same again
-    drafts, found = jax.jit(lookup, static_argnums=(2, 3))(
-        jnp.asarray(context, jnp.int32), jnp.asarray(lengths), 5, longest
-    )
+    drafts = jax.jit(lookup, static_argnums=(2, 3))(jnp.asarray(context, jnp.int32), jnp.asarray(lengths), 5, longest)
     wanted = [looked_up(row[:n].tolist(), 5, longest) for row, n in zip(context, lengths, strict=True)]
-    assert found.tolist() == [want is not None for want in wanted]
-    assert 0 < found.sum() < 64 or vocabulary == 2
-    for row, want in enumerate(wanted):
-        assert want is None or drafts[row].tolist() == want
+    assert drafts.tolist() == [[-1] * 5 if want is None else want for want in wanted]
+    assert any(want is None for want in wanted)
+    assert any(want is not None for want in wanted)
 
 
 def test_the_longest_ending_wins_over_a_later_shorter_one():
     #      1 2 3 | 9 3 8 | 1 2 3: "1 2 3" was followed by 9, the later "3" by 8
     row = jnp.asarray([[1, 2, 3, 9, 3, 8, 1, 2, 3, 0, 0]], jnp.int32)
-    drafts, found = lookup(row, jnp.asarray([9]), 4, 3)
-    assert (drafts.tolist(), found.tolist()) == ([[9, 3, 8, 1]], [True])
-    drafts, _ = lookup(row, jnp.asarray([9]), 4, 1)
-    assert drafts.tolist() == [[8, 1, 2, 3]]
+    assert lookup(row, jnp.asarray([9]), 4, 3).tolist() == [[9, 3, 8, 1]]
+    assert lookup(row, jnp.asarray([9]), 4, 1).tolist() == [[8, 1, 2, 3]]

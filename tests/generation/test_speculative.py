@@ -1,0 +1,217 @@
+"""Speculative decoding: the tokens of plain decoding, from fewer calls."""
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from tiny import left_mask, params_of, random_tokens, tiny
+
+from rlhfjax.generation import SamplingParams, generate
+from rlhfjax.generation.speculative import Speculation, speculate, verify
+from rlhfjax.models import LanguageModel
+from rlhfjax.types import PromptBatch
+
+STOP, PAD = 5, 0
+NGRAM = Speculation("ngram", tokens=3)
+HEADS = Speculation("heads", tokens=2)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Read:
+    """What a model without a cache keeps in its place: the tokens."""
+
+    tokens: jax.Array
+    lengths: jax.Array
+
+
+@dataclass(frozen=True)
+class Rereading:
+    """A decoder that reads everything again in every call."""
+
+    model: LanguageModel
+
+    def start(self, params, prompt, mask, room):
+        lengths = mask.sum(axis=1, dtype=jnp.int32)
+        order = jnp.argsort(~mask, axis=1, stable=True)
+        tokens = jnp.pad(jnp.take_along_axis(prompt, order, axis=1), ((0, 0), (0, room)))
+        hidden, cache = self._read(params, tokens, lengths)
+        return jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0], cache
+
+    def extend(self, params, cache, tokens):
+        put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
+        hidden, new = self._read(params, put(cache.tokens, tokens, cache.lengths), cache.lengths + tokens.shape[1])
+        slots = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        return jnp.take_along_axis(hidden, slots[:, :, None], axis=1), new
+
+    def _read(self, params, tokens, lengths):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        return self.model.hidden(params, tokens, positions, jnp.ones_like(tokens)), Read(tokens, lengths)
+
+    def unembed(self, params, hidden):
+        return self.model.unembed(params, hidden)
+
+    def ahead(self, params, hidden):
+        return self.model.ahead(params, hidden)
+
+
+@dataclass(frozen=True)
+class Bigram:
+    """Logits of the next token are row `token` of the first table; head h guesses by row `token` of the next ones."""
+
+    def start(self, params, prompt, mask, room):
+        return jax.nn.one_hot(prompt[:, -1], 6), Read(prompt, mask.sum(axis=1, dtype=jnp.int32))
+
+    def extend(self, params, cache, tokens):
+        return jax.nn.one_hot(tokens, 6), replace(cache, lengths=cache.lengths + tokens.shape[1])
+
+    def unembed(self, params, hidden):
+        return hidden if hidden.shape[-1] == 7 else hidden @ params[0]
+
+    def ahead(self, params, hidden):
+        # a seventh column tells these logits from hidden states; nothing draws it
+        return jnp.pad(
+            jnp.einsum("...d,nde->n...e", hidden, params[1:]), ((0, 0), (0, 0), (0, 1)), constant_values=-1e9
+        )
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The same table for the plain sampler."""
+
+    def prefill(self, params, prompt, prompt_mask, new_tokens):
+        return params[0][prompt[:, -1]], prompt[:, -1]
+
+    def decode(self, params, cache, tokens):
+        return params[0][tokens], tokens
+
+
+def prompts(count: int, last: int = 0) -> PromptBatch:
+    tokens = jnp.full((count, 2), last, jnp.int32)
+    return PromptBatch(tokens, jnp.ones((count, 2), bool), jnp.arange(count, dtype=jnp.int32))
+
+
+def sampling(**changes) -> SamplingParams:
+    return replace(SamplingParams(max_new_tokens=8, stop_id=STOP, pad_id=PAD), **changes)
+
+
+def tables(seed: int = 0, spread: float = 1.2):
+    return jnp.asarray(np.random.default_rng(seed).normal(0, spread, (3, 6, 6)), jnp.float32)
+
+
+def both(params, batch, key, settings, speculation):
+    plain = jax.jit(lambda p, b, k: generate(Plain(), p, b, k, settings))(params, batch, key)
+    fast, counts = jax.jit(lambda p, b, k: speculate(Bigram(), p, b, k, settings, speculation))(params, batch, key)
+    return plain, fast, counts
+
+
+def assert_same(fast, plain):
+    for name in ("response", "response_mask", "finished", "prompt", "prompt_mask"):
+        np.testing.assert_array_equal(getattr(fast, name), getattr(plain, name), err_msg=name)
+    np.testing.assert_allclose(fast.sampled_log_probs, plain.sampled_log_probs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("speculation", [NGRAM, HEADS], ids=lambda s: s.kind)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temperature": 0.0, "stop_after": 9},
+        {"temperature": 0.6, "top_k": 3, "stop_after": 2},
+        {"top_p": 0.7, "max_new_tokens": 7},
+        {"max_new_tokens": 1},
+    ],
+    ids=str,
+)
+def test_rows_are_those_of_the_plain_sampler(speculation, changes):
+    """Stop tokens and the last slot fall everywhere in runs of kept guesses: 300 rows of 8 tokens out of 6."""
+    plain, fast, counts = both(tables(), prompts(300), jax.random.key(1), sampling(**changes), speculation)
+    assert_same(fast, plain)
+    drawn = fast.response_mask.sum(axis=1)
+    assert (counts.calls <= drawn - 1).all()  # the first token is the prompt's call
+    assert (counts.kept <= counts.guessed).all()
+    if changes.get("max_new_tokens") != 1:
+        assert counts.kept.sum() > 0
+        np.testing.assert_array_equal((drawn - 1).sum() - counts.calls.sum(), counts.kept.sum())
+
+
+def test_what_a_call_keeps():
+    # meant to catch a guess kept after a wrong one or after the end, and rows that outgrow their room
+    right = [1, 2, 3]
+    guesses = jnp.asarray([right, right, right, [9, 2, 3], right, right, right, [-1, -1, -1]])
+    drawn = [[1, 2, 3, 4]] * 8
+    drawn[1], drawn[2] = [1, 2, 7, 4], [1, 7, 3, 4]
+    stops = jnp.zeros((8, 4), bool).at[4, 1].set(True).at[5, 3].set(True)
+    room = jnp.asarray([9, 9, 9, 9, 9, 9, 2, 0])
+    count, ended = verify(guesses, jnp.asarray(drawn), stops, room)
+    assert count.tolist() == [4, 3, 2, 1, 2, 4, 2, 0]
+    assert ended.tolist() == [False, False, False, False, True, True, False, False]
+
+
+def test_right_guesses_save_calls_and_wrong_ones_cost_nothing_but_time():
+    """A table that goes round 0 1 2 3 4: heads that know it are always right, heads that repeat are always wrong."""
+    ahead = [np.roll(np.eye(6), 1, axis=1) * 60 for _ in range(3)]
+    for table, steps in zip(ahead, (1, 2, 3), strict=True):
+        table[:] = 0
+        for token in range(5):
+            table[token, (token + steps) % 5] = 60.0
+        table[5, 0] = 60.0
+    right = jnp.asarray(np.stack(ahead), jnp.float32)
+    wrong = right.at[1:].set(right[0])
+    settings = sampling(max_new_tokens=16)
+    for params, calls, kept in ((right, 5, 10), (wrong, 15, 0)):  # 15 tokens after the first, 3 or 1 a call
+        plain, fast, counts = both(params, prompts(4), jax.random.key(0), settings, HEADS)
+        assert_same(fast, plain)
+        assert counts.calls.tolist() == [calls] * 4
+        assert counts.kept.tolist() == [kept] * 4
+        assert counts.guessed.tolist() == [2 * calls] * 4
+
+
+@pytest.mark.parametrize("speculation", [NGRAM, HEADS], ids=lambda s: s.kind)
+def test_continuations_follow_their_probabilities(speculation):
+    """χ² of 20,000 samples of three tokens against the 216 products of the table's probabilities."""
+    count, table = 20_000, tables(2, spread=0.7)
+    settings = sampling(max_new_tokens=3, stop_after=9, temperature=0.8)
+    run = jax.jit(lambda p, b, k: speculate(Bigram(), p, b, k, settings, speculation))
+    drawn, counts = run(table, prompts(count, last=2), jax.random.key(11))
+    logits = np.asarray(table[0], np.float64) / 0.8
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    wanted = np.asarray([p[2, a] * p[a, b] * p[b, c] for a, b, c in product(range(6), repeat=3)])
+    seen = np.bincount(np.asarray(drawn.response) @ [36, 6, 1], minlength=216)
+    assert scipy.stats.chisquare(seen, wanted * count).pvalue > 1e-3
+    assert 0 < counts.kept.sum() < counts.guessed.sum()
+
+
+def test_noise_that_is_shared_keeps_more_guesses():
+    """At least (1 - TV) / (1 + TV) of the guesses (Daliri et al. 2024), which independent draws are far from."""
+    table = tables(3)
+    p = np.asarray(jax.nn.softmax(table[0]), np.float64)
+    q = p @ p  # the token after the next
+    table = table.at[1].set(jnp.log(jnp.asarray(q, jnp.float32)))
+    _, drawn, counts = both(table, prompts(2_000), jax.random.key(2), sampling(stop_after=9), replace(HEADS, tokens=1))
+    tokens = np.concatenate([np.zeros((2_000, 1), int), np.asarray(drawn.response)], axis=1)
+    before, last = tokens[:, :-2].ravel(), tokens[:, 1:-1].ravel()  # what a guess knows, and what it does not
+    apart = 0.5 * np.abs(q[before] - p[last]).sum(axis=1)
+    kept = counts.kept.sum() / counts.guessed.sum()
+    assert kept > 0.95 * np.mean((1 - apart) / (1 + apart))
+    assert kept > 1.3 * np.mean((q[before] * p[last]).sum(axis=1))
+
+
+def four_prompts() -> PromptBatch:
+    return PromptBatch(random_tokens(4, 5), left_mask([5, 3, 1, 4], 5), jnp.asarray([70, 3, 11, 4], jnp.int32))
+
+
+@pytest.mark.parametrize("style", ["gpt2", "llama-gqa", "mistral"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_decoders_answer_as_without(style, temperature):
+    """Learned and rotary positions, a window, prompts of several lengths, both ways of guessing."""
+    model = tiny(style, mtp_heads=2)
+    params, settings = params_of(model, seed=5), sampling(stop_id=1, temperature=temperature, max_new_tokens=10)
+    plain = jax.jit(lambda p, b, k: generate(model, p, b, k, settings))(params, four_prompts(), jax.random.key(9))
+    for speculation in (NGRAM, HEADS):
+        run = jax.jit(lambda p, b, k, s=speculation: speculate(Rereading(model), p, b, k, settings, s))
+        assert_same(run(params, four_prompts(), jax.random.key(9))[0], plain)
