@@ -125,3 +125,8 @@ def place_batch(mesh: Mesh, batch: Any) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Whole sequences, split over the first axis: rollouts and experience."""
     return NamedSharding(mesh, PartitionSpec(MESH_AXES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device: metrics and coefficients."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -14,7 +14,6 @@ from rlhfjax.models import model_of
 from rlhfjax.models.lora import linears, targeted
 from rlhfjax.sharding import make_mesh
 from rlhfjax.stages.data import open_batches
-from rlhfjax.stages.evaluate import evaluate
 from rlhfjax.stages.exact_match import pairs_of
 from rlhfjax.stages.job import Job, sampling_params
 from rlhfjax.stages.offline import pretrain, reward, sft, tokenizer
@@ -53,7 +52,11 @@ def origins(jobs: list[Job]) -> dict[str, Any]:
 
 def execute(job: Job) -> dict[str, Any]:
     """Run one stage."""
-    stages = {f.__name__: f for f in (tokenizer, pretrain, sft, reward, ppo, evaluate)}
+    if job.stage == "evaluate":
+        from rlhfjax.stages.evaluate import evaluate  # and with it matplotlib, which takes a third of all imports
+
+        return evaluate(job)
+    stages = {f.__name__: f for f in (tokenizer, pretrain, sft, reward, ppo)}
     return stages[job.stage](job)
 
 

@@ -23,14 +23,17 @@ from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.heads import init_head, rescale_head, with_head
 from rlhfjax.models.lora import join, split
 from rlhfjax.sharding import place_batch, state_shardings
+from rlhfjax.stages.compilation import Ahead, peek
 from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.text.tokenizer import Tokenizer
 from rlhfjax.training.checkpoint import Checkpoints, find_checkpoint, load_model, meta_of, read_meta, tokenizer_of
+from rlhfjax.training.flops import OfflineFlops, forward_flops, seen_by
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.offline import train_offline
 from rlhfjax.training.optimizer import learning_rate, make_optimizer
+from rlhfjax.training.profiling import Trace
 from rlhfjax.training.state import abstract, init_state
 from rlhfjax.training.update import offline_step
 from rlhfjax.types import Params, PromptBatch, RankedBatch, TrainState
@@ -91,7 +94,7 @@ def reward(job: Job) -> Facts:
         role="reward",
         validate=validate,
         finish=partial(normalize_scores, job, model),
-        shown=("train/rm/loss", "train/rm/accuracy", "eval/rm/accuracy"),
+        shown=("train/rm/loss", "train/rm/accuracy", "eval/rm/accuracy", "perf/mfu"),
     )
 
 
@@ -267,7 +270,7 @@ def _train_policy(job: Job, model: SequenceModel, params: Params) -> Facts:
         params,
         role="policy",
         validate=validate,
-        shown=("loss/train", "loss/validation", "perf/train_tokens_per_s"),
+        shown=("loss/train", "loss/validation", "perf/train_tokens_per_s", "perf/mfu"),
     )
 
 
@@ -324,14 +327,21 @@ def _train(
     @partial(jax.jit, donate_argnums=1, out_shardings=(state_shardings(job.mesh, state), None))
     def step_fn(frozen: Params, state: TrainState, batch: Any, key: jax.Array):
         restricted = restrict(algorithm, partial(join, frozen))
-        return offline_step(restricted, optimizer, state, batch, key, parts, c.optimizer.ema_decay)
+        state, metrics = offline_step(restricted, optimizer, state, batch, key, parts, c.optimizer.ema_decay)
+        return state, metrics | (seen_by(batch) if flops else {})
 
+    flops = (
+        None if isinstance(model, EncoderDecoder) else OfflineFlops(forward_flops(model.config, params), bool(frozen))
+    )
+    first, stream = peek(job.put(batches.iterate(int(state.step))))
+    ahead = Ahead(job)
+    step = ahead.program(partial(step_fn, frozen), state, first, job.key("steps"))
     writer = MetricsWriter(job.dir, int(state.step), job.run.logging.tensorboard)
     with closing(checkpoints), closing(writer):  # a stage that is interrupted still finishes the save that is under way
         state = train_offline(
-            partial(step_fn, frozen),
+            step,
             state,
-            job.put(batches.iterate(int(state.step))),
+            stream,
             steps=steps,
             key=job.key("steps"),
             stage=job.stage,
@@ -340,12 +350,15 @@ def _train(
             shown=shown,
             measure=measure,
             keep=keep,
+            flops=flops,
+            trace=Trace(job.dir, job.run.profile, job.stage),
+            first_step=ahead.first_step,
         )
         # What is served is finished: the moving average where one is kept.
         served, facts = finish(join(frozen, state.params if state.average is None else state.average))
         trained = split(served)[1]
         sizes = {"parameters": _size(served)} | ({"trainable_parameters": _size(trained)} if frozen else {})
-        facts = {"step": steps} | sizes | facts
+        facts = {"step": steps} | sizes | facts | ahead.facts
         score = None if select == "last" else _selection_score(select, last_measured)
         finished = {"params": trained} if state.average is None else {"average": trained}
         save(replace(state, **finished), facts, score)

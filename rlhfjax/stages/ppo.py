@@ -14,17 +14,20 @@ from rlhfjax.algorithms import Mix, Ppo, restrict
 from rlhfjax.config import schema
 from rlhfjax.functional import adaptive_kl, kl_estimate, token_log_probs
 from rlhfjax.generation import SamplingParams, generate
-from rlhfjax.models import SequenceModel
+from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.heads import with_head, zero_head
-from rlhfjax.models.lora import join, split
-from rlhfjax.sharding import batch_sharding, state_shardings
+from rlhfjax.models.lora import has_adapters, join, split
+from rlhfjax.sharding import batch_sharding, replicated, state_shardings
+from rlhfjax.stages.compilation import Ahead, peek
 from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.job import Job, sampling_params
 from rlhfjax.stages.offline import Facts, training_loss
 from rlhfjax.training.checkpoint import Checkpoints, meta_of
+from rlhfjax.training.flops import OnlineFlops, attended, forward_flops, seen_by
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.online import OnlineSteps, train_online
 from rlhfjax.training.optimizer import learning_rate, make_optimizer
+from rlhfjax.training.profiling import Trace
 from rlhfjax.training.state import abstract, init_state
 from rlhfjax.training.update import online_update
 from rlhfjax.types import OnlineState, Params, PromptBatch, Rollout, TrainState
@@ -50,9 +53,12 @@ def ppo(job: Job) -> Facts:
     checkpoints = Checkpoints(job.dir / "checkpoints", job.run.checkpoints.keep)
     state = _restore(checkpoints, state)
 
-    steps = compiled_steps(job, state, algorithm, optimizer, policy_model, reward_model, sampling, base)
     opened, start = open_batches(job), int(state.iteration)
-    pretraining = job.put(opened["ptx"].iterate(start)) if c.ptx else itertools.repeat(None)
+    first, prompts = peek(job.put(opened["train"].iterate(start)))
+    mixed, pretraining = peek(job.put(opened["ptx"].iterate(start)) if c.ptx else itertools.repeat(None))
+    frozen, ahead = {"reference": policy, "reward": reward}, Ahead(job)
+    steps = compiled_steps(job, state, algorithm, optimizer, policy_model, reward_model, sampling, base)
+    steps = ahead.online(steps, state, frozen, first, mixed)
     meta = meta_of("policy", policy_model, job.tokenizer, averaged=bool(follow), stage=job.stage, **job.lineage())
     writer = MetricsWriter(job.dir, start, job.run.logging.tensorboard)
 
@@ -65,8 +71,8 @@ def ppo(job: Job) -> Facts:
         state = train_online(
             steps,
             state,
-            {"reference": policy, "reward": reward},
-            job.put(opened["train"].iterate(start)),
+            frozen,
+            prompts,
             pretraining,
             iterations=c.steps,
             key=job.key("steps"),
@@ -79,15 +85,34 @@ def ppo(job: Job) -> Facts:
             samples_every=job.run.logging.samples_every,
             save=save,
             save_every=job.run.checkpoints.every,
+            flops=iteration_flops(c, (policy_model, policy), (value_model, value), (reward_model, reward), mixed),
+            trace=Trace(job.dir, job.run.profile, job.stage),
+            first_step=ahead.first_step,
         )
         if checkpoints.latest() != c.steps:
             save(state, c.steps)
-    return {"step": c.steps, "episodes": c.steps * c.batch.size, "kl_coef": float(state.kl_coef)}
+    return {"step": c.steps, "episodes": c.steps * c.batch.size, "kl_coef": float(state.kl_coef)} | ahead.facts
 
 
 def updates_of(c: schema.Ppo) -> int:
     """Optimizer steps in one iteration."""
     return c.batch.epochs * (c.batch.size // (c.batch.minibatch or c.batch.size))
+
+
+def iteration_flops(c: schema.Ppo, policy: Any, value: Any, reward: Any, mixed: Any) -> OnlineFlops | None:
+    """Model FLOPs of an iteration; each model is (model, parameters), `mixed` the pretraining batch of an iteration.
+
+    None for an encoder–decoder, which reads prompt and response with different weights.
+    """
+    if any(isinstance(model, EncoderDecoder) for model, _ in (policy, value, reward)):
+        return None
+    each = [forward_flops(model.config, params) for model, params in (policy, value, reward)]
+    counts = (0.0, 0.0)
+    if mixed is not None:
+        real = mixed.segments > 0
+        counts = float(real.sum()) / c.batch.epochs, float(attended(mixed.positions, real)) / c.batch.epochs
+    adapted, passes = has_adapters(policy[1]), 1 + (c.sampling.old_log_probs == "recompute")
+    return OnlineFlops(*each, adapted, passes, *counts)
 
 
 def ppo_algorithm(c: schema.Ppo, policy_model: SequenceModel, value_model: SequenceModel) -> Ppo | Mix:
@@ -151,6 +176,10 @@ def compiled_steps(
         scores = reward_model.response_scores(frozen["reward"], *_sequences(rollout))
         return rollout.scored(log_probs, ref_log_probs, estimator.values(params, rollout), scores)
 
+    def estimate(rollout: Rollout, kl_coef: Any):
+        experience, metrics = estimator.estimate(rollout, kl_coef)
+        return experience, metrics | seen_by(rollout)
+
     def update(base: Params, state: OnlineState, experience: Any, pretraining: Any, measured: dict, key: jax.Array):
         train, metrics = online_update(
             restrict(algorithm, partial(join, base)),
@@ -175,7 +204,7 @@ def compiled_steps(
     return OnlineSteps(
         rollout=partial(jax.jit(rollout, out_shardings=rows), base or {}),
         score=partial(jax.jit(score, out_shardings=rows), base or {}),
-        estimate=jax.jit(estimator.estimate, out_shardings=(rows, None)),
+        estimate=jax.jit(estimate, out_shardings=(rows, replicated(job.mesh))),
         update=partial(jax.jit(update, donate_argnums=1, out_shardings=(layout, None)), base or {}),
     )
 

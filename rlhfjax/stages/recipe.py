@@ -70,13 +70,16 @@ def is_complete(run_dir: Path, stage: str) -> bool:
 
 
 def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) -> None:
+    began = time.monotonic()
     # jax and the models are imported here, so that a finished run answers at once.
+    from rlhfjax.stages.compilation import use_compile_cache
     from rlhfjax.stages.jobs import check_data, execute, make_jobs, origins
 
+    use_compile_cache(report)
     jobs = make_jobs(run, run_dir, stages, report)
     manifest.note(**origins(jobs))
     for job in jobs:
-        began = time.monotonic()
+        job.shared["began"] = began
         if job.stage != "tokenizer" and job is next(j for j in jobs if j.stage != "tokenizer"):
             manifest.note(tokenizer=job.tokenizer.fingerprint)
             check_data(jobs)
@@ -87,6 +90,11 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
         done = {"stage": job.stage, "seconds": seconds, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
         write_json(job.dir / COMPLETE, done | facts)
         report(f"{job.stage}: done in {seconds:.0f} s")
+        if "timing/first_step_s" in facts:
+            manifest.note(
+                first_step_s={**manifest.line.get("first_step_s", {}), job.stage: facts["timing/first_step_s"]}
+            )
+        began = time.monotonic()
 
 
 def _settle_config(run: Run, run_dir: Path, start_from: str | None) -> None:
@@ -115,7 +123,7 @@ def _free(begun: list[str]) -> tuple[str, ...]:
     others = [f"stages.{stage}." for stage in ALL_STAGES if stage not in begun]
     if not {"sft", "reward", "ppo"} & set(begun):
         others.append("model.lora")
-    return (*others, "description", "logging.", "checkpoints.", "mesh.")
+    return (*others, "description", "logging.", "checkpoints.", "profile", "mesh.")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, start_step: int, tensorboard: bool = True):
         directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
         self._file = _open_from(directory / "metrics.jsonl", start_step)
         self._samples = _open_from(directory / "samples.jsonl", start_step)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step) if tensorboard else None
@@ -90,7 +91,7 @@ class ProgressLine:
         now = time.monotonic()
         rate = (step - self.start) / max(now - self._began, 1e-9)
         left = (self.total - step) / max(rate, 1e-9)
-        values = "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
+        values = "  ".join(map(_short, shown.items()))
         text = f"{rate:.2f} steps/s  {int(left // 60)}:{int(left % 60):02d} left  {values}"
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
@@ -98,6 +99,20 @@ class ProgressLine:
             self._printed = now
             print(f"{self.stage:>9}  step {step}/{self.total}  {text}", file=sys.stderr, flush=True)
 
+    def note(self, text: str) -> None:
+        """A line of its own, above the progress."""
+        if self._bar:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def _short(item: tuple[str, float]) -> str:
+    """`kl 0.12`; parts of a whole in percent: `rollout 31%`, `mfu 42%`."""
+    name, value = item
+    part = name.removesuffix("_share")
+    return f"{part} {value:.0%}" if part != name or name == "mfu" else f"{name} {value:.3g}"

@@ -96,16 +96,29 @@ _UPDATE = (
            "|ptx.coef x pretraining gradient| / |PPO gradient|, of the policy"),
     Metric("rollout_vs_train/logp_absdiff_max", "nats", _RESPONSE, "maximum",
            "|log p while sampling - log p in training| of one token"),
+    Metric("rollout_vs_train/logp_absdiff_mean", "nats", _RESPONSE, _TOKEN_MEAN,
+           "the same of all tokens: what int8 sampling, for one, adds to rounding"),
 )  # fmt: skip
 
 _SPEED = (
-    Metric("perf/decode_tokens_per_s", "tokens/s", _RESPONSE, "per iteration", "response tokens sampled"),
+    Metric("perf/mfu", "fraction", "tokens of the batch without padding", "per step",
+           "model FLOPs over what the devices could do in the step's wall time (rlhfjax.training.flops)"),
+    Metric("perf/prefill_tokens_per_s", "tokens/s", "prompt tokens", "per iteration",
+           "prompt tokens read, over the wall time of sampling"),
+    Metric("perf/decode_tokens_per_s", "tokens/s", _RESPONSE, "per iteration",
+           "response tokens sampled, over the wall time of sampling"),
     Metric("perf/train_tokens_per_s", "tokens/s", "tokens of the batch without padding", "per step",
            "tokens trained on; in PPO response tokens x inner epochs"),
+    Metric("timing/step_s", "s", "-", "per step", "wall time of a step or an iteration, without validation and saving"),
+    Metric("timing/reshard_s", "s", "-", "per iteration", "wall time of making what sampling reads of the parameters"),
     Metric("timing/rollout_s", "s", "-", "per iteration", "wall time of sampling"),
     Metric("timing/score_s", "s", "-", "per iteration", "wall time of scores, values and log-probabilities"),
     Metric("timing/estimate_s", "s", "-", "per iteration", "wall time of rewards and advantages"),
-    Metric("timing/update_s", "s", "-", "per iteration", "wall time of all updates of an iteration"),
+    Metric("timing/update_s", "s", "-", "per iteration",
+           "wall time of all updates of an iteration; the metrics of the one before are written meanwhile"),
+    Metric("timing/host_s", "s", "-", "per iteration", "wall time in which no step ran: batches, keys, clocks"),
+    *(Metric(f"timing/{part}_share", "fraction", "-", "per iteration", f"{part}_s over step_s")
+      for part in ("reshard", "rollout", "score", "estimate", "update", "host")),
 )  # fmt: skip
 
 METRICS: dict[str, Metric] = {

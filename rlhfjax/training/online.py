@@ -1,13 +1,14 @@
 """The online loop: four compiled steps an iteration, whatever the algorithm."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+from rlhfjax.training.flops import machine_peak
 from rlhfjax.training.metrics import MetricsWriter, ProgressLine
+from rlhfjax.training.profiling import Clock, Trace
 from rlhfjax.types import Experience, OnlineState, Params, PromptBatch, Rollout
 
 Metrics = dict[str, Any]
@@ -15,12 +16,16 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class OnlineSteps:
-    """The compiled functions of an iteration. `update` also moves the KL coefficient."""
+    """The compiled functions of an iteration. `update` also moves the KL coefficient.
+
+    `reshard`, where there is one, makes of the parameters what `rollout` reads: another layout or another type.
+    """
 
     rollout: Callable[[Params, PromptBatch, jax.Array], Rollout]
     score: Callable[[Params, Any, Rollout], Rollout]
     estimate: Callable[[Rollout, jax.Array], tuple[Experience, Metrics]]
     update: Callable[[OnlineState, Experience, Any, Metrics, jax.Array], tuple[OnlineState, Metrics]]
+    reshard: Callable[[Params], Any] | None = None
 
 
 def train_online(
@@ -41,59 +46,85 @@ def train_online(
     samples_every: int,
     save: Callable[[OnlineState, int], None],
     save_every: int,
+    flops: Callable[[Mapping[str, float]], float] | None = None,
+    trace: Trace | None = None,
+    first_step: Callable[[], str] | None = None,
 ) -> OnlineState:
     """Sample, score, estimate, update, from the iteration after the last saved one to `iterations`.
 
-    `updates` is the optimizer steps of an iteration. Metrics are written one iteration late.
+    `updates` is the optimizer steps of an iteration, `flops` its model FLOPs by its counts; `first_step` is called when
+    the first iteration is done, for a line to show. Metrics are written one iteration late, while the device updates.
     """
     start = int(state.iteration)
-    progress = ProgressLine(stage, start, iterations)
+    progress, trace = ProgressLine(stage, start, iterations), trace or Trace(writer.directory, None, stage)
     pending, latest = None, {}
     for iteration in range(start + 1, iterations + 1):
         rollout_key, update_key = jax.random.split(jax.random.fold_in(key, iteration))
-        clock = _Clock()
-        rollout = clock("rollout", steps.rollout(state.train.params, next(prompts), rollout_key))
-        rollout = clock("score", steps.score(state.train.params, frozen, rollout))
-        experience, metrics = clock("estimate", steps.estimate(rollout, state.kl_coef))
-        state, update_metrics = clock("update", steps.update(state, experience, next(pretraining), metrics, update_key))
-        if pending:
-            latest = _write(writer, *pending)
-        metrics = metrics | update_metrics | clock.seconds
+        clock = Clock()
+        with trace.step(iteration):
+            rollout, experience, metrics = _collect(steps, state, frozen, next(prompts), rollout_key, clock)
+            extra = next(pretraining)
+            with clock("update"):
+                state, update_metrics = steps.update(state, experience, extra, metrics, update_key)
+                if pending:
+                    latest = _write(writer, *pending, flops)
+                if iteration % samples_every == 0 or iteration == 1:
+                    writer.write_samples(iteration, samples(rollout))
+                jax.block_until_ready(state)
         rate = learning_rate((iteration - 1) * updates)
-        pending = (iteration, metrics | {"lr": rate, "episode": iteration * episodes})
-        if iteration % samples_every == 0 or iteration == 1:
-            writer.write_samples(iteration, samples(rollout))
+        metrics = metrics | update_metrics | {"lr": rate, "episode": iteration * episodes} | clock.metrics()
+        pending = (iteration, metrics)
+        if iteration == start + 1:
+            if first_step:
+                progress.note(first_step())
+            if flops:
+                machine_peak()  # where it has to be measured, that must not fall into an iteration
         if iteration % save_every == 0 and iteration != iterations:
-            latest, pending = _write(writer, *pending), None  # a run that is killed after the save has the row
+            latest, pending = _write(writer, *pending, flops), None  # a run that is killed after the save has the row
             save(state, iteration)
         progress.show(iteration, {name.split("/")[-1]: latest[name] for name in _SHOWN if name in latest})
+    trace.close()
     if pending:
-        _write(writer, *pending)
+        _write(writer, *pending, flops)
     progress.close()
     return state
 
 
-def _write(writer: MetricsWriter, iteration: int, metrics: Metrics) -> dict[str, float]:
-    tokens = float(metrics.pop("tokens"))
+def _collect(
+    steps: OnlineSteps, state: OnlineState, frozen: Any, prompts: PromptBatch, key: jax.Array, clock: Clock
+) -> tuple[Rollout, Experience, Metrics]:
+    """What an iteration learns from. The clock waits for each step, which the next one needs in any case."""
+    params = state.train.params
+    with clock("reshard"):
+        served = params if steps.reshard is None else jax.block_until_ready(steps.reshard(params))
+    with clock("rollout"):
+        rollout = jax.block_until_ready(steps.rollout(served, prompts, key))
+    with clock("score"):
+        rollout = jax.block_until_ready(steps.score(params, frozen, rollout))
+    with clock("estimate"):
+        experience, metrics = jax.block_until_ready(steps.estimate(rollout, state.kl_coef))
+    return rollout, experience, metrics
+
+
+def _write(
+    writer: MetricsWriter, iteration: int, metrics: Metrics, flops: Callable[[Mapping[str, float]], float] | None
+) -> dict[str, float]:
+    counts = {name: float(metrics[name]) for name in _COUNTS if name in metrics}
+    tokens = counts["tokens"]
     rates = {
         "perf/decode_tokens_per_s": tokens / metrics["timing/rollout_s"],
-        "perf/train_tokens_per_s": tokens * float(metrics["policy/epochs_run"]) / metrics["timing/update_s"],
+        "perf/train_tokens_per_s": tokens * counts["policy/epochs_run"] / metrics["timing/update_s"],
     }
-    return writer.write(iteration, metrics | rates)
+    if "work/prompt" in counts:
+        rates["perf/prefill_tokens_per_s"] = counts["work/prompt"] / metrics["timing/rollout_s"]
+    if flops and "work/pairs" in counts:
+        rates["perf/mfu"] = flops(counts) / (metrics["timing/step_s"] * machine_peak())
+    logged = {name: value for name, value in metrics.items() if name != "tokens" and not name.startswith("work/")}
+    return writer.write(iteration, logged | rates)
 
 
-_SHOWN = ("objective/scores", "objective/kl", "objective/length", "loss/ptx")
-
-
-class _Clock:
-    """Seconds of each step of an iteration; waits for the device, which the next step needs in any case."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def __call__(self, name: str, result: Any) -> Any:
-        jax.block_until_ready(result)
-        now = time.monotonic()
-        self.seconds[f"timing/{name}_s"], self._last = now - self._last, now
-        return result
+_COUNTS = ("tokens", "work/prompt", "work/pairs", "policy/epochs_run")
+_SHOWN = (
+    *("objective/scores", "objective/kl", "objective/length", "loss/ptx"),
+    *("timing/rollout_share", "timing/update_share", "perf/mfu"),
+)

@@ -15,10 +15,13 @@ MUON_RMS = 0.2
 FACTORED = 128  # rows and columns from which Adafactor factors a matrix
 
 
+Kind = Literal["adamw", "adamw_bf16", "adafactor", "lion", "lion_bf16", "muon", "muon_bf16"]
+
+
 class Settings(Protocol):
     """The `optimizer` section of a configuration (see rlhfjax.config.schema.Optimizer)."""
 
-    kind: str
+    kind: Kind
     lr: float
     schedule: Literal["constant", "linear", "cosine", "noam"]
     warmup_steps: int

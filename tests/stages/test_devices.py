@@ -1,5 +1,7 @@
 """The recipe on eight devices as 2 x 2 x 2: the numbers of one device, no compiling on the way, resumed to the bit."""
 
+import gzip
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -13,6 +15,7 @@ from stages.conftest import assert_same_bits, rows_of, saved
 from stages.tiny_recipe import STEPS
 
 MESH = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+PROFILE = "profile={start: 2, steps: 2}"
 TRAINED = ("pretrain", "sft", "reward", "ppo")
 
 
@@ -38,7 +41,7 @@ def sharded(config, tmp_path_factory):
     jax.monitoring.register_event_duration_secs_listener(listen)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "train_online", counted)
-        run_recipe(load_config(config, MESH), run_dir)
+        run_recipe(load_config(config, [*MESH, PROFILE]), run_dir)
     jax.monitoring.unregister_event_duration_listener(listen)
     return run_dir, counts
 
@@ -47,6 +50,34 @@ def test_nothing_is_compiled_after_the_first_iteration(sharded):
     _, (first, second, *rest) = sharded
     assert first < second
     assert rest == [second] * (STEPS - 1)
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_the_trace_of_a_stage_holds_the_steps_asked_for(sharded, stage):
+    run_dir, _ = sharded
+    [_] = (run_dir / stage / "profile").glob("plugins/profile/*/*.xplane.pb")
+    [path] = (run_dir / stage / "profile").glob("plugins/profile/*/*.trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert sorted(event["args"]["step_num"] for event in events if event.get("name") == stage) == ["2", "3"]
+    if stage == "ppo":
+        names = Counter(event.get("name") for event in events)
+        assert [names[part] for part in ("rollout", "score", "estimate", "update")] == [2, 2, 2, 2]
+
+
+def test_the_time_to_the_first_step_is_kept(sharded):
+    run_dir, _ = sharded
+    kept = rows_of(run_dir / "manifest.jsonl")[-1]["first_step_s"]
+    for stage in TRAINED:
+        facts = json.loads((run_dir / stage / "complete.json").read_text(encoding="utf-8"))
+        assert kept[stage] == facts["timing/first_step_s"] >= facts["timing/compile_s"] > 0
+
+
+def test_the_parts_of_an_iteration_are_its_whole(sharded):
+    for row in rows_of(sharded[0] / "ppo" / "metrics.jsonl"):
+        parts = ("reshard", "rollout", "score", "estimate", "update", "host")
+        assert sum(row[f"timing/{part}_s"] for part in parts) == pytest.approx(row["timing/step_s"], rel=1e-3)
+        assert sum(row[f"timing/{part}_share"] for part in parts) == pytest.approx(1, rel=1e-3)
+        assert 0 < row["perf/mfu"] < 1
 
 
 @pytest.mark.parametrize("stage", TRAINED)

@@ -1,0 +1,28 @@
+"""What a layer keeps for its backward pass; the rest of it is computed again (Chen et al. 2016)."""
+
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+_KEPT = "attention"
+
+POLICIES: dict[str, Any] = {
+    "full": None,  # nothing but the layer's input
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
+    # Queries, keys, values and what attention gives: norms and the feed-forward block, the largest part, come twice.
+    "attention": jax.checkpoint_policies.save_only_these_names(_KEPT),
+    # The same, kept in the host's memory until the backward pass.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_KEPT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def keep(*arrays: Any) -> Any:
+    """The same arrays, marked as what the policies `attention` and `offload` keep."""
+    kept = tuple(checkpoint_name(array, _KEPT) for array in arrays)
+    return kept[0] if len(kept) == 1 else kept

@@ -1,0 +1,170 @@
+"""Compiling: where compiled programs are kept between runs, and how a stage has them made while it reads its data.
+
+XLA's compiler holds no lock of Python, so programs are traced one after the other and compiled side by side.
+"""
+
+import itertools
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import jax
+
+from rlhfjax.fetch import default_cache_dir
+from rlhfjax.stages.job import Job
+from rlhfjax.training.online import OnlineSteps
+
+KEPT_BYTES = 2 * 2**30
+
+
+def compile_cache_dir() -> Path:
+    """Where compiled programs are kept: `$XDG_CACHE_HOME/rlhfjax/compiled`, or the same under `~/.cache`."""
+    return default_cache_dir().with_name("compiled")
+
+
+def use_compile_cache(report: Callable[[str], None], directory: Path | None = None) -> bool:
+    """Let jax keep what it compiles; False, with the reason reported, where that is not safe or not possible.
+
+    An entry is machine code that later runs execute: the directory must be the user's own and nobody else may write
+    there. Where `JAX_COMPILATION_CACHE_DIR` names one, that is used as it is; `JAX_ENABLE_COMPILATION_CACHE=false`
+    keeps nothing. Entries that were not read for longest are removed beyond 2 GiB.
+    """
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return bool(jax.config.jax_compilation_cache_dir)
+    directory = directory or compile_cache_dir()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        problem = _unsafe(directory)
+        if problem is None:
+            _prune(directory, KEPT_BYTES)
+    except OSError as error:
+        problem = error.strerror or type(error).__name__
+    if problem:
+        report(f"compiled programs are not kept: {directory}: {problem}")
+        return False
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # Reading an entry takes a few milliseconds, compiling the smallest program some twenty.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return True
+
+
+def _unsafe(directory: Path) -> str | None:
+    """Why machine code from this directory must not be run, if so."""
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        return "expected a directory, got a link or a file; remove it"
+    if found.st_uid != os.getuid():
+        return f"it belongs to user {found.st_uid}; set JAX_COMPILATION_CACHE_DIR to a directory of yours"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others may write there (mode {stat.S_IMODE(found.st_mode):o}); empty it, then chmod 700"
+    return None if os.access(directory, os.W_OK | os.X_OK) else "not writable"
+
+
+def _prune(directory: Path, limit: int) -> None:
+    """Remove the files that were not read or written for longest until the rest has at most `limit` bytes."""
+    files = [(max(info.st_atime, info.st_mtime), info.st_size, entry.path) for entry, info in _files(directory)]
+    kept = 0
+    for _, size, path in sorted(files, reverse=True):
+        kept += size
+        if kept > limit:
+            Path(path).unlink(missing_ok=True)
+
+
+def _files(directory: Path):
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            try:
+                if entry.is_file(follow_symlinks=False):
+                    yield entry, entry.stat(follow_symlinks=False)
+            except FileNotFoundError:  # another run removed it
+                continue
+
+
+class Program:
+    """A jitted function that is traced and compiled in threads; a call waits for that once.
+
+    jax finds again what it has compiled for these shapes and layouts, so the call is the function's own: others would
+    be compiled anew, and an error of the compiler comes from the first call.
+    """
+
+    def __init__(self, pool: Executor, tracing: Lock, function: Any, arguments: Callable[[], tuple]):
+        self._function = function
+        bound, jitted = ((), function) if not isinstance(function, partial) else (function.args, function.func)
+
+        def lower() -> Any:
+            given = arguments()
+            with tracing:  # two traces at once only take the interpreter from each other
+                return jitted.lower(*bound, *given)
+
+        def compile_it() -> float:
+            self._lowered.result().compile()
+            return time.monotonic()
+
+        self._lowered: Future = pool.submit(lower)
+        self.ready: Future = pool.submit(compile_it)
+
+    def shapes(self) -> Any:
+        """What a call gives, as shapes with their layouts; waits for the trace alone."""
+        return self._lowered.result().out_info
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not self.ready.done():
+            self.ready.result()
+        return self._function(*arguments)
+
+
+class Ahead:
+    """Compiles the programs of a stage in threads of its own while the stage goes on, and says how long it took."""
+
+    def __init__(self, job: Job):
+        self._job, self._began = job, time.monotonic()
+        self._pool, self._tracing = ThreadPoolExecutor(thread_name_prefix="compile"), Lock()
+        self._programs: list[Program] = []
+        self.facts: dict[str, float] = {}
+
+    def program(self, function: Any, *arguments: Any) -> Program:
+        """`function` for such arguments: jitted, perhaps with its first arguments bound by `partial`."""
+        return self._later(function, lambda: arguments)
+
+    def online(self, steps: OnlineSteps, state: Any, frozen: Any, prompts: Any, pretraining: Any) -> OnlineSteps:
+        """The steps of an iteration, each compiled for what the one before it gives."""
+        params, key = state.train.params, jax.random.key(0)
+        served, reshard = lambda: params, steps.reshard
+        if reshard is not None:
+            reshard = self.program(reshard, params)
+            served = reshard.shapes
+        rollout = self._later(steps.rollout, lambda: (served(), prompts, key))
+        score = self._later(steps.score, lambda: (params, frozen, rollout.shapes()))
+        estimate = self._later(steps.estimate, lambda: (score.shapes(), state.kl_coef))
+
+        def learned() -> tuple:
+            experience, measured = estimate.shapes()
+            return state, experience, pretraining, measured, key
+
+        return OnlineSteps(rollout, score, estimate, self._later(steps.update, learned), reshard)
+
+    def _later(self, function: Any, arguments: Callable[[], tuple]) -> Program:
+        self._programs.append(Program(self._pool, self._tracing, function, arguments))
+        return self._programs[-1]
+
+    def first_step(self) -> str:
+        """Called when the first step is done: keeps how long that took as facts of the stage, and says it."""
+        now = time.monotonic()
+        compiled = max((program.ready.result() for program in self._programs), default=now) - self._began
+        first = now - self._job.shared.get("began", self._began)
+        self._pool.shutdown()
+        self.facts = {"timing/compile_s": round(compiled, 2), "timing/first_step_s": round(first, 2)}
+        return f"{self._job.stage}: compiled in {compiled:.1f} s, first step after {first:.1f} s"
+
+
+def peek(batches: Iterator[Any]) -> tuple[Any, Iterator[Any]]:
+    """The first of an iterator, and the iterator from that one on."""
+    first = next(batches)
+    return first, itertools.chain([first], batches)
