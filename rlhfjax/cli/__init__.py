@@ -170,7 +170,9 @@ def generate(
     """
     _one_way_to_generate(beams, length_penalty, (temperature, top_k, top_p, seed, n) != (1.0, 0, 1.0, 0, 1))
     import rlhfjax
+    from rlhfjax.stages.compile_cache import use_compile_cache
 
+    use_compile_cache(say)
     model = rlhfjax.load(checkpoint)
     if beams:
         alpha = 0.6 if length_penalty is None else length_penalty

@@ -72,7 +72,7 @@ def is_complete(run_dir: Path, stage: str) -> bool:
 def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) -> None:
     began = time.monotonic()
     # jax and the models are imported here, so that a finished run answers at once.
-    from rlhfjax.stages.compilation import use_compile_cache
+    from rlhfjax.stages.compile_cache import use_compile_cache
     from rlhfjax.stages.jobs import check_data, execute, make_jobs, origins
 
     use_compile_cache(report)
