@@ -19,7 +19,7 @@ STRICT_TYPES = {"algorithms", "generation", "models", "sharding", "training", "t
 
 
 def pytest_configure(config):
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", os.environ.get("RLHFJAX_TEST_PLATFORM", "cpu"))  # cuda: tests of kernels alone
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_debug_key_reuse", True)

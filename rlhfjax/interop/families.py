@@ -105,7 +105,7 @@ def _says(architecture: Architecture, config: DecoderConfig) -> bool:
 
 def _numbers(config: DecoderConfig) -> dict[str, Any]:
     """What decides the numbers that a decoder computes, each thing said in one way."""
-    plain = asdict(replace(config, family="", init_std=0.0, lora_alpha=0.0, remat="", dtype=""))
+    plain = asdict(replace(config, family="", init_std=0.0, lora_alpha=0.0, remat="", dtype="", attention=""))
     for name in ("capacity_factor", "load_balancing_coef", "router_z_coef"):  # of training
         del plain[name]
     plain["window_pattern"] = config.local_layers

@@ -4,8 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhfjax.models.layers import Block, DecoderConfig, Linear, Sight, attention_mask, norm
+from rlhfjax.models.attention import attention_mask
+from rlhfjax.models.layers import Block, DecoderConfig, Linear, Sight, norm
 from rlhfjax.models.quantized import int8_dot
+from rlhfjax.models.remat import POLICIES
 
 _GPT = {"norm": "layer", "positions": "learned", "activation": "gelu", "biases": True, "tied": True}
 _LLAMA = {"norm": "rms", "positions": "rope", "activation": "swiglu", "biases": False, "tied": True}
@@ -34,8 +36,6 @@ FAMILIES = {
     "qwen3_moe": _QWEN
     | {"qk_norm": True, "tied": False, "experts": 128, "experts_per_token": 8, "load_balancing_coef": 0.001},
 }
-
-_REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 def decoder_config(
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
             self.positions = nn.Embed(c.context, c.width, embedding_init=normal)
         block = Block
         if c.remat != "none":
-            block = nn.remat(Block, policy=_REMAT[c.remat], prevent_cse=False)
+            block = nn.remat(Block, policy=POLICIES[c.remat], prevent_cse=False)
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0, "routing": 0},
@@ -113,12 +113,13 @@ class Decoder(nn.Module):
             x = x * c.width**0.5
         if c.positions == "learned":
             x = x + self.positions(jnp.minimum(positions, c.context - 1))
-        key_segments = segments if key_segments is None else key_segments
-        mask = attention_mask(segments, key_segments, index)
-        near = attention_mask(segments, key_segments, index, c.window) if c.window else mask
+        mask = near = None
+        if cache is not None:
+            mask = attention_mask(segments, key_segments, index)
+            near = attention_mask(segments, key_segments, index, c.window) if c.window else mask
         # Layers of two kinds in one scan: what differs is chosen by an array over the layers, which is no parameter.
         local = jnp.asarray(c.local_layers) if len(set(c.local_layers)) == 2 else None
-        sight = Sight(positions, segments > 0, mask, near, index)
+        sight = Sight(positions, segments, mask, near, index)
         x, cache = self.blocks(x.astype(c.compute_dtype), cache, local, sight)
         return (x if c.norm_place == "post" else self.final_norm(x)), cache
 

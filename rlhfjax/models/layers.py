@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from rlhfjax.models.attention import attend, masked_attention
 from rlhfjax.models.experts import Experts
 from rlhfjax.models.quantized import int8_dot
+from rlhfjax.models.remat import keep
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class DecoderConfig:
     family: str = "llama"
     init_std: float = 0.02
     lora_alpha: float = 16.0  # adapters are scaled by lora_alpha / rank
-    remat: str = "none"  # none | full | dots
+    remat: str = "none"  # none | full | dots | attention | offload
+    attention: str = "auto"  # auto | xla | blocked | cudnn | splash: what computes it, `rlhfjax.models.attention`
     dtype: str = "float32"  # of the computation; parameters, logits and softmax are float32
 
     @property
@@ -95,9 +98,9 @@ class Sight(NamedTuple):
     """What every layer is told of the tokens it reads: where they are, and what they may see."""
 
     positions: Int[Array, "B T"]
-    real: Bool[Array, "B T"]
-    mask: Bool[Array, "B T S"]  # of layers without a window
-    local_mask: Bool[Array, "B T S"]  # of layers with one
+    segments: Int[Array, "B T"]  # 0 is padding
+    mask: Any  # [B, T, S] with a cache: of layers without a window
+    local_mask: Any  # and of layers with one
     index: Any  # the first slot of the cache that these tokens take
 
 
@@ -220,35 +223,20 @@ class Attention(nn.Module):
             key = jax.lax.dynamic_update_slice_in_dim(cache[0], key.astype(cache[0].dtype), sight.index, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(cache[1], value.astype(cache[1].dtype), sight.index, axis=1)
             cache = (key, value)
-        mask = _either(local, sight.local_mask, sight.mask)
         scale = None if c.query_scalar is None else c.query_scalar**-0.5
-        if c.attention_softcap:
-            out = capped_attention(query, key, value, mask, scale or c.head_dim**-0.5, c.attention_softcap)
+        if cache is None:
+            how = {"window": c.window, "softcap": c.attention_softcap, "implementation": c.attention}
+            query, key, value = keep(query, key, value)
+            out = keep(attend(query, key, value, sight.segments, local, scale=scale, **how))
         else:
-            out = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale, implementation="xla")
+            mask = _either(local, sight.local_mask, sight.mask)
+            out = masked_attention(query, key, value, mask, scale, c.attention_softcap)
         # GPT-2's residual scaling: outputs of both blocks start smaller by 1/sqrt(2 x layers).
         return _linear(c, c.width, "out", axis=(-2, -1), std=c.init_std / (2 * c.layers) ** 0.5)(out), cache
 
 
 def _either(local, chosen, other):
     return (chosen if local else other) if isinstance(local, bool) else jnp.where(local, chosen, other)
-
-
-def capped_attention(
-    query: Float[Array, "B T H D"],
-    key: Float[Array, "B S K D"],
-    value: Float[Array, "B S K D"],
-    mask: Bool[Array, "B T S"],
-    scale: float,
-    cap: float,
-) -> Float[Array, "B T H D"]:
-    """softmax(cap · tanh(scale · q·k / cap)) · v, scores in float32 (Gemma Team 2024, section 2)."""
-    batch, length, heads, size = query.shape
-    grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], size)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(mask[:, None, None], cap * jnp.tanh(scores / cap), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(query.shape)
 
 
 class FeedForward(nn.Module):
@@ -289,22 +277,5 @@ class Block(nn.Module):
         attended, cache = Attention(c, name="attention")(before(x, "attention_norm"), sight, local, cache)
         x = total(x + dropout(after(attended, "attention_post_norm")), "attention_norm")
         read = before(x, "mlp_norm")
-        fed = Experts(c, name="experts")(read, sight.real) if c.experts else FeedForward(c, name="mlp")(read)
+        fed = Experts(c, name="experts")(read, sight.segments > 0) if c.experts else FeedForward(c, name="mlp")(read)
         return total(x + dropout(after(fed, "mlp_post_norm")), "mlp_norm"), cache
-
-
-def attention_mask(
-    query_segments: Int[Array, "B T"],
-    key_segments: Int[Array, "B S"],
-    index: Int[Array, ""] | int,
-    window: int | None = None,
-) -> Bool[Array, "B T S"]:
-    """Queries at slots index … index+T-1 see earlier slots of their own segment, with a window the last `window` of
-    them.
-
-    Padding is a segment of its own (0), so no row of the softmax is empty, and what it holds reaches no real token.
-    """
-    slots = index + jnp.arange(query_segments.shape[1], dtype=jnp.int32)
-    distance = slots[:, None] - jnp.arange(key_segments.shape[1], dtype=jnp.int32)[None, :]
-    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    return seen[None] & (query_segments[:, :, None] == key_segments[:, None, :])

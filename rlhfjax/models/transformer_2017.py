@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhfjax.models.decoder import _REMAT
-from rlhfjax.models.layers import Linear, attention_mask
+from rlhfjax.models.attention import attention_mask
+from rlhfjax.models.layers import Linear
+from rlhfjax.models.remat import POLICIES, keep
 
 FAMILY = "transformer_2017"
 
@@ -30,7 +31,7 @@ class EncoderDecoderConfig:
     context: int
     start_id: int
     norm_eps: float = 1e-5
-    remat: str = "none"  # none | full | dots
+    remat: str = "none"  # none | full | dots | attention | offload
     lora_alpha: float = 16.0
     dtype: str = "float32"  # of the computation; parameters, logits and softmax are float32
     family: str = FAMILY
@@ -84,8 +85,9 @@ class MultiHeadAttention(nn.Module):
         return self.key(x), self.value(x)
 
     def __call__(self, x, keys, values, mask):
+        query, keys, values = keep(self.query(x), keys, values)
         return self.out(
-            jax.nn.dot_product_attention(self.query(x), keys, values, mask=mask[:, None], implementation="xla")
+            keep(jax.nn.dot_product_attention(query, keys, values, mask=mask[:, None], implementation="xla"))
         )
 
 
@@ -159,7 +161,7 @@ class Stack(nn.Module):
     def __call__(self, x, *args):
         c, block = self.config, self.block
         if c.remat != "none":
-            block = nn.remat(block, policy=_REMAT[c.remat], prevent_cse=False)
+            block = nn.remat(block, policy=POLICIES[c.remat], prevent_cse=False)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
