@@ -59,6 +59,8 @@ class Attention(Section):
     """What a position sees and how; None keeps the family's choice.
 
     `window_pattern` says by layer, over and over, who sees only the last `window` tokens: L (local) or G (global).
+    `implementation` is no property of the model: which program computes attention in training and scoring (auto: cudnn
+    on GPUs, splash on TPUs, blocked elsewhere; what cudnn does not take, xla does).
     """
 
     window: Count | None = None
@@ -67,6 +69,7 @@ class Attention(Section):
     qk_norm: bool | None = None
     qkv_biases: bool | None = None
     attention_softcap: Positive | None = None
+    implementation: Literal["auto", "xla", "blocked", "cudnn", "splash"] = "auto"
 
 
 class Embedding(Section):
@@ -100,7 +103,9 @@ class Architecture(Section):
     def style(self) -> dict[str, Any]:
         """Every choice but the experts, by the name that the decoder has for it."""
         own = self.model_dump(exclude={"attention", "embedding", "experts"})
-        return own | self.attention.model_dump() | self.embedding.model_dump()
+        attention = self.attention.model_dump()
+        attention["attention"] = attention.pop("implementation")
+        return own | attention | self.embedding.model_dump()
 
 
 class Lora(Section):
@@ -151,14 +156,21 @@ class Model(Section):
     kv_heads: Count | None = None
     mlp_width: Count | None = None
     context: Count = 512
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "dots", "attention", "offload"] = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     architecture: Architecture = Architecture()
     lora: Lora | None = None
 
+    @property
+    def attention(self) -> str:
+        """The program that computes attention."""
+        return self.architecture.attention.implementation
+
     @model_validator(mode="after")
     def _shape_or_checkpoint(self):
         given = sorted(self.model_fields_set - {"checkpoint", "dtype", "remat", "lora"})
+        if self.architecture == Architecture(attention=Attention(implementation=self.attention)):
+            given = [name for name in given if name != "architecture"]
         if self.checkpoint and given:
             raise ValueError(f"a model from a checkpoint has its shape already; remove {', '.join(given)}")
         if self.family == "transformer_2017" and (self.kv_heads or self.architecture != Architecture()):
