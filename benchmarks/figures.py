@@ -12,7 +12,6 @@ from typing import Any
 
 from benchmarks.flops import decode_bytes, step_flops
 from benchmarks.turns import Timed
-from benchmarks.workloads import Workload
 
 Row = dict[str, Any]
 OURS = "rlhfjax"
@@ -48,8 +47,7 @@ def rows_of(timed: Timed, peaks: dict[str, float]) -> list[Row]:
     seconds = [step["seconds"] for step in timed.steps]
     rates = [step["tokens"] / step["seconds"] for step in timed.steps]
     shares = [
-        bound_seconds(timed.workload.described(), peaks, _lengths(timed.workload, number)) / step["seconds"]
-        for number, step in enumerate(timed.steps, timed.warmup)
+        bound_seconds(timed.workload.described(), peaks, step.get("lengths")) / step["seconds"] for step in timed.steps
     ]
     found = [
         row(name, system, "tokens_per_second", statistics.median(rates), "tokens/s", statistics.median(shares)),
@@ -72,13 +70,6 @@ def rows_of(timed: Timed, peaks: dict[str, float]) -> list[Row]:
     if timed.error:
         found.append(row(name, system, "failed", timed.error, ""))
     return found
-
-
-def _lengths(workload: Workload, step: int) -> list[int] | None:
-    if not workload.lengths:
-        return None
-    count, all_lengths = workload.rows, workload.lengths
-    return [all_lengths[(step * count + i) % len(all_lengths)] for i in range(count)]
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:

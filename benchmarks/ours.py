@@ -1,17 +1,24 @@
 """The worker for this package: the compiled steps of its stages, on random tokens and fresh weights.
 
-python -m benchmarks.ours WORKLOAD_AS_JSON
+    python -m benchmarks.ours WORKLOAD_AS_JSON
+
+With BENCHMARK_TRACE=DIRECTORY the step after the warm-up leaves a trace there.
 """
 
 import itertools
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import jax
-import numpy as np
 
-from benchmarks.peers.worker import Worker, response_lengths
-from benchmarks.product import GrpoLoop, OfflineLoop, PpoLoop, Texts
+from benchmarks import standins
+from benchmarks.peers.worker import Worker
+
+standins.install()
+
+from benchmarks import product  # noqa: E402
 
 Step = Callable[[int], dict[str, Any]]
 
@@ -28,71 +35,37 @@ class Compilations:
             self.count, self.seconds = self.count + 1, self.seconds + seconds
 
 
-def sft(work: dict[str, Any]) -> Step:
-    loop = OfflineLoop.sft(work)
-    return _tokens_of_batches(loop, work["rows"] * work["length"])
+def step_of(work: dict[str, Any]) -> Step:
+    """A function of the step's number that does one step and says how many tokens count for it."""
+    if work["task"] in ("ppo", "ppo_ragged"):
+        return product.PpoLoop(work)
+    if work["task"].startswith(("generation", "decode")):
+        return _counted(product.Texts(work))
+    loop = {"sft": product.sft, "reward": product.reward}[work["task"]](work)
+    return lambda number: {"tokens": work["rows"] * work["length"]} | (loop(number) or {})
 
 
-def reward(work: dict[str, Any]) -> Step:
-    return _tokens_of_batches(OfflineLoop.reward(work), work["rows"] * work["length"])
-
-
-def dpo(work: dict[str, Any]) -> Step:
-    return _tokens_of_batches(OfflineLoop.dpo(work), work["rows"] * work["length"])
-
-
-def _tokens_of_batches(loop: OfflineLoop, tokens: int) -> Step:
+def _counted(texts: product.Texts) -> Step:
     def step(number: int) -> dict[str, Any]:
-        loop(number)
-        return {"tokens": tokens}
+        lengths = texts(number)
+        return {"tokens": sum(lengths), "lengths": lengths}
 
     return step
-
-
-def generation(work: dict[str, Any]) -> Step:
-    texts = Texts(work)
-
-    def step(number: int) -> dict[str, Any]:
-        made = texts(number)
-        expected = sum(response_lengths(work, number))
-        if made != expected:
-            raise AssertionError(f"expected {expected} response tokens, got {made}")
-        return {"tokens": made}
-
-    return step
-
-
-def ppo(work: dict[str, Any]) -> Step:
-    return PpoLoop(work)
-
-
-def grpo(work: dict[str, Any]) -> Step:
-    return GrpoLoop(work)
-
-
-TASKS: dict[str, Callable[[dict[str, Any]], Step]] = {
-    "sft": sft,
-    "reward": reward,
-    "dpo": dpo,
-    "generation": generation,
-    "generation_ragged": generation,
-    "decode_batch1": generation,
-    "ppo": ppo,
-    "ppo_ragged": ppo,
-    "grpo": grpo,
-}
 
 
 def main() -> None:
+    """Steps until nobody asks for one."""
     worker = Worker()
-    compilations = Compilations()
-    step = TASKS[worker.work["task"]](worker.work)
+    compilations, trace = Compilations(), os.environ.get("BENCHMARK_TRACE", "")
+    step = step_of(worker.work)
     for number in itertools.count():
         before = compilations.count
-        facts = step(number)
+        # It is the slowest of its steps, and the median does not see it.
+        traced = trace and number == worker.work["warmup"]
+        with jax.profiler.trace(trace) if traced else nullcontext():
+            facts = step(number)
         worker.lap(**facts, compilations=compilations.count - before, compile_seconds=compilations.seconds)
 
 
 if __name__ == "__main__":
-    np.random.seed(0)  # noqa: NPY002
     main()

@@ -1,8 +1,8 @@
 """The compiled steps of the stages without their run directories: models, data and settings come from a workload."""
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.peers.worker import response_lengths
 from rlhfjax.algorithms import restrict
 from rlhfjax.config import schema
+from rlhfjax.config.sections import Optimizer, RolloutBatch, Sampling
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.heads import init_head, with_head
 from rlhfjax.models.lora import join
 from rlhfjax.sharding import make_mesh, place_batch, state_shardings
+from rlhfjax.stages.compilation import Ahead
 from rlhfjax.stages.offline import reward_modelling, training_loss
 from rlhfjax.stages.ppo import compiled_steps, ppo_algorithm, ppo_optimizer
 from rlhfjax.training.optimizer import make_optimizer
@@ -26,13 +27,14 @@ from rlhfjax.training.state import init_state, place
 from rlhfjax.training.update import offline_step
 from rlhfjax.types import OnlineState, Params, PromptBatch, RankedBatch, TokenBatch, TrainState
 
-STOP, PAD = 2, 0
-FIRST_TOKEN = 3
+Work = dict[str, Any]
+PAD, STOP, NEVER = 0, 2, -1  # no token is NEVER: responses have their full length
+FIRST_TOKEN, STEPS = 3, 10_000
 
 
-def model_of(work: dict[str, Any], kind: type[LanguageModel] = LanguageModel) -> LanguageModel:
+def model_of(work: Work) -> LanguageModel:
     """A Llama of the workload's shape."""
-    return kind(decoder_config("llama", **work["shape"], dtype=work["dtype"]))
+    return LanguageModel(decoder_config("llama", **work["shape"], dtype=work["dtype"]))
 
 
 def fresh(mesh: jax.sharding.Mesh, model: LanguageModel, seed: int) -> Params:
@@ -40,63 +42,56 @@ def fresh(mesh: jax.sharding.Mesh, model: LanguageModel, seed: int) -> Params:
     return place(mesh, jax.jit(model.init)(jax.random.key(seed)))
 
 
-def random_tokens(work: dict[str, Any], step: int, *shape: int) -> np.ndarray:
+def ending(params: Params, mean: float) -> Params:
+    """The parameters of a model that draws STOP with a probability near 1/mean whatever it has read.
+
+    The first coordinate of every embedding is 10 and far above the others, so it is √d after the last norm, and a
+    larger one of STOP alone adds a constant to its logit: log((V - 1) / (mean - 1)) where all others are about equal.
+    """
+    embedding = params["embed"]["embedding"]
+    vocabulary, width = embedding.shape
+    more = math.log((vocabulary - 1) / (mean - 1)) / math.sqrt(width)
+    embedding = embedding.at[:, 0].set(10.0).at[STOP, 0].set(10.0 + more)
+    return params | {"embed": params["embed"] | {"embedding": embedding}}
+
+
+def policy_of(work: Work, mesh: jax.sharding.Mesh, model: LanguageModel) -> Params:
+    """Fresh parameters; where responses are ragged, of a policy that ends them by chance."""
+    params = fresh(mesh, model, work["seed"])
+    return place(mesh, ending(params, work["mean"])) if work["mean"] else params
+
+
+def random_tokens(work: Work, step: int, *shape: int) -> np.ndarray:
     """Token ids of which none is special; others in every step."""
     draw = np.random.default_rng((work["seed"], step))
     return draw.integers(FIRST_TOKEN, work["shape"]["vocab_size"], shape, dtype=np.int32)
 
 
-def optimizer_section(work: dict[str, Any]) -> schema.Optimizer:
+def optimizer_section(work: Work) -> Optimizer:
     """AdamW at a constant rate, as the peers have it."""
-    return schema.Optimizer(
-        lr=work["lr"], schedule="constant", clip_norm=work["clip"], weight_decay=work["weight_decay"]
-    )
+    return Optimizer(lr=work["lr"], schedule="constant", clip_norm=work["clip"], weight_decay=work["weight_decay"])
 
 
-@dataclass(frozen=True)
-class EndingModel(LanguageModel):
-    """A decoder whose responses end where the last token of their prompt says: all systems must do the same work.
-
-    Its cache carries the length that is left for each row.
-    """
-
-    def prefill(self, params: Params, prompt: jax.Array, prompt_mask: jax.Array, new_tokens: int):
-        logits, cache = super().prefill(params, prompt, prompt_mask, new_tokens)
-        left = prompt[:, -1]
-        return _ended(logits, left), (cache, left - 1)
-
-    def decode(self, params: Params, cache: Any, tokens: jax.Array):
-        inner, left = cache
-        logits, inner = super().decode(params, inner, tokens)
-        return _ended(logits, left), (inner, left - 1)
-
-
-def _ended(logits: jax.Array, left: jax.Array) -> jax.Array:
-    return logits.at[:, STOP].set(jnp.where(left <= 1, 1e9, -1e9))
-
-
-def prompts_of(work: dict[str, Any], step: int) -> PromptBatch:
-    """Random prompts without padding; the last token of each says how long its response is."""
+def prompts_of(work: Work, step: int) -> PromptBatch:
+    """Random prompts without padding."""
     tokens = random_tokens(work, step, work["rows"], work["prompt"])
-    tokens[:, -1] = response_lengths(work, step)
     uid = np.arange(work["rows"], dtype=np.int32) + step * work["rows"]
-    return PromptBatch(tokens, np.ones_like(tokens, bool), uid)
+    return PromptBatch(*map(jnp.asarray, (tokens, np.ones_like(tokens, bool), uid)))
 
 
-def sampling_of(work: dict[str, Any]) -> SamplingParams:
-    return SamplingParams(max_new_tokens=work["response"], stop_id=STOP, pad_id=PAD)
+def sampling_of(work: Work) -> SamplingParams:
+    return SamplingParams(max_new_tokens=work["response"], stop_id=STOP if work["mean"] else NEVER, pad_id=PAD)
 
 
 class OfflineLoop:
     """One step after the other of a stage that trains on batches, as `rlhfjax.stages.offline` compiles it."""
 
-    def __init__(self, work: dict[str, Any], algorithm: Any, params: Params, batch: Callable[[int], Any], frozen: Any):
-        mesh = make_mesh()
-        self._mesh, self._batch, self._frozen = mesh, batch, frozen
-        optimizer = make_optimizer(optimizer_section(work), 10_000)
-        self._state: TrainState = init_state(mesh, params, optimizer)
+    def __init__(self, work: Work, algorithm: Any, params: Params, batch: Callable[[int], Any], frozen: Any = None):
+        self._mesh, self._batch, self._frozen = make_mesh(), batch, frozen or {}
+        optimizer = make_optimizer(optimizer_section(work), STEPS)
+        self._state: TrainState = init_state(self._mesh, params, optimizer)
 
-        @partial(jax.jit, donate_argnums=1, out_shardings=(state_shardings(mesh, self._state), None))
+        @partial(jax.jit, donate_argnums=1, out_shardings=(state_shardings(self._mesh, self._state), None))
         def step(frozen: Any, state: TrainState, batch: Any, key: jax.Array):
             return offline_step(restrict(algorithm, partial(join, frozen)), optimizer, state, batch, key)
 
@@ -108,93 +103,89 @@ class OfflineLoop:
         jax.block_until_ready(self._state)
         jax.device_get(metrics)
 
-    @classmethod
-    def sft(cls, work: dict[str, Any]) -> "OfflineLoop":
-        model = model_of(work)
 
-        def batch(step: int) -> TokenBatch:
-            tokens = random_tokens(work, step, work["rows"], work["length"])
-            positions = np.broadcast_to(np.arange(work["length"], dtype=np.int32), tokens.shape)
-            return TokenBatch(tokens, np.ones_like(tokens), positions.copy(), np.ones_like(tokens, bool))
+def sft(work: Work) -> OfflineLoop:
+    model = model_of(work)
 
-        return cls(work, training_loss(model), fresh(make_mesh(), model, work["seed"]), batch, {})
+    def batch(step: int) -> TokenBatch:
+        tokens = random_tokens(work, step, work["rows"], work["length"])
+        positions = np.broadcast_to(np.arange(work["length"], dtype=np.int32), tokens.shape)
+        return TokenBatch(*map(jnp.asarray, (tokens, np.ones_like(tokens), positions, np.ones_like(tokens, bool))))
 
-    @classmethod
-    def reward(cls, work: dict[str, Any]) -> "OfflineLoop":
-        model = model_of(work)
-        params = with_head(fresh(make_mesh(), model, work["seed"]), init_head(jax.random.key(1), model.config.width))
-        return cls(work, reward_modelling(model, schema.RankingLoss()), params, partial(_pairs, work), {})
-
-    @classmethod
-    def dpo(cls, work: dict[str, Any]) -> "OfflineLoop":
-        raise NotImplementedError("this version has no DPO")
+    return OfflineLoop(work, training_loss(model), fresh(make_mesh(), model, work["seed"]), batch)
 
 
-def _pairs(work: dict[str, Any], step: int) -> RankedBatch:
+def reward(work: Work) -> OfflineLoop:
+    model = model_of(work)
+    params = with_head(fresh(make_mesh(), model, work["seed"]), init_head(jax.random.key(1), model.config.width))
+    return OfflineLoop(work, reward_modelling(model, schema.RankingLoss()), params, partial(pairs_of, work))
+
+
+def pairs_of(work: Work, step: int) -> RankedBatch:
     """Half as many prompts as rows, each with a better and a worse response."""
     pairs = work["rows"] // 2
     tokens = random_tokens(work, step, pairs, 2, work["length"])
     tokens[:, :, : work["prompt"]] = tokens[:, :1, : work["prompt"]]
-    ranks = np.broadcast_to(np.array([1, 2], np.int32), (pairs, 2)).copy()
+    ranks = np.tile(np.array([1, 2], np.int32), (pairs, 1))
     prompts = np.full(pairs, work["prompt"], np.int32)
-    return RankedBatch(tokens, np.ones_like(tokens, bool), ranks, np.ones((pairs, 2), bool), prompts)
+    parts = (tokens, np.ones_like(tokens, bool), ranks, np.ones_like(ranks, bool), prompts)
+    return RankedBatch(*map(jnp.asarray, parts))
 
 
 class Texts:
-    """Responses to one batch of prompts after the other."""
+    """Responses to one batch of prompts after the other, `slots` at a time."""
 
-    def __init__(self, work: dict[str, Any]):
-        model, self._work = model_of(work, EndingModel), work
-        self._params = fresh(make_mesh(), model, work["seed"])
-        sampling, slots = sampling_of(work), work["slots"]
-        self._batches = max(1, work["rows"] // slots) if slots else 1
-        self._generate = jax.jit(partial(generate, model, sampling=sampling))
+    def __init__(self, work: Work):
+        model, mesh, self._work = model_of(work), make_mesh(), work
+        self._params = policy_of(work, mesh, model)
+        self._parts = max(1, work["rows"] // work["slots"])
+        self._generate = jax.jit(partial(generate, model, sampling=sampling_of(work)))
 
-    def __call__(self, number: int) -> int:
-        prompts, made = prompts_of(self._work, number), 0
-        for part in range(self._batches):
-            some = jax.tree.map(lambda x, part=part: np.split(x, self._batches)[part], prompts)
+    def __call__(self, number: int) -> list[int]:
+        """The lengths of the responses; ragged ones are the same in every step, since peers compile for each length."""
+        number = 0 if self._work["mean"] else number
+        prompts, lengths = prompts_of(self._work, number), []
+        for part in range(self._parts):
+            some = jax.tree.map(lambda x, part=part: jnp.split(x, self._parts)[part], prompts)
             rollout = self._generate(self._params, some, jax.random.key(number))
-            made += int(np.asarray(rollout.response_mask).sum())
-        return made
+            lengths += np.asarray(rollout.response_mask).sum(axis=1).tolist()
+        return lengths
 
 
 class PpoLoop:
-    """One iteration after the other: the four compiled steps of `rlhfjax.stages.ppo`."""
+    """One iteration after the other: the four compiled steps of `rlhfjax.stages.ppo`, compiled ahead as the stage does.
 
-    def __init__(self, work: dict[str, Any]):
-        self._work, mesh = work, make_mesh()
-        model = model_of(work, EndingModel)
-        c = ppo_section(work)
-        policy, reward_decoder = fresh(mesh, model, work["seed"]), fresh(mesh, model, work["seed"] + 1)
-        head = init_head(jax.random.key(1), model.config.width)
-        reward = with_head(reward_decoder, head)
+    Policy, value, reference and reward model have the same shape; the value model starts from the reward model.
+    """
+
+    def __init__(self, work: Work):
+        self._work, self._mesh = work, make_mesh()
+        model, c = model_of(work), ppo_section(work)
+        policy, judge = policy_of(work, self._mesh, model), fresh(self._mesh, model, work["seed"] + 1)
+        reward = with_head(judge, init_head(jax.random.key(1), model.config.width))
         algorithm, optimizer = ppo_algorithm(c, model, model), ppo_optimizer(c, model.config.width)
-        train = init_state(mesh, {"policy": policy, "value": reward}, optimizer)
+        train = init_state(self._mesh, {"policy": policy, "value": reward}, optimizer)
         state = OnlineState(train, jnp.float32(c.kl.coef), jnp.int32(0))
-        self._state = jax.device_put(state, state_shardings(mesh, state))
-        job: Any = SimpleNamespace(config=c, mesh=mesh)
-        self._steps = compiled_steps(job, self._state, algorithm, optimizer, model, model, sampling_of(work))
-        self._frozen, self._mesh = {"reference": policy, "reward": reward}, mesh
+        self._state = jax.device_put(state, state_shardings(self._mesh, state))
+        self._frozen = {"reference": policy, "reward": reward}
+        job: Any = SimpleNamespace(config=c, mesh=self._mesh, stage="ppo", shared={}, report=print)
+        steps = compiled_steps(job, self._state, algorithm, optimizer, model, model, sampling_of(work))
+        ahead, prompts = Ahead(job), place_batch(self._mesh, prompts_of(work, 0))
+        self._steps, self._first = ahead.online(steps, self._state, self._frozen, prompts, None), ahead.first_step
 
     def __call__(self, number: int) -> dict[str, Any]:
         prompts = place_batch(self._mesh, prompts_of(self._work, number))
         rollout_key, update_key = jax.random.split(jax.random.key(number))
         clock, steps = _Clock(), self._steps
         rollout = clock("generation", steps.rollout(self._state.train.params, prompts, rollout_key))
+        lengths = np.asarray(rollout.response_mask).sum(axis=1).tolist()
         rollout = clock("scoring", steps.score(self._state.train.params, self._frozen, rollout))
         experience, metrics = clock("estimate", steps.estimate(rollout, self._state.kl_coef))
         self._state, measured = clock("update", steps.update(self._state, experience, None, metrics, update_key))
-        found = jax.device_get(metrics | measured)
-        return {"tokens": int(found["tokens"]), "phases": clock.seconds}
-
-
-class GrpoLoop:
-    def __init__(self, work: dict[str, Any]):
-        raise NotImplementedError("this version has no GRPO")
-
-    def __call__(self, number: int) -> dict[str, Any]:
-        raise NotImplementedError
+        jax.device_get(metrics | measured)
+        if number == 0:
+            self._first()
+        return {"tokens": sum(lengths), "lengths": lengths, "phases": clock.seconds}
 
 
 class _Clock:
@@ -211,20 +202,18 @@ class _Clock:
         return result
 
 
-def ppo_section(work: dict[str, Any]) -> schema.Ppo:
+def ppo_section(work: Work) -> schema.Ppo:
     """The `ppo` section of a configuration that does what the workload says."""
     rows = work["rows"]
-    return schema.Ppo.model_validate(
-        {
-            "data": [{"source": "random"}],
-            "steps": 10_000,
-            "batch": {
-                "size": rows,
-                "minibatch": rows // work["minibatches"],
-                "epochs": work["epochs"],
-                "prompt_length": work["prompt"],
-            },
-            "sampling": {"max_new_tokens": work["response"]},
-            "optimizer": optimizer_section(work).model_dump(),
-        }
+    return schema.Ppo(
+        data=[schema.Data(source="random")],
+        steps=STEPS,
+        batch=RolloutBatch(
+            size=rows,
+            minibatch=rows // work["minibatches"],
+            epochs=work["epochs"],
+            prompt_length=work["prompt"],
+        ),
+        sampling=Sampling(max_new_tokens=work["response"]),
+        optimizer=optimizer_section(work),
     )

@@ -8,22 +8,14 @@ from benchmarks.turns import System
 from benchmarks.workloads import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
+_TEXT = ("generation", "generation_ragged", "decode_batch1")
 PEERS = {  # system: (environment, script, further arguments, tasks)
-    "trl": (
-        "trl",
-        "trl_steps.py",
-        (),
-        ("sft", "dpo", "grpo", "reward", "generation", "generation_ragged", "decode_batch1"),
-    ),
+    "trl": ("trl", "trl_steps.py", (), ("sft", "dpo", "grpo", "reward")),
     "trl 1.12": ("trl_ppo", "trl_ppo.py", (), ("ppo", "ppo_ragged")),
+    "transformers": ("trl", "transformers_generation.py", (), _TEXT),  # what TRL samples with
     "torch": ("trl", "torch_loop.py", (), ("sft", "reward", "dpo")),
     "torch.compile": ("trl", "torch_loop.py", ("--compile",), ("sft",)),
-    "tunix": (
-        "tunix",
-        "tunix_steps.py",
-        (),
-        ("sft", "dpo", "grpo", "ppo", "generation", "generation_ragged", "decode_batch1"),
-    ),
+    "tunix": ("tunix", "tunix_steps.py", (), ("sft", "dpo", "grpo", "ppo", *_TEXT)),
 }
 # Left out, with the reason that a result file gives.
 LEFT_OUT = {

@@ -1,5 +1,6 @@
 """Processes that take turns: each is started alone, then one step of each at a time, over and over."""
 
+import contextlib
 import json
 import os
 import selectors
@@ -50,16 +51,16 @@ class Process:
             raise WorkerError(f"no answer within {self._limit:.0f} s")
         line = self._process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
         if not line:
-            raise WorkerError(f"ended with {self._process.wait()}: {self._last_words()}")
+            raise WorkerError(f"ended with {self._exit_status()}: {self._last_words()}")
         return json.loads(line)
 
-    def step(self) -> dict[str, Any]:
-        """One more step. Raises WorkerError."""
+    def step(self, lengths: list[int] | None = None) -> dict[str, Any]:
+        """One more step, with responses of these lengths where they are given. Raises WorkerError."""
         try:
-            self._process.stdin.write("\n")  # pyright: ignore[reportOptionalMemberAccess]
+            self._process.stdin.write(json.dumps({"lengths": lengths}) + "\n")  # pyright: ignore[reportOptionalMemberAccess]
             self._process.stdin.flush()  # pyright: ignore[reportOptionalMemberAccess]
         except BrokenPipeError:
-            raise WorkerError(f"ended with {self._process.wait()}: {self._last_words()}") from None
+            raise WorkerError(f"ended with {self._exit_status()}: {self._last_words()}") from None
         return self.answer()
 
     def finish(self) -> dict[str, Any]:
@@ -71,8 +72,18 @@ class Process:
             self.kill()
 
     def kill(self) -> None:
+        """End it, whatever it does."""
         self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
+
+    def _exit_status(self) -> int:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+        self.kill()
+        return self._process.returncode
 
     def _last_words(self) -> str:
         lines = self._log.read_text("utf-8", "replace").strip().splitlines()
@@ -92,24 +103,29 @@ class System:
 
 
 def interleaved(workload: Workload, systems: Sequence[System], logs: Path) -> list[Timed]:
-    """One step of each system in turn, `workload.repeats` times. A system that fails is reported, the others go on."""
+    """One step of each system in turn, `workload.repeats` times. A system that fails is reported, the others go on.
+
+    Where responses end by chance, the first system draws and says how long each is, and the others repeat that.
+    """
     logs.mkdir(parents=True, exist_ok=True)
-    live, found = [], []
+    live, found, lengths = [], [], workload.lengths
     for system in systems:
         timed = Timed(workload, system.name, system.warmup)
         found.append(timed)
-        described = json.dumps(workload.described() | {"warmup": system.warmup})
+        described = json.dumps(workload.described() | {"warmup": system.warmup, "lengths": lengths})
         log = logs / f"{workload.name.replace('/', '_')}_{system.name.replace(' ', '_')}.log"
         command = [*system.command, described, *system.arguments]
         process = Process(command, system.environment, log, system.limit)
         try:
             timed.ready = process.answer()
             live.append((process, timed))
+            lengths = lengths and timed.ready.get("lengths", lengths)
         except WorkerError as error:
             timed.error = str(error)
     for _ in range(workload.repeats):
+        lengths = None
         for process, timed in live:
-            _take_turn(process, timed)
+            lengths = _take_turn(process, timed, lengths) or lengths
         live = [(process, timed) for process, timed in live if not timed.error]
     for process, timed in live:
         try:
@@ -119,8 +135,12 @@ def interleaved(workload: Workload, systems: Sequence[System], logs: Path) -> li
     return found
 
 
-def _take_turn(process: Process, timed: Timed) -> None:
+def _take_turn(process: Process, timed: Timed, lengths: list[int] | None) -> list[int] | None:
+    """One step; the lengths of its responses where the system drew them itself."""
     try:
-        timed.steps.append(process.step())
+        step = process.step(lengths)
     except WorkerError as error:
         timed.error = str(error)
+        return None
+    timed.steps.append({"lengths": lengths} | step)
+    return step.get("lengths")

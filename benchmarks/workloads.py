@@ -41,7 +41,8 @@ class Workload:
     """One step that is timed over and over.
 
     `rows` counts sequences of a step (pairs count as two; prompts where text is generated), `slots` how many of them
-    a system may hold at once. `lengths` holds the response length of every row, cycled over steps.
+    a system may hold at once. Responses are ragged where `mean` says how long they are on average; `lengths` are then
+    those of a warm-up, before this package has drawn others.
     """
 
     task: str
@@ -54,6 +55,7 @@ class Workload:
     epochs: int = 1
     minibatches: int = 1
     per_prompt: int = 1
+    mean: int = 0
     lengths: list[int] = field(default_factory=list)
     repeats: int = 5
     seed: int = 0
@@ -89,41 +91,39 @@ def geometric_lengths(rows: int, mean: float = MEAN_LENGTH, longest: int = MAX_L
 
 def cpu_workloads() -> list[Workload]:
     """All timed steps on a CPU, cheapest first; B has few repetitions because one of its steps takes up to a minute."""
-    ragged = {"A": geometric_lengths(64), "B": geometric_lengths(32)}
+    ragged = {size: {"mean": MEAN_LENGTH, "lengths": geometric_lengths(n)} for size, n in (("A", 64), ("B", 32))}
     return [
         Workload("sft", "A", rows=8, length=256, repeats=7),
         Workload("generation", "A", rows=16, prompt=64, response=64, slots=16),
-        Workload("generation_ragged", "A", rows=64, prompt=64, response=MAX_LENGTH, slots=16, lengths=ragged["A"]),
+        Workload("generation_ragged", "A", rows=64, prompt=64, response=MAX_LENGTH, slots=16, **ragged["A"]),
         Workload("ppo", "A", rows=16, prompt=64, response=64, epochs=4),
         Workload("ppo", "A", rows=16, prompt=64, response=64, epochs=4, minibatches=4),
-        Workload("ppo_ragged", "A", rows=16, prompt=64, response=MAX_LENGTH, epochs=4, lengths=ragged["A"]),
+        Workload("ppo_ragged", "A", rows=16, prompt=64, response=MAX_LENGTH, epochs=4, **ragged["A"]),
         Workload("dpo", "A", rows=8, prompt=128, length=256),
         Workload("grpo", "A", rows=16, prompt=64, response=64, per_prompt=4),
         Workload("reward", "A", rows=8, prompt=128, length=256),
         Workload("decode_batch1", "B", rows=1, prompt=64, response=64, slots=1, repeats=5),
         Workload("generation", "B", rows=8, prompt=64, response=64, slots=8, repeats=5),
-        Workload(
-            "generation_ragged", "B", rows=32, prompt=64, response=MAX_LENGTH, slots=8, lengths=ragged["B"], repeats=3
-        ),
+        Workload("generation_ragged", "B", rows=32, prompt=64, response=MAX_LENGTH, slots=8, **ragged["B"], repeats=3),
         Workload("sft", "B", rows=4, length=256, repeats=3),
         Workload("reward", "B", rows=4, prompt=128, length=256, repeats=3),
         Workload("dpo", "B", rows=4, prompt=128, length=256, repeats=3),
         Workload("ppo", "B", rows=8, prompt=64, response=64, epochs=4, repeats=2),
-        Workload("ppo_ragged", "B", rows=8, prompt=64, response=MAX_LENGTH, epochs=4, lengths=ragged["B"], repeats=1),
+        Workload("ppo_ragged", "B", rows=8, prompt=64, response=MAX_LENGTH, epochs=4, **ragged["B"], repeats=1),
     ]
 
 
 def quick_workloads() -> list[Workload]:
     """The same tasks at sizes where a step takes milliseconds: what tests and `--quick` run."""
-    ragged = geometric_lengths(8, mean=4, longest=12)
+    ragged = {"mean": 4, "lengths": geometric_lengths(8, mean=4, longest=12)}
     return [
         Workload("sft", "tiny", rows=4, length=32, repeats=2),
         Workload("generation", "tiny", rows=4, prompt=8, response=8, slots=4, repeats=2),
-        Workload("generation_ragged", "tiny", rows=8, prompt=8, response=12, slots=4, lengths=ragged, repeats=2),
+        Workload("generation_ragged", "tiny", rows=8, prompt=8, response=12, slots=4, **ragged, repeats=2),
         Workload("decode_batch1", "tiny", rows=1, prompt=8, response=8, slots=1, repeats=2),
         Workload("ppo", "tiny", rows=4, prompt=8, response=8, epochs=2, repeats=2),
         Workload("ppo", "tiny", rows=4, prompt=8, response=8, epochs=2, minibatches=2, repeats=2),
-        Workload("ppo_ragged", "tiny", rows=4, prompt=8, response=12, epochs=2, lengths=ragged, repeats=2),
+        Workload("ppo_ragged", "tiny", rows=4, prompt=8, response=12, epochs=2, **ragged, repeats=2),
         Workload("dpo", "tiny", rows=4, prompt=8, length=32, repeats=2),
         Workload("grpo", "tiny", rows=4, prompt=8, response=8, per_prompt=2, repeats=2),
         Workload("reward", "tiny", rows=4, prompt=8, length=32, repeats=2),

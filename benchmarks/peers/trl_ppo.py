@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers_models import EOS, PAD, policy_of, rows_of, scorer_of, tokenizer_of
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
-from worker import Worker, response_lengths
+from worker import Worker
 
 
 class Laps(TrainerCallback):
@@ -23,7 +23,7 @@ class Laps(TrainerCallback):
         self._worker, self.phases = worker, {}
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._worker.lap(tokens=sum(response_lengths(self._worker.work, self._worker.number)), phases=dict(self.phases))
+        self._worker.lap(tokens=sum(self._worker.lengths()), phases=dict(self.phases))
 
 
 def sampled_to_lengths(worker: Worker, laps: Laps) -> None:
@@ -31,7 +31,7 @@ def sampled_to_lengths(worker: Worker, laps: Laps) -> None:
     sample = ppo_trainer.batch_generation
 
     def batch_generation(model: Any, queries: Any, size: int, pad: int, config: Any) -> Any:
-        began, lengths = time.perf_counter(), response_lengths(worker.work, worker.number)
+        began, lengths = time.perf_counter(), worker.lengths()
         config.max_new_tokens = max(lengths)
         model.generation_config.eos_token_id = None
         texts, logits = sample(model, queries, size, pad, config)

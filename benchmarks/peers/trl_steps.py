@@ -1,21 +1,20 @@
-"""TRL's trainers for SFT, DPO, GRPO and the reward model, and generation the way TRL calls it.
+"""TRL's trainers for SFT, DPO, GRPO and the reward model.
 
     python trl_steps.py WORKLOAD_AS_JSON
 
 Its defaults of bfloat16 and gradient checkpointing are off, which makes it faster here.
 """
 
-import itertools
 import tempfile
 import time
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import GenerationConfig, LlamaForCausalLM, TrainerCallback
-from transformers_models import PAD, policy_of, rows_of, scorer_of, text_of, tokenizer_of
+from transformers import LlamaForCausalLM, TrainerCallback
+from transformers_models import policy_of, rows_of, scorer_of, text_of, tokenizer_of
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-from worker import Worker, response_lengths
+from worker import Worker
 
 STEPS = 64  # rows are repeated after so many steps
 
@@ -119,27 +118,9 @@ def grpo(worker: Worker) -> None:
     GRPOTrainer(model, rewards, config, train_dataset=data, processing_class=tokenizer, callbacks=[laps]).train()
 
 
-def generation(worker: Worker) -> None:
-    """Batches of `slots` prompts, each to its longest response: transformers cannot refill a finished row."""
-    work = worker.work
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = policy_of(work).eval().to(device, getattr(torch, work["dtype"]))
-    model.generation_config.eos_token_id = None  # nothing ends a row but its length
-    for step in itertools.count():
-        lengths = response_lengths(work, step)
-        prompts = torch.tensor(rows_of(work | {"seed": step}, work["rows"], work["prompt"]), device=device)
-        for first in range(0, work["rows"], work["slots"]):
-            longest = max(lengths[first : first + work["slots"]])
-            some = prompts[first : first + work["slots"]]
-            config = GenerationConfig(max_new_tokens=longest, do_sample=True, top_k=0, pad_token_id=PAD)
-            with torch.no_grad():
-                model.generate(some, attention_mask=torch.ones_like(some), generation_config=config)
-        worker.lap(tokens=sum(lengths))
-
-
 TASKS = {"sft": sft, "reward": reward, "dpo": dpo, "grpo": grpo}
 
 if __name__ == "__main__":
     a_worker = Worker()
     torch.manual_seed(a_worker.work["seed"])
-    TASKS.get(a_worker.work["task"], generation)(a_worker)
+    TASKS[a_worker.work["task"]](a_worker)

@@ -26,7 +26,7 @@ from tunix.rl.ppo.ppo_learner import PPOConfig, PPOLearner
 from tunix.rl.rollout.base_rollout import RolloutConfig
 from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig, TrainingInput
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
-from worker import Worker, response_lengths
+from worker import Worker
 
 PAD, BOS, EOS, NEVER = 0, 1, 2, -1  # no token is NEVER: responses end at their full length
 STEPS = 1_000_000
@@ -103,7 +103,7 @@ def laps(worker: Worker, batches: Iterator[Any], models: list[nnx.Module], phase
         if step:
             jax.block_until_ready([nnx.state(model) for model in models])
             work = worker.work
-            tokens = sum(response_lengths(work, step)) if work["response"] else work["rows"] * work["length"]
+            tokens = sum(worker.lengths()) if work["response"] else work["rows"] * work["length"]
             worker.lap(tokens=tokens, phases=dict(phases))
         yield batch
 
@@ -199,11 +199,11 @@ def grpo(worker: Worker) -> None:
 def generation(worker: Worker) -> None:
     """Batches of `slots` prompts, each to its longest response: the sampler cannot refill a finished row."""
     work, shape = worker.work, worker.work["shape"]
-    size = work["prompt"] + max(response_lengths(work, 0)) + 1
+    size = work["prompt"] + work["response"] + 1
     cache = CacheConfig(size, shape["layers"], shape["kv_heads"], shape["width"] // shape["heads"])
     sampler = Sampler(policy_of(work), Words(), cache)
     for step in itertools.count():
-        lengths = response_lengths(work, step)
+        lengths = worker.lengths()
         prompts = prompts_of(work, step, work["rows"]).tolist()
         for first in range(0, work["rows"], work["slots"]):
             some = slice(first, first + work["slots"])

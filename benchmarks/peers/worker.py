@@ -3,7 +3,7 @@
 A worker reads its workload as JSON from its only argument. It calls `lap()` after every step. The first `warmup` laps
 are its warm-up; then it says that it is ready, and before every further step it waits for a line on its input, so
 that processes take turns and sleep in between. What it says goes to its first output, one JSON object a line; whatever
-libraries print goes to the error output.
+libraries print goes to the error output. The line may say how long the responses of this turn are.
 """
 
 import json
@@ -22,7 +22,7 @@ class Worker:
         os.dup2(2, 1)
         self.work: dict[str, Any] = json.loads(sys.argv[1])
         self._launched = float(os.environ.get("BENCHMARK_LAUNCHED", time.time()))
-        self._laps, self._steps = 0, 0
+        self._laps, self._told = 0, None
         self._start()
 
     def lap(self, tokens: int | None = None, **facts: Any) -> None:
@@ -32,7 +32,6 @@ class Worker:
         if self._laps == 1:
             self._first = {"first_step_seconds": seconds, "since_launch_seconds": time.time() - self._launched}
         if self._laps > self.work["warmup"]:
-            self._steps += 1
             self._tell(event="step", seconds=seconds, cpu_seconds=cpu, tokens=tokens, **facts)
         if self._laps >= self.work["warmup"]:
             if self._laps == self.work["warmup"]:
@@ -48,9 +47,15 @@ class Worker:
     def _start(self) -> None:
         self._began, self._cpu = time.perf_counter(), time.process_time()
 
+    def lengths(self) -> list[int]:
+        """How long the responses of the coming step are: what the turn said, else the next rows of the workload."""
+        return self._told or response_lengths(self.work, self._laps)
+
     def _wait(self) -> None:
-        if not sys.stdin.readline():
+        line = sys.stdin.readline()
+        if not line:
             self.finish()
+        self._told = json.loads(line)["lengths"]
 
     def finish(self) -> NoReturn:
         """Says how much memory was used at most, and ends the process without waiting for other threads."""

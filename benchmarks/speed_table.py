@@ -1,0 +1,121 @@
+"""The speed table of README.md, from the result file that is committed; nothing is measured here.
+
+    python -m benchmarks.speed_table
+
+writes it between the two markers.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhfjax.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+OURS = "rlhfjax"
+Row = dict[str, Any]
+
+
+def speed_tables(folder: Path) -> str:
+    """All committed speed results as Markdown, CPU first."""
+    parts = []
+    for path in (folder / "speed_cpu.json", folder / "speed_gpu.json"):
+        if path.is_file():
+            rows = json.loads(path.read_text("utf-8"))
+            parts.append(f"{caption(rows, path.name)}\n\n{speeds(rows)}\n\n{others(rows)}".rstrip())
+    return "\n\n".join(parts) or "No results are committed yet."
+
+
+def caption(rows: Sequence[Row], name: str) -> str:
+    """Command, hardware, date, versions, load and peaks, as the file has them."""
+    found = {item["metric"]: item["value"] for item in rows if item["workload"] == "environment"}
+    versions = ", ".join(f"{package} {found['versions'][package]}" for package in ("rlhfjax", "jax", "python"))
+    peers = sorted({package for packages in found["peers"].values() for package in packages})
+    against = f"; peers: {', '.join(peers)}" if peers else ""
+    peaks = [
+        _peak(metric, found[metric]) for metric in found if metric.startswith("peak_") and not metric.endswith("_end")
+    ]
+    return (
+        f"`{found['command']}` on {found['hardware']}, {found['date'][:10]}, {versions}{against}. Load average "
+        f"{found['load_average']} at the start. Measured peaks: {', '.join(peaks)}. "
+        f"[All figures](benchmarks/results/{name}); medians, in brackets × as fast as that system."
+    )
+
+
+def _peak(metric: str, value: float) -> str:
+    if metric == "peak_bytes_per_second":
+        return f"{value / 1e9:,.0f} GB/s read"
+    return f"{value / 1e9:,.0f} GFLOP/s {metric.removeprefix('peak_flops_')}"
+
+
+def speeds(rows: Sequence[Row]) -> str:
+    """One line a workload: tokens a second of every system, and how often ours is as fast."""
+    table: dict[str, dict[str, dict[str, Row]]] = {}
+    for item in rows:
+        if item["workload"] != "environment":
+            table.setdefault(item["workload"], {}).setdefault(item["system"], {})[item["metric"]] = item
+    table = {name: found for name, found in table.items() if "tokens_per_second" in found.get(OURS, {})}
+    peers = list(dict.fromkeys(system for found in table.values() for system in found if system != OURS))
+    lines = [["tokens/s", OURS, "of peak", "memory", "steps", *peers], ["---"] * (5 + len(peers))]
+    for name, found in table.items():
+        own = found[OURS]
+        speed = own["tokens_per_second"]
+        cells = [
+            name,
+            _number(speed["value"]),
+            f"{100 * speed['share_of_peak']:.0f} %",
+            f"{own['peak_memory']['value'] / 1e9:.2f} GB" if "peak_memory" in own else "",
+            str(own["steps"]["value"]),
+        ]
+        lines.append(cells + [_against(speed["value"], found.get(peer, {})) for peer in peers])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _against(own: float, peer: dict[str, Row]) -> str:
+    if "tokens_per_second" not in peer:
+        return "–"
+    value = peer["tokens_per_second"]["value"]
+    return f"{_number(value)} ({own / value:.2f} ×)"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def others(rows: Sequence[Row]) -> str:
+    """What is no rate: seconds to a first step, memory of the loss."""
+    lines = []
+    for item in rows:
+        if item["workload"].startswith("first_step") and item["metric"] == "command_to_first_step_seconds":
+            cache, size = item["workload"].removeprefix("first_step_").split("/")
+            lines.append(
+                f"- From the command to the end of the first PPO iteration, {size}, compile cache {cache}, "
+                f"{item['system']}: {item['value']:.1f} s"
+            )
+        if item["metric"] == "temporary_of_logits":
+            vocabulary = item["workload"].split("/")[1]
+            lines.append(
+                f"- Temporary memory of loss and gradient at a vocabulary of {int(vocabulary):,}: "
+                f"{100 * item['value']:.1f} % of the logits' size"
+            )
+    return "\n".join(lines)
+
+
+def between_markers(text: str, block: str) -> str:
+    """The text with the block between the markers. Raises DataError unless each is there once, in their order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise DataError(f"expected {BEGIN} and then {END}, once each; put them where the table goes")
+    return f"{text[: text.index(BEGIN)]}{BEGIN}\n{block}\n{text[text.index(END) :]}"
+
+
+def main() -> int:
+    README.write_text(between_markers(README.read_text("utf-8"), speed_tables(RESULTS)), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
