@@ -115,6 +115,8 @@ def resolved(run: Run) -> dict[str, Any]:
     tree = run.model_dump(mode="json")
     if run.model.checkpoint:
         tree["model"] = {key: tree["model"][key] for key in ("checkpoint", "remat", "dtype")}
+        if run.model.attention != "auto":
+            tree["model"]["architecture"] = {"attention": {"implementation": run.model.attention}}
     return tree
 
 

@@ -69,9 +69,12 @@ class Job:
     def _load(self, path: Path | str, item: str | None = None) -> tuple[SequenceModel, Params]:
         settings = self.run.model
         bases = self.shared.setdefault("bases", Bases()) if settings.lora else None
-        return load_model(
-            find_checkpoint(path), self.mesh, item=item, dtype=settings.dtype, remat=settings.remat, bases=bases
-        )
+        return load_model(find_checkpoint(path), self.mesh, item=item, bases=bases, **self._computed())
+
+    def _computed(self) -> dict[str, Any]:
+        """How models compute here, whatever the run that they come from chose."""
+        settings = self.run.model
+        return {"dtype": settings.dtype, "remat": settings.remat, "attention": settings.attention}
 
     def policy_from(self, *stages: str) -> tuple[SequenceModel, Params]:
         """The policy of the first of `stages` that the recipe has; else the model's checkpoint; else a fresh one.
@@ -93,9 +96,7 @@ class Job:
         keeps = settings.lora and not self.run.stages.pretrain
         if keeps and copy.is_dir():
             return self._load(copy)
-        model, params = load_model(
-            find_checkpoint(str(settings.checkpoint)), self.mesh, dtype=settings.dtype, remat=settings.remat
-        )
+        model, params = load_model(find_checkpoint(str(settings.checkpoint)), self.mesh, **self._computed())
         params = merge(params, model.config.lora_alpha)
         if not keeps:
             return model, params

@@ -11,8 +11,10 @@ from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
 from rlhfjax.errors import ConfigError
 from rlhfjax.evaluation.judges import require_judges
 from rlhfjax.models import model_of
+from rlhfjax.models.attention import spread_by
 from rlhfjax.models.lora import linears, targeted
 from rlhfjax.sharding import make_mesh
+from rlhfjax.sharding.per_device import by_rows_and_heads
 from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.exact_match import pairs_of
 from rlhfjax.stages.job import Job, sampling_params
@@ -52,12 +54,13 @@ def origins(jobs: list[Job]) -> dict[str, Any]:
 
 def execute(job: Job) -> dict[str, Any]:
     """Run one stage."""
-    if job.stage == "evaluate":
-        from rlhfjax.stages.evaluate import evaluate  # and with it matplotlib, which takes a third of all imports
+    with spread_by(by_rows_and_heads(job.mesh)):
+        if job.stage == "evaluate":
+            from rlhfjax.stages.evaluate import evaluate  # and with it matplotlib, which takes a third of all imports
 
-        return evaluate(job)
-    stages = {f.__name__: f for f in (tokenizer, pretrain, sft, reward, ppo)}
-    return stages[job.stage](job)
+            return evaluate(job)
+        stages = {f.__name__: f for f in (tokenizer, pretrain, sft, reward, ppo)}
+        return stages[job.stage](job)
 
 
 def check_data(jobs: list[Job]) -> None:

@@ -232,6 +232,7 @@ def load_model(
     item: str | None = None,
     dtype: str = "auto",
     remat: str = "none",
+    attention: str = "auto",
     bases: Bases | None = None,
 ) -> tuple[SequenceModel, Params]:
     """A model of a step directory and its parameters, laid out on the mesh, or on the default device without one.
@@ -243,7 +244,8 @@ def load_model(
     meta = read_meta(step_dir)
     item = str(item or meta["serve"])
     scalar = (meta["role"] if item == "average" else item) in SCALAR
-    model = model_of(meta["model"] | {"dtype": compute_dtype(dtype), "remat": remat})
+    here = {"dtype": compute_dtype(dtype), "remat": remat, "attention": attention}
+    model = model_of(meta["model"] | {name: here[name] for name in here if name in meta["model"]})
     place = (Path(os.path.abspath(step_dir)), item)
     if bases and place in bases.params:
         return model, bases.params[place]

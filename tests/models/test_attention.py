@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhfjax.config import schema
 from rlhfjax.models import kernels
 from rlhfjax.models.attention import attend, spread_by
 from rlhfjax.sharding import make_mesh
 from rlhfjax.sharding.per_device import by_rows_and_heads
+from rlhfjax.stages.job import new_model
+from rlhfjax.training.checkpoint import load_model, meta_of, save_model
 
 # Runs of segments by row: packed documents with padding after them, or before; 0 is padding.
 PACKED = [(1, 70), (2, 1), (3, 60), (0, 69)], [(1, 3), (2, 130), (3, 67)]
@@ -158,3 +161,15 @@ def test_devices_compute_their_own_rows_and_heads(program, axes):
         got = computed(program, tensors, segments)
     for mine, wanted in zip(got, by_loops(*tensors, segments), strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=2e-5)
+
+
+def test_the_configuration_chooses_the_program_also_of_a_published_model(tmp_path):
+    chosen = {"architecture": {"attention": {"implementation": "xla"}}}
+    settings = schema.Model.model_validate({"layers": 1, "width": 16, "context": 8} | chosen)
+    model = new_model(settings, 16)
+    assert (model.config.attention, new_model(schema.Model(), 16).config.attention) == ("xla", "auto")
+    assert schema.Model.model_validate({"checkpoint": "somewhere"} | chosen).attention == "xla"
+    # what a checkpoint was trained with is no property of the model
+    save_model(tmp_path / "0", "policy", jax.jit(model.init)(jax.random.key(0)), meta_of("policy", model, None))
+    for wanted in ("auto", "blocked"):
+        assert load_model(tmp_path / "0", attention=wanted)[0].config.attention == wanted
