@@ -36,23 +36,47 @@ def top_p(logits: Float[Array, "*B V"], p: PerRow) -> Float[Array, "*B V"]:
 
 
 def filter_logits(
-    logits: Float[Array, "*B V"], temperature: PerRow = 1.0, top_k: PerRowCount = 0, top_p: PerRow = 1.0
+    logits: Float[Array, "*B V"],
+    temperature: PerRow = 1.0,
+    top_k: PerRowCount = 0,
+    top_p: PerRow = 1.0,
+    min_p: PerRow = 0.0,
 ) -> Float[Array, "*B V"]:
-    """Temperature, then top-k, then top-p over what top-k left; each one scalar or one value per row."""
-    return _truncate(apply_temperature(logits, temperature), top_k, top_p)
+    """Temperature, then top-k, then top-p over what top-k left, then min-p; each one scalar or one value per row."""
+    filtered = _truncate(apply_temperature(logits, temperature), top_k, top_p)
+    return filtered if isinstance(min_p, (int, float)) and min_p <= 0 else _above(filtered, min_p)
+
+
+def min_p(logits: Float[Array, "*B V"], p: PerRow) -> Float[Array, "*B V"]:
+    """Keep the tokens at least p times as probable as the likeliest of their row, −∞ elsewhere; p = 0 keeps all.
+
+    Source: Nguyen et al. 2024, eq. 3.
+    """
+    return _above(jnp.asarray(logits, jnp.float32), p)
+
+
+def _above(logits: Float[Array, "*B V"], p: PerRow) -> Float[Array, "*B V"]:
+    # p_v >= p · p_max is z_v >= z_max + log p, so neither a sum nor a sort is needed.
+    bound = jnp.log(jnp.broadcast_to(jnp.asarray(p, jnp.float32), logits.shape[:-1]))[..., None]
+    return jnp.where(logits >= logits.max(axis=-1, keepdims=True) + bound, logits, -jnp.inf)
 
 
 def _truncate(logits: Float[Array, "*B V"], k: PerRowCount, p: PerRow) -> Float[Array, "*B V"]:
     logits = jnp.asarray(logits, jnp.float32)
     if isinstance(k, int) and k == 0 and isinstance(p, (int, float)) and p >= 1:
         return logits  # no sort in the compiled program when both are known to be off
+    # The whole vocabulary is sorted only where nothing says how many tokens can stay.
+    bound = k if isinstance(k, int) and 0 < k < logits.shape[-1] else None
     per_row = logits.shape[:-1]
     k = jnp.broadcast_to(jnp.asarray(k, jnp.int32), per_row)[..., None]
     p = jnp.broadcast_to(jnp.asarray(p, jnp.float32), per_row)[..., None]
 
-    order = jnp.argsort(logits, axis=-1, stable=True, descending=True)
-    descending = jnp.take_along_axis(logits, order, axis=-1)
-    place = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    if bound is None:
+        order = jnp.argsort(logits, axis=-1, stable=True, descending=True)
+        descending = jnp.take_along_axis(logits, order, axis=-1)
+    else:
+        descending, order = jax.lax.top_k(logits, bound)
+    place = jax.lax.broadcasted_iota(jnp.int32, order.shape, order.ndim - 1)
     keep = (k <= 0) | (place < k)
     mass = jnp.cumsum(jax.nn.softmax(jnp.where(keep, descending, -jnp.inf), axis=-1), axis=-1)
     mass_before = jnp.concatenate([jnp.zeros_like(mass[..., :1]), mass[..., :-1]], axis=-1)

@@ -3,68 +3,44 @@
 A row's randomness depends on its own uid and position alone, so a prompt's sample does not depend on its neighbours.
 """
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from rlhfjax.functional.likelihood import token_log_probs
-from rlhfjax.functional.logits import filter_logits
+from rlhfjax.generation.sampling import SamplingParams, draw, stops, uniforms
 from rlhfjax.types import Params, PromptBatch, Rollout
 
 
 class Sampler(Protocol):
-    """What can be sampled from: a decoder, or anything else with these two functions."""
+    """What can be sampled from: a decoder, or anything else with these functions.
 
-    def prefill(self, params: Params, prompt: Array, prompt_mask: Array, new_tokens: int) -> tuple[Array, Any]: ...
-
-    def decode(self, params: Params, cache: Any, tokens: Array) -> tuple[Array, Any]: ...
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to draw; `temperature` 0 is greedy, top_k 0 and top_p 1 are off.
-
-    `stop_id` ends a response from position `stop_after` on, `pad_id` fills what follows.
+    `arrange` puts parameters into the order in which the others read them; it is called once, outside of the loop.
     """
 
-    max_new_tokens: int
-    stop_id: int
-    pad_id: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    stop_after: int = 0
+    def arrange(self, params: Params) -> Any: ...
 
+    def prefill(self, params: Any, prompt: Array, prompt_mask: Array, new_tokens: int) -> tuple[Array, Any]: ...
 
-def draw(
-    keys: jax.Array, logits: Float[Array, "B V"], sampling: SamplingParams
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """Draw one token a row; the log-probability is that of the unfiltered policy at the same temperature."""
-    if sampling.temperature == 0:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return token, token_log_probs(logits, token)
-    filtered = filter_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-    token = jax.vmap(jax.random.categorical)(keys, filtered).astype(jnp.int32)
-    return token, token_log_probs(logits, token, sampling.temperature)
+    def decode(self, params: Any, cache: Any, tokens: Array) -> tuple[Array, Any]: ...
 
 
 def generate(model: Sampler, params: Params, prompts: PromptBatch, key: jax.Array, sampling: SamplingParams) -> Rollout:
     """Responses to a batch of prompts, [B, max_new_tokens] tokens, padded after the end."""
-    rows = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, prompts.uid)
+    params = model.arrange(params)
     batch, length = prompts.tokens.shape[0], sampling.max_new_tokens
+    noise = uniforms(key, prompts.uid, length)
     logits, cache = model.prefill(params, prompts.tokens, prompts.mask, length)
 
     def step(carry):
         t, logits, cache, done, tokens, log_probs, mask = carry
-        token, log_prob = draw(jax.vmap(jax.random.fold_in, in_axes=(0, None))(rows, t), logits, sampling)
-        token = jnp.where(done, sampling.pad_id, token)
+        drawn = draw(jax.lax.dynamic_index_in_dim(noise, t, axis=1, keepdims=False), logits, sampling)
+        token = jnp.where(done, sampling.pad_id, drawn.token)
         tokens = tokens.at[:, t].set(token)
-        log_probs = log_probs.at[:, t].set(jnp.where(done, 0.0, log_prob))
+        log_probs = log_probs.at[:, t].set(jnp.where(done, 0.0, drawn.log_prob))
         mask = mask.at[:, t].set(~done)
-        done = done | ((token == sampling.stop_id) & (t >= sampling.stop_after))
+        done = done | stops(token, t, sampling)
         logits, cache = model.decode(params, cache, token)
         return t + 1, logits, cache, done, tokens, log_probs, mask
 

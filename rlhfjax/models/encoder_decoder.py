@@ -20,25 +20,44 @@ from rlhfjax.types import Params, TokenBatch
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CrossCache:
-    """Keys and values of every decoder layer, [L, B, S, H, D], and of the encoder's output, [L, B, P, H, D]."""
+    """Keys and values of every decoder layer, [L, B, S, H, D], and of the encoder's output, [L, B, P, H, D].
+
+    The first `lengths` slots of a row are its own: the start token and its response.
+    """
 
     keys: Array
     values: Array
     cross_keys: Array
     cross_values: Array
     prompt_mask: Bool[Array, "B P"]
-    index: Int[Array, ""]
+    lengths: Int[Array, "B"]
 
     def take(self, rows: Int[Array, "N"]) -> "CrossCache":
         """The cache of these rows, in this order; a row may come several times."""
-        return CrossCache(
-            self.keys[:, rows],
-            self.values[:, rows],
-            self.cross_keys[:, rows],
-            self.cross_values[:, rows],
-            self.prompt_mask[rows],
-            self.index,
-        )
+        return self._map(lambda x, axis: jnp.take(x, rows, axis=axis), self)
+
+    def put(self, part: "CrossCache", rows: Int[Array, "N"]) -> "CrossCache":
+        """This cache with the rows of one with at most as many slots at `rows`, distinct; those beyond the end go
+        nowhere.
+        """
+
+        def write(mine: Array, axis: int, theirs: Array) -> Array:
+            place = (slice(None),) * axis + (rows,) + tuple(slice(0, size) for size in theirs.shape[axis + 1 :])
+            if mine.dtype == bool:  # a shorter prompt leaves nothing of the one before
+                theirs = jnp.pad(theirs, ((0, 0), (0, mine.shape[1] - theirs.shape[1])))
+                place = (rows,)
+            return mine.at[place].set(theirs, mode="drop", unique_indices=True)
+
+        return self._map(write, self, part)
+
+    @staticmethod
+    def _map(function: Any, *caches: "CrossCache") -> "CrossCache":
+        """`function` of the arrays of each field and the axis of their rows."""
+        fields = zip(*(vars(cache).items() for cache in caches), strict=True)
+        made = {}
+        for (name, first), *others in fields:
+            made[name] = function(first, int(first.ndim == 5), *(other for _, other in others))
+        return CrossCache(**made)
 
 
 @dataclass(frozen=True)
@@ -87,13 +106,28 @@ class EncoderDecoder:
         args = (inputs, since_start, write, memory, read)
         return self._apply("decode", params, *args, dropout=dropout, key=write_key)[0]
 
+    def batch_hidden(
+        self, params: Params, batch: TokenBatch, dropout: float = 0.0, key: jax.Array | None = None
+    ) -> Float[Array, "B T D"]:
+        """Final hidden states of a packed batch, each predicting the next token; what is no target is the prompt of
+        what follows it."""
+        prompt = (batch.segments > 0) & ~batch.loss_mask
+        rows = (batch.tokens, batch.positions, batch.segments)
+        return self._joined_hidden(params, *rows, prompt, dropout, key)
+
+    def unembedding(self, params: Params) -> tuple[Array, dict[str, Any]]:
+        """What hidden states are multiplied with to make logits, and the form of it (`functional/vocabulary.py`)."""
+        return params["embed"]["embedding"], {}
+
+    def scalar(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+        """The head of a scalar model at each hidden state, float32."""
+        return apply_head(params["head"], hidden)
+
     def token_logits(
         self, params: Params, batch: TokenBatch, dropout: float = 0.0, key: jax.Array | None = None
     ) -> Float[Array, "B T V"]:
-        """Logits of the token after each one of a packed batch; what is no target is the prompt of what follows it."""
-        prompt = (batch.segments > 0) & ~batch.loss_mask
-        rows = (batch.tokens, batch.positions, batch.segments)
-        return self.unembed(params, self._joined_hidden(params, *rows, prompt, dropout, key))
+        """Logits of the token after each one of a packed batch."""
+        return self.unembed(params, self.batch_hidden(params, batch, dropout, key))
 
     def scores(
         self,
@@ -144,28 +178,40 @@ class EncoderDecoder:
         last = response_mask.sum(axis=1)
         return apply_head(params["head"], jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
 
+    def arrange(self, params: Params) -> Params:
+        """The parameters as sampling reads them: as they are."""
+        return params
+
+    def empty_cache(self, rows: int, prompt: int, new_tokens: int) -> CrossCache:
+        """A cache for prompts of up to `prompt` tokens and responses of up to `new_tokens`, without a token."""
+        c = self.config
+
+        def empty(slots: int) -> Array:
+            return jnp.zeros((c.layers, rows, slots, c.heads, c.head_dim), c.compute_dtype)
+
+        own, crossed = empty(new_tokens + 1), empty(prompt)  # one slot more for the start token
+        mask, lengths = jnp.zeros((rows, prompt), bool), jnp.zeros(rows, jnp.int32)
+        return CrossCache(own, own, crossed, crossed, mask, lengths)
+
     def prefill(
         self, params: Params, prompt: Int[Array, "B P"], prompt_mask: Bool[Array, "B P"], new_tokens: int
     ) -> tuple[Float[Array, "B V"], CrossCache]:
         """Logits of the first response token, and a cache with room for `new_tokens`: the encoder runs once, here."""
-        c = self.config
         memory = self._apply("encode", params, prompt, positions_of(prompt_mask), prompt_mask.astype(jnp.int32))
-        # One slot more for the start token.
-        own = jnp.zeros((c.layers, len(prompt), new_tokens + 1, c.heads, c.head_dim), c.compute_dtype)
-        start = jnp.full(len(prompt), c.start_id, jnp.int32)
-        return self._append(params, (own, own), memory, prompt_mask, jnp.int32(0), start)
+        cache = self.empty_cache(len(prompt), 0, new_tokens)
+        start = jnp.full(len(prompt), self.config.start_id, jnp.int32)
+        return self._append(params, (cache.keys, cache.values), memory, prompt_mask, cache.lengths, start)
 
     def decode(
         self, params: Params, cache: CrossCache, tokens: Int[Array, "B"]
     ) -> tuple[Float[Array, "B V"], CrossCache]:
-        """Append one token a row; logits of the next."""
+        """Append one token a row; logits of the next. A row that is full keeps nothing more."""
         kept = (cache.keys, cache.values, cache.cross_keys, cache.cross_values)
-        return self._append(params, kept, None, cache.prompt_mask, cache.index, tokens)
+        return self._append(params, kept, None, cache.prompt_mask, cache.lengths, tokens)
 
-    def _append(self, params, kept, memory, prompt_mask, index, tokens):
+    def _append(self, params, kept, memory, prompt_mask, lengths, tokens):
         ones = jnp.ones_like(tokens)[:, None]
-        slots = jnp.ones((len(tokens), kept[0].shape[2]), jnp.int32)
-        args = (tokens[:, None], ones * index, ones, memory, prompt_mask.astype(jnp.int32), slots, kept, index)
+        args = (tokens[:, None], lengths[:, None], ones, memory, prompt_mask.astype(jnp.int32), kept)
         hidden, (keys, values, crossed_keys, crossed_values) = self._apply("decode", params, *args)
-        cache = CrossCache(keys, values, crossed_keys, crossed_values, prompt_mask, index + 1)
+        cache = CrossCache(keys, values, crossed_keys, crossed_values, prompt_mask, lengths + 1)
         return self.unembed(params, hidden[:, 0]), cache

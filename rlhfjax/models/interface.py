@@ -11,27 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhfjax.models import decoding
 from rlhfjax.models.decoder import Decoder
+from rlhfjax.models.decoding import Cache, Weights
 from rlhfjax.models.heads import apply_head, init_head, with_head
 from rlhfjax.models.layers import DecoderConfig
+from rlhfjax.models.lora import merge
 from rlhfjax.models.multi_token import ahead, init_heads
-from rlhfjax.types import Params, Routing
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of every layer, [L, B, S, kv_heads, head_dim] each, and which slots hold real tokens."""
-
-    keys: Array
-    values: Array
-    segments: Int[Array, "B S"]
-    index: Int[Array, ""]
-    lengths: Int[Array, "B"]
-
-    def take(self, rows: Int[Array, "N"]) -> "Cache":
-        """The cache of these rows, in this order; a row may come several times."""
-        return Cache(self.keys[:, rows], self.values[:, rows], self.segments[rows], self.index, self.lengths[rows])
+from rlhfjax.models.quantized import is_quantized, quantize
+from rlhfjax.types import Params, Routing, TokenBatch
 
 
 def positions_of(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -40,11 +28,22 @@ def positions_of(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.maximum(counts - 1, 0)
 
 
+def to_front(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Rows whose real tokens, which are next to each other, begin in the first column."""
+    shift = jnp.argmax(mask, axis=1).astype(jnp.int32)[:, None]
+    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    return jnp.take_along_axis(tokens, (columns + shift) % tokens.shape[1], axis=1)
+
+
 @dataclass(frozen=True)
 class LanguageModel:
-    """A decoder as pure functions. Scalar models share them with parameters {"decoder": …, "head": …}."""
+    """A decoder as pure functions. Scalar models share them with parameters {"decoder": …, "head": …}.
+
+    `precision` is that of sampling: full | int8_weights | int8_cache | int8 (both). Nothing else reads it.
+    """
 
     config: DecoderConfig
+    precision: str = "full"
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters, layers stacked on the first axis."""
@@ -73,6 +72,23 @@ class LanguageModel:
         rate = dropout if key is not None else 0.0
         return self._apply("hidden", params, tokens, positions, segments, dropout=rate, rngs=rngs)[0]
 
+    def batch_hidden(
+        self, params: Params, batch: TokenBatch, dropout: float = 0.0, key: jax.Array | None = None
+    ) -> Float[Array, "B T D"]:
+        """Final hidden states of a packed batch; the one at a token predicts what comes after it."""
+        return self.hidden(params, batch.tokens, batch.positions, batch.segments, dropout, key)
+
+    def unembedding(self, params: Params) -> tuple[Array, dict[str, Any]]:
+        """What hidden states are multiplied with to make logits, and the form of it (`functional/vocabulary.py`)."""
+        form = {"tied": self.config.tied, "softcap": self.config.logit_softcap}
+        if self.config.tied:
+            return params["embed"]["embedding"], form
+        return merge(params["unembed"], self.config.lora_alpha)["kernel"], form
+
+    def scalar(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+        """The head of a scalar model at each hidden state, float32."""
+        return apply_head(params["head"], hidden)
+
     def hidden_and_routing(
         self,
         params: Params,
@@ -95,13 +111,15 @@ class LanguageModel:
         config = replace(self.config, capacity_factor=None)
         return Decoder(config, dropout).apply({"params": params}, *args, method=method, rngs=rngs)
 
-    def unembed(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    def unembed(self, params: Params | Weights, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Hidden states to float32 logits."""
+        if isinstance(params, Weights):
+            return decoding.unembed(self.config, params, hidden)
         return self._apply("logits", params, hidden)
 
-    def ahead(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "N *B D"]:
+    def ahead(self, params: Params | Weights, hidden: Float[Array, "*B D"]) -> Float[Array, "N *B D"]:
         """Hidden states whose logits are those of the tokens 2, 3 … N+1 ahead, from heads that the model has."""
-        return ahead(params["mtp_heads"], hidden)
+        return ahead((params.ends if isinstance(params, Weights) else params)["mtp_heads"], hidden)
 
     def logits(self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of a padded batch, padding on either side."""
@@ -152,31 +170,54 @@ class LanguageModel:
         last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
         return apply_head(params["head"], jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
 
-    def prefill(
-        self, params: Params, prompt: Int[Array, "B P"], prompt_mask: Bool[Array, "B P"], new_tokens: int
-    ) -> tuple[Float[Array, "B V"], Cache]:
-        """Logits of the first response token, and a cache with room for `new_tokens` more."""
-        c = self.config
-        batch, length = prompt.shape
-        empty = jnp.zeros((c.layers, batch, length + new_tokens, c.kv_heads, c.head_dim), c.compute_dtype)
-        segments = jnp.pad(prompt_mask.astype(jnp.int32), ((0, 0), (0, new_tokens)), constant_values=1)
-        hidden, (keys, values) = self._apply(
-            "hidden", params, prompt, positions_of(prompt_mask), prompt_mask.astype(jnp.int32), segments, (empty, empty)
-        )
-        lengths = prompt_mask.sum(axis=1, dtype=jnp.int32)
-        return self.unembed(params, hidden[:, -1]), Cache(keys, values, segments, jnp.int32(length), lengths)
+    def arrange(self, params: Params | Weights, parts: int | None = None, fused: bool = True) -> Weights:
+        """The weights as sampling reads them (`decoding.arrange`); what takes parameters below takes these too."""
+        if self.precision in ("int8", "int8_weights") and not isinstance(params, Weights) and not is_quantized(params):
+            params = quantize(merge(params, self.config.lora_alpha))
+        return decoding.arrange(self.config, params, parts, fused)
 
-    def decode(self, params: Params, cache: Cache, tokens: Int[Array, "B"]) -> tuple[Float[Array, "B V"], Cache]:
-        """Append one token a row; logits of the next."""
-        hidden, (keys, values) = self._apply(
-            "hidden",
-            params,
-            tokens[:, None],
-            cache.lengths[:, None],
-            jnp.ones_like(tokens)[:, None],
-            cache.segments,
-            (cache.keys, cache.values),
-            cache.index,
-        )
-        cache = Cache(keys, values, cache.segments, cache.index + 1, cache.lengths + 1)
-        return self.unembed(params, hidden[:, 0]), cache
+    def empty_cache(self, rows: int, prompt: int, new_tokens: int) -> Cache:
+        """A cache for prompts of up to `prompt` tokens and responses of up to `new_tokens`, without a token."""
+        int8 = self.precision in ("int8", "int8_cache")
+        return decoding.empty_cache(self.config, rows, prompt + new_tokens, int8)
+
+    def prefill(
+        self, params: Params | Weights, prompt: Int[Array, "B P"], prompt_mask: Bool[Array, "B P"], new_tokens: int
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Logits of the first response token, and a cache with room for `new_tokens` more; padding on either side."""
+        weights = self.arrange(params)
+        hidden, cache = self.start(weights, prompt, prompt_mask, new_tokens)
+        return decoding.unembed(self.config, weights, hidden), cache
+
+    def start(
+        self, params: Params | Weights, prompt: Int[Array, "B P"], prompt_mask: Bool[Array, "B P"], new_tokens: int
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """`prefill` with the hidden state of each row's last token in the place of its logits."""
+        weights, lengths = self.arrange(params), prompt_mask.sum(axis=1, dtype=jnp.int32)
+        front, int8 = to_front(prompt, prompt_mask), self.precision in ("int8", "int8_cache")
+        hidden, cache = decoding.prefill(self._sampled, weights, front, lengths, int8)
+        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+        if new_tokens:
+            cache = self.empty_cache(len(prompt), prompt.shape[1], new_tokens).put(cache, jnp.arange(len(prompt)))
+        return last, cache
+
+    def decode(
+        self, params: Params | Weights, cache: Cache, tokens: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Append one token a row; logits of the next. A row that is full keeps nothing more."""
+        weights = self.arrange(params)
+        hidden, cache = self.extend(weights, cache, tokens[:, None], jnp.ones_like(tokens))
+        return decoding.unembed(self.config, weights, hidden[:, 0]), cache
+
+    def extend(
+        self, params: Params | Weights, cache: Cache, tokens: Int[Array, "B T"], counts: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Append the first `counts` of T tokens to each row behind its own end; hidden states of them all.
+
+        `unembed` makes logits of them. To take tokens back, replace the cache's `lengths` by smaller ones.
+        """
+        return decoding.extend(self._sampled, self.arrange(params), cache, tokens, counts)
+
+    @property
+    def _sampled(self) -> DecoderConfig:
+        return replace(self.config, capacity_factor=None)

@@ -140,8 +140,11 @@ class DecoderBlock(nn.Module):
         crossed_keys, crossed_values = cache[2:] if memory is None else cross_attention.keys_values(memory)
         keys, values = attention.keys_values(x)
         if cache is not None:
-            keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, index, axis=1)
-            values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, index, axis=1)
+            rows = jnp.arange(len(index), dtype=jnp.int32)
+            keys, values = (
+                kept.at[rows, index].set(new[:, 0], mode="drop", unique_indices=True)
+                for kept, new in zip(cache, (keys, values), strict=False)
+            )
         x = _add_and_norm(c, self.dropout, "attention_norm", x, attention(x, keys, values, mask))
         crossed = cross_attention(x, crossed_keys, crossed_values, memory_mask)
         x = _add_and_norm(c, self.dropout, "cross_attention_norm", x, crossed)
@@ -194,11 +197,14 @@ class Transformer(nn.Module):
         """[B, P] tokens to [B, P, width]; tokens see all tokens of their segment."""
         return self.encoder(self._embedded(tokens, positions), same_segment(segments, segments))[0]
 
-    def decode(self, tokens, positions, segments, memory, memory_segments, key_segments=None, cache=None, index=0):
-        """[B, T] tokens to [B, T, width]; with a cache also the cache with these tokens in slots index … index+T-1."""
-        mask = attention_mask(segments, segments if key_segments is None else key_segments, index)
+    def decode(self, tokens, positions, segments, memory, memory_segments, cache=None):
+        """[B, T] tokens to [B, T, width]; with a cache one token a row, and the cache with it at its own position."""
+        if cache is None:
+            mask = attention_mask(segments, segments, 0)
+        else:
+            mask = jnp.arange(cache[0].shape[2], dtype=jnp.int32)[None, None, :] <= positions[:, :, None]
         memory_mask = same_segment(segments, memory_segments)
-        return self.decoder(self._embedded(tokens, positions), cache, memory, mask, memory_mask, index)
+        return self.decoder(self._embedded(tokens, positions), cache, memory, mask, memory_mask, positions[:, 0])
 
     def logits(self, hidden):
         """[..., width] to [..., vocabulary], float32."""

@@ -35,6 +35,9 @@ class Seen:
 class Table:
     """Logits of the next token are a row of the parameters for each response so far: any distribution there is."""
 
+    def arrange(self, params):
+        return params
+
     def prefill(self, params, prompt, prompt_mask, new_tokens):
         number = prompt[:, -1]  # 1, 2, 3: prompts with tables of their own
         return params[number], Seen(number)

@@ -1,0 +1,334 @@
+"""A decoder that samples: weights laid out for one token a row, a cache of keys and values, and `extend`.
+
+Training reads the layers in a scan over stacked parameters. A loop that samples would copy each layer's weights and the
+whole cache in every step of it, so here the layers stand apart and are unrolled, and the cache is updated in place.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rlhfjax.models.experts import Experts
+from rlhfjax.models.layers import DecoderConfig, norm, rope_frequencies
+from rlhfjax.models.lora import has_adapters, merge
+from rlhfjax.models.quantized import Int8Vectors, empty_vectors, is_quantized, read_vectors, vectors
+from rlhfjax.types import Params
+
+Store = Callable[[int, Array, Array], tuple[Any, Any]]
+_GATED = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Weights:
+    """What sampling reads of a decoder, from `arrange`. Every linear is {"kernel": blocks [in, outputs], …}."""
+
+    ends: Params  # embeddings, final norm, unembedding, heads that predict further ahead
+    layers: tuple[Params, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Keys [B, kv_heads, head_dim, S] and values [B, kv_heads, S, head_dim] of every layer; a token's slot is its
+    position. Each is an array, or integers and scales (`quantized.Int8Vectors`).
+
+    The first `lengths` slots of a row are its own. What the others hold is never read.
+    """
+
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
+    lengths: Int[Array, "B"]
+
+    @property
+    def slots(self) -> int:
+        return jax.tree.leaves(self.values)[0].shape[2]
+
+    def take(self, rows: Int[Array, "N"]) -> "Cache":
+        """The cache of these rows, in this order; a row may come several times."""
+        return jax.tree.map(lambda x: x[rows], self)
+
+    def put(self, part: "Cache", rows: Int[Array, "N"]) -> "Cache":
+        """This cache with the rows of one with at most as many slots at `rows`, distinct; those beyond the end go
+        nowhere.
+        """
+
+        def write(mine: Array, theirs: Array) -> Array:
+            place = (rows, *(slice(0, size) for size in theirs.shape[1:]))
+            return mine.at[place].set(theirs, mode="drop", unique_indices=True)
+
+        return jax.tree.map(write, self, part)
+
+
+def empty_cache(config: DecoderConfig, rows: int, slots: int, int8: bool = False) -> Cache:
+    """A cache of so many rows without a token."""
+    c, lengths = config, jnp.zeros((rows,), jnp.int32)
+    shapes = ((rows, c.kv_heads, c.head_dim, slots), 2), ((rows, c.kv_heads, slots, c.head_dim), 3)
+    keys, values = (tuple(empty_vectors(*each, c.compute_dtype, int8) for _ in range(c.layers)) for each in shapes)
+    return Cache(keys, values, lengths)
+
+
+def cores() -> int:
+    """Threads that one device has to itself: a product of few rows uses one, so its matrix is cut into as many."""
+    if jax.default_backend() != "cpu":
+        return 1
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(available // jax.local_device_count(), 16))
+
+
+def arrange(config: DecoderConfig, params: Any, parts: int | None = None, fused: bool = True) -> Weights:
+    """Parameters in the order and type in which sampling reads them; weights stay as they are.
+
+    Adapters are merged, unless what is below them is quantised. With `fused`, matrices that read the same input become
+    one; on a mesh that splits heads they had better stay apart. Each is cut into `parts` blocks of outputs (None: one a
+    core): XLA multiplies few rows by one matrix on a single core of a CPU, and by several on several.
+    """
+    if isinstance(params, Weights):
+        return params
+    if has_adapters(params) and not is_quantized(params):
+        params = merge(params, config.lora_alpha)
+    parts = cores() if parts is None else parts
+    blocks = [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(config.layers)]
+    layers = tuple(_layer(config, block, parts, fused) for block in blocks)
+    ends = {name: params[name] for name in ("embed", "positions", "final_norm", "mtp_heads") if name in params}
+    if config.tied:
+        rows, scale = _cast(config, params["embed"]["embedding"]), params["embed"].get("embedding_scale")
+        # Few rows by a transposed matrix take three times as long on CPUs; accelerators need no copy of it.
+        unembed: Params = {"rows": rows} if parts == 1 else {"kernel": _blocks(rows.T, parts, axis=1)}
+        unembed |= {} if scale is None else {"scale": scale[:, 0]}
+    else:
+        unembed = _linear(config, [params["unembed"]], 1, parts)
+    # What is made here once must not be made again in the loop that reads it.
+    return jax.lax.optimization_barrier(Weights(ends | {"unembed": unembed}, layers))
+
+
+def _cast(config: DecoderConfig, x: Array) -> Array:
+    return x if x.dtype == jnp.int8 else x.astype(config.compute_dtype)
+
+
+def _blocks(x: Array, parts: int, axis: int) -> tuple[Array, ...]:
+    """`x` in parts of nearly the same size, as arrays of their own."""
+    size = x.shape[axis]
+    bounds = [size * i // parts for i in range(parts + 1)]
+    return tuple(jax.lax.slice_in_dim(x, *ends, axis=axis) for ends in pairwise(bounds) if ends[0] < ends[1])
+
+
+def _linear(config: DecoderConfig, linears: list[Params], inputs: int, parts: int) -> Params:
+    """One linear of all outputs of several that read the same input, `inputs` axes of it."""
+    size = math.prod(linears[0]["kernel"].shape[:inputs])
+    kernel = jnp.concatenate([_cast(config, one["kernel"].reshape(size, -1)) for one in linears], axis=1)
+    made: Params = {"kernel": _blocks(kernel, parts, axis=1)}
+    for name, leaf in (("kernel_scale", "scale"), ("bias", "bias")):
+        if name in linears[0]:
+            made[leaf] = jnp.concatenate([one[name].reshape(-1) for one in linears])
+    if "lora_a" in linears[0]:  # of one linear alone
+        rank = linears[0]["lora_a"].shape[-1]
+        made |= {"lora_a": linears[0]["lora_a"].reshape(size, rank), "lora_b": linears[0]["lora_b"].reshape(rank, -1)}
+    return made
+
+
+def _layer(config: DecoderConfig, block: Params, parts: int, fused: bool) -> Params:
+    c, attention = config, block["attention"]
+
+    def together(tree: Params, names: tuple[str, ...]) -> list[Params]:
+        whole = fused and not any(has_adapters(tree[name]) for name in names)
+        groups = [[tree[name] for name in names]] if whole else [[tree[name]] for name in names]
+        return [_linear(c, group, 1, parts) for group in groups]
+
+    made = {name: tree for name, tree in block.items() if name.endswith("_norm")}
+    if "experts" in block:  # the router stays float32
+        made["experts"] = {
+            name: tree if name == "router" else {"kernel": _cast(c, tree["kernel"])}
+            for name, tree in block["experts"].items()
+        }
+    made |= {name: attention[name] for name in ("query_norm", "key_norm") if name in attention}
+    made |= {"qkv": together(attention, ("query", "key", "value")), "out": _linear(c, [attention["out"]], 2, parts)}
+    if "mlp" in block:
+        names = ("up",) if c.activation == "gelu" else ("gate", "up")
+        made |= {"up": together(block["mlp"], names), "down": _linear(c, [block["mlp"]["down"]], 1, parts)}
+    return made
+
+
+def _apply(config: DecoderConfig, linear: Params, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+    """x · kernel · scale + bias + (lora_alpha / r) (x · lora_a) · lora_b."""
+    made = [x @ block.astype(x.dtype) for block in linear["kernel"]]
+    out = made[0] if len(made) == 1 else jnp.concatenate(made, axis=-1)
+    if "scale" in linear:
+        out = (out.astype(jnp.float32) * linear["scale"][None, None, :]).astype(x.dtype)
+    if "bias" in linear:
+        out = out + linear["bias"].astype(x.dtype)[None, None, :]
+    if "lora_a" in linear:
+        down, up = linear["lora_a"].astype(x.dtype), linear["lora_b"].astype(x.dtype)
+        out = out + (config.lora_alpha / down.shape[-1]) * (x @ down @ up)
+    return out
+
+
+def _all(config: DecoderConfig, linears: list[Params], x: Array) -> Array:
+    made = [_apply(config, linear, x) for linear in linears]
+    return made[0] if len(made) == 1 else jnp.concatenate(made, axis=-1)
+
+
+def _norm(config: DecoderConfig, params: Params, name: str, x: Array) -> Array:
+    return norm(config, name).apply({"params": params[name]}, x)  # pyright: ignore[reportReturnType]
+
+
+def _turned(x: Float[Array, "B T H D"], turn: tuple[Array, Array]) -> Float[Array, "B T H D"]:
+    sin, cos = turn
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _attention(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: Array, store: Any) -> Any:
+    """Attention of T new tokens a row to what `store` answers with once it has their keys and values."""
+    c, (batch, length) = config, x.shape[:2]
+    joined = _all(c, layer["qkv"], x).reshape(batch, length, c.heads + 2 * c.kv_heads, c.head_dim)
+    query, key, value = jnp.split(joined, [c.heads, c.heads + c.kv_heads], axis=2)
+    if c.qk_norm:
+        query, key = _norm(c, layer, "query_norm", query), _norm(c, layer, "key_norm", key)
+    if turn is not None:
+        query, key = _turned(query, turn), _turned(key, turn)
+    keys, values = store(key.astype(c.compute_dtype), value.astype(c.compute_dtype))
+    grouped = query.reshape(batch, length, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
+    numbers, scales = read_vectors(keys, query.dtype)
+    scores = jnp.einsum("btkgd,bkds->bkgts", grouped, numbers, preferred_element_type=jnp.float32)
+    if scales is not None:
+        scores = scores * scales[:, :, :, None, :]
+    scores = scores * (c.query_scalar or c.head_dim) ** -0.5
+    if cap := c.attention_softcap:
+        scores = cap * jnp.tanh(scores / cap)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1)
+    numbers, scales = read_vectors(values, query.dtype)
+    if scales is not None:
+        weights = weights * scales[:, :, None, None, :, 0]
+    out = jnp.einsum("bkgts,bksd->btkgd", weights.astype(numbers.dtype), numbers)
+    return _apply(c, layer["out"], out.reshape(batch, length, -1)), (keys, values)
+
+
+def _fed(config: DecoderConfig, layer: Params, x: Array) -> Array:
+    c = config
+    if c.experts:
+        return Experts(c).apply({"params": layer["experts"]}, x, jnp.ones(x.shape[:2], bool))  # pyright: ignore
+    hidden = _all(c, layer["up"], x)
+    if c.activation == "gelu":
+        return _apply(c, layer["down"], jax.nn.gelu(hidden))
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    return _apply(c, layer["down"], _GATED[c.activation](gate) * up)
+
+
+def _block(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: Array, store: Any) -> Any:
+    """One layer, its norms where `norm_place` says (`layers.Block`)."""
+    c = config
+    before = c.norm_place != "post"
+    attended, kept = _attention(c, layer, _norm(c, layer, "attention_norm", x) if before else x, turn, mask, store)
+    if c.norm_place == "sandwich":
+        attended = _norm(c, layer, "attention_post_norm", attended)
+    x = x + attended if before else _norm(c, layer, "attention_norm", x + attended)
+    fed = _fed(c, layer, _norm(c, layer, "mlp_norm", x) if before else x)
+    if c.norm_place == "sandwich":
+        fed = _norm(c, layer, "mlp_post_norm", fed)
+    return (x + fed if before else _norm(c, layer, "mlp_norm", x + fed)), kept
+
+
+def _embedded(config: DecoderConfig, weights: Weights, tokens: Array, positions: Array) -> Array:
+    c, embed = config, weights.ends["embed"]
+    x = embed["embedding"][tokens]
+    if "embedding_scale" in embed:
+        x = x.astype(jnp.float32) * embed["embedding_scale"][tokens]
+    if c.scale_embeddings:
+        x = x * c.width**0.5
+    if c.positions == "learned":
+        x = x + weights.ends["positions"]["embedding"][jnp.minimum(positions, c.context - 1)]
+    return x.astype(c.compute_dtype)
+
+
+def _forward(
+    config: DecoderConfig, weights: Weights, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], slots: int, store
+) -> tuple[Float[Array, "B T D"], tuple, tuple]:
+    """Hidden states of T tokens a row that see the slots up to their own, and the keys and values of every layer."""
+    c = config
+    distance = positions[:, :, None] - jnp.arange(slots, dtype=jnp.int32)[None, None, :]
+    everything = distance >= 0
+    near = everything & (distance < c.window) if c.window else everything
+
+    def turn(local: bool) -> tuple[Array, Array]:
+        angle = positions[:, :, None, None].astype(jnp.float32) * rope_frequencies(c, local)[None, None, None, :]
+        return jnp.sin(angle), jnp.cos(angle)
+
+    turns = {local: turn(local) if c.positions == "rope" else None for local in set(c.local_layers)}
+    x, kept = _embedded(c, weights, tokens, positions), []
+    for i, (layer, local) in enumerate(zip(weights.layers, c.local_layers, strict=True)):
+        mask = near if local else everything
+        x, pair = _block(c, layer, x, turns[local], mask, lambda key, value, i=i: store(i, key, value))
+        kept.append(pair)
+    if c.norm_place != "post":
+        x = _norm(c, weights.ends, "final_norm", x)
+    return x, *zip(*kept, strict=True)  # pyright: ignore[reportReturnType]
+
+
+def extend(
+    config: DecoderConfig, weights: Weights, cache: Cache, tokens: Int[Array, "B T"], counts: Int[Array, "B"]
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Append the first `counts` of T tokens to each row, behind its own end; their hidden states.
+
+    Every token sees its row up to itself. The states of the others mean nothing, and nothing is kept of them. With T 1
+    this is decoding, with more the verification of guesses.
+    """
+    batch, length = tokens.shape
+    steps = jnp.arange(length, dtype=jnp.int32)[None, :]
+    positions = cache.lengths[:, None] + steps
+    # Those that are not kept go to slots beyond the end, a different one each.
+    slots = jnp.where(steps < counts[:, None], positions, cache.slots + steps)
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+
+    def store(layer: int, key: Array, value: Array) -> tuple[Any, Any]:
+        keys, values = cache.keys[layer], cache.values[layer]
+        int8 = isinstance(keys, Int8Vectors)
+
+        def put_key(mine: Array, new: Array) -> Array:
+            return mine.at[rows, :, :, slots].set(new, mode="drop", unique_indices=True)
+
+        def put_value(mine: Array, new: Array) -> Array:
+            return mine.at[rows, :, slots].set(new, mode="drop", unique_indices=True)
+
+        return (
+            jax.tree.map(put_key, keys, vectors(key, int8)),
+            jax.tree.map(put_value, values, vectors(value, int8)),
+        )
+
+    hidden, keys, values = _forward(config, weights, tokens, positions, cache.slots, store)
+    return hidden, Cache(keys, values, cache.lengths + counts)
+
+
+def prefill(
+    config: DecoderConfig, weights: Weights, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], int8: bool = False
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """`extend` of empty rows by their first `lengths` tokens, with as many slots as there are columns."""
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+
+    def store(_: int, key: Array, value: Array) -> Any:
+        keys = jax.tree.map(lambda x: x.transpose(0, 2, 3, 1), vectors(key, int8))
+        return keys, jax.tree.map(lambda x: x.transpose(0, 2, 1, 3), vectors(value, int8))
+
+    hidden, keys, values = _forward(config, weights, tokens, positions, length, store)
+    return hidden, Cache(keys, values, lengths)
+
+
+def unembed(config: DecoderConfig, weights: Weights, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Hidden states to float32 logits; products in the type of the computation, sums in float32."""
+    linear, cap = weights.ends["unembed"], config.logit_softcap
+    x = hidden.astype(config.compute_dtype)
+    blocks = (linear["rows"].T,) if "rows" in linear else linear["kernel"]
+    made = [jnp.matmul(x, block.astype(x.dtype), preferred_element_type=jnp.float32) for block in blocks]
+    logits = made[0] if len(made) == 1 else jnp.concatenate(made, axis=-1)
+    if "scale" in linear:
+        logits = logits * linear["scale"].reshape((1,) * (logits.ndim - 1) + (-1,))
+    return cap * jnp.tanh(logits / cap) if cap else logits
