@@ -2,7 +2,7 @@
 
     python -m benchmarks.ours WORKLOAD_AS_JSON
 
-With BENCHMARK_TRACE=DIRECTORY the step after the warm-up leaves a trace there.
+With BENCHMARK_TRACE=DIRECTORY the last step of the warm-up leaves a trace there.
 """
 
 import itertools
@@ -60,8 +60,7 @@ def main() -> None:
     step = step_of(worker.work)
     for number in itertools.count():
         before = compilations.count
-        # It is the slowest of its steps, and the median does not see it.
-        traced = trace and number == worker.work["warmup"]
+        traced = trace and number == worker.work["warmup"] - 1
         with jax.profiler.trace(trace) if traced else nullcontext():
             facts = step(number)
         worker.lap(**facts, compilations=compilations.count - before, compile_seconds=compilations.seconds)

@@ -11,10 +11,11 @@ import importlib.util
 import sys
 import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 OPTIONAL = (
     "pydantic",
+    "pydantic_core",
     "grain",
     "tensorflow_datasets",
     "array_record",
@@ -53,17 +54,25 @@ class _Anything(type):
 class Placeholder(metaclass=_Anything):
     """Stands for a class, a function or a decorator of a package that is not here."""
 
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
+
 
 class BaseModel:
     """A class of settings: given values, else the defaults of its body; nothing is checked."""
+
+    model_fields: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls) -> None:
+        own = vars(cls).get("__annotations__", {})
+        cls.model_fields = cls.model_fields | {name: vars(cls).get(name) for name in own}
 
     def __init__(self, **values: Any):
         for name, value in values.items():
             setattr(self, name, value)
 
     def model_dump(self, **_: Any) -> dict[str, Any]:
-        names = [name for kind in reversed(type(self).__mro__) for name in vars(kind).get("__annotations__", {})]
-        found = {name: getattr(self, name, None) for name in dict.fromkeys(names)}
+        found = {name: getattr(self, name, None) for name in self.model_fields}
         return {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in found.items()}
 
 

@@ -15,6 +15,7 @@ KINDS = (  # the first pattern that an operation's name matches names its kind
     ("reductions", r"reduce"),
     ("communication", r"all-reduce|all-gather|nccl|collective"),
 )
+CONTAINERS = r"ThunkExecutor|while|call\b|conditional"  # what holds other operations of the same lane
 
 
 def seconds_by_operation(folder: Path) -> dict[str, float]:
@@ -24,7 +25,9 @@ def seconds_by_operation(folder: Path) -> dict[str, float]:
     lanes = _lanes(events)
     total: dict[str, float] = defaultdict(float)
     for event in events:
-        if event.get("ph") == "X" and (event["pid"], event.get("tid")) in lanes:
+        if event.get("ph") != "X" or re.match(CONTAINERS, event["name"]):
+            continue
+        if (event["pid"], event.get("tid")) in lanes:
             total[event["name"]] += event.get("dur", 0) * 1e-6
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 

@@ -4,10 +4,13 @@
 equations. The command line is `rlhfjax --help`.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-__version__ = version("rlhfjax")
+try:
+    __version__ = version("rlhfjax")
+except PackageNotFoundError:  # a checkout on PYTHONPATH that nobody installed
+    __version__ = "0+checkout"
 __all__ = ["Completion", "Model", "__version__", "functional", "load"]
 
 if TYPE_CHECKING:
