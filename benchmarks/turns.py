@@ -24,7 +24,7 @@ class Timed:
 
     workload: Workload
     system: str
-    warmup: int = 1
+    rounds: int = 1_000
     ready: dict[str, Any] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     end: dict[str, Any] = field(default_factory=dict)
@@ -100,6 +100,7 @@ class System:
     limit: float = 300.0
     arguments: tuple[str, ...] = ()  # after the workload
     warmup: int = 1  # steps that do not count
+    rounds: int = 1_000  # at most so many steps that count
 
 
 def interleaved(workload: Workload, systems: Sequence[System], logs: Path) -> list[Timed]:
@@ -110,7 +111,7 @@ def interleaved(workload: Workload, systems: Sequence[System], logs: Path) -> li
     logs.mkdir(parents=True, exist_ok=True)
     live, found, lengths = [], [], workload.lengths
     for system in systems:
-        timed = Timed(workload, system.name, system.warmup)
+        timed = Timed(workload, system.name, system.rounds)
         found.append(timed)
         described = json.dumps(workload.described() | {"warmup": system.warmup, "lengths": lengths})
         log = logs / f"{workload.name.replace('/', '_')}_{system.name.replace(' ', '_')}.log"
@@ -122,10 +123,11 @@ def interleaved(workload: Workload, systems: Sequence[System], logs: Path) -> li
             lengths = lengths and timed.ready.get("lengths", lengths)
         except WorkerError as error:
             timed.error = str(error)
-    for _ in range(workload.repeats):
+    for number in range(workload.repeats):
         lengths = None
         for process, timed in live:
-            lengths = _take_turn(process, timed, lengths) or lengths
+            if number < timed.rounds:
+                lengths = _take_turn(process, timed, lengths) or lengths
         live = [(process, timed) for process, timed in live if not timed.error]
     for process, timed in live:
         try:

@@ -107,9 +107,7 @@ def cpu_workloads() -> list[Workload]:
         Workload("generation_ragged", "B", rows=32, prompt=64, response=MAX_LENGTH, slots=8, **ragged["B"], repeats=3),
         Workload("sft", "B", rows=4, length=256, repeats=3),
         Workload("reward", "B", rows=4, prompt=128, length=256, repeats=3),
-        Workload("dpo", "B", rows=4, prompt=128, length=256, repeats=3),
         Workload("ppo", "B", rows=8, prompt=64, response=64, epochs=4, repeats=2),
-        Workload("ppo_ragged", "B", rows=8, prompt=64, response=MAX_LENGTH, epochs=4, **ragged["B"], repeats=1),
     ]
 
 
