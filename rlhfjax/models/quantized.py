@@ -4,10 +4,12 @@ A quantised matrix is int8 and has a float32 scale for each output (each row of 
 name and `_scale`: W ≈ q · s with s = max|W| / 127 over the inputs, so that no element is off by more than s / 2. A
 product reads the integers and multiplies its sums by the scales (Dettmers et al. 2022, section 2, "row-wise", without
 their outliers; the inputs stay as they are). Norms, biases, adapters, routers, experts and heads stay, too.
+
+A cache of keys and values may be int8, too, with a scale for each of its vectors; attention reads the integers.
 """
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,3 +89,27 @@ def int8_dot(
     )
     outputs = scale.shape[inputs:]
     return (out * scale.reshape((1,) * (out.ndim - len(outputs)) + outputs)).astype(dtype)
+
+
+class Int8Vectors(NamedTuple):
+    """Vectors along the last axis when they are new; a cache may hold them with other axes in another order."""
+
+    integers: Array
+    scales: Array  # of size 1 along the vectors
+
+
+def vectors(x: Float[Array, "*B D"], int8: bool) -> Array | Int8Vectors:
+    """What a cache keeps of new keys or values: themselves, or int8 with a scale each."""
+    return Int8Vectors(*quantize_array(x, -1)) if int8 else x
+
+
+def empty_vectors(shape: tuple[int, ...], axis: int, dtype: Any, int8: bool) -> Array | Int8Vectors:
+    """Zeros for a cache whose vectors lie along `axis`."""
+    if not int8:
+        return jnp.zeros(shape, dtype)
+    return Int8Vectors(jnp.zeros(shape, jnp.int8), jnp.ones((*shape[:axis], 1, *shape[axis + 1 :]), jnp.float32))
+
+
+def read_vectors(kept: Array | Int8Vectors, dtype: Any) -> tuple[Array, Array | None]:
+    """The numbers for a product, and the scales for what comes out of it; None: there are none."""
+    return (kept.integers.astype(dtype), kept.scales) if isinstance(kept, Int8Vectors) else (kept, None)
