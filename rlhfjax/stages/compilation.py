@@ -57,11 +57,16 @@ class Ahead:
         self._job, self._began = job, time.monotonic()
         self._pool, self._tracing = ThreadPoolExecutor(thread_name_prefix="compile"), Lock()
         self._programs: list[Program] = []
+        self._afterwards: list[tuple] = []
         self.facts: dict[str, float] = {}
 
     def program(self, function: Any, *arguments: Any) -> Program:
         """`function` for such arguments: jitted, perhaps with its first arguments bound by `partial`."""
         return self._later(function, lambda: arguments)
+
+    def afterwards(self, function: Any, *arguments: Any) -> None:
+        """A program that is needed later, such as one that validates: compiled while the first steps are taken."""
+        self._afterwards.append((function, arguments))
 
     def online(self, steps: OnlineSteps, state: Any, frozen: Any, prompts: Any, pretraining: Any) -> OnlineSteps:
         """The steps of an iteration, each compiled for what the one before it gives."""
@@ -89,7 +94,9 @@ class Ahead:
         now = time.monotonic()
         compiled = max((program.ready.result() for program in self._programs), default=now) - self._began
         first = now - self._job.shared.get("began", self._began)
-        self._pool.shutdown()
+        for function, arguments in self._afterwards:
+            Program(self._pool, self._tracing, function, lambda arguments=arguments: arguments)
+        self._pool.shutdown(wait=False)
         self.facts = {"timing/compile_s": round(compiled, 2), "timing/first_step_s": round(first, 2)}
         return f"{self._job.stage}: compiled in {compiled:.1f} s, first step after {first:.1f} s"
 
