@@ -46,9 +46,9 @@ def rows_of(timed: Timed, peaks: dict[str, float]) -> list[Row]:
         return [row(name, system, "failed", timed.error or "no step", "")]
     seconds = [step["seconds"] for step in timed.steps]
     rates = [step["tokens"] / step["seconds"] for step in timed.steps]
-    shares = [
-        bound_seconds(timed.workload.described(), peaks, step.get("lengths")) / step["seconds"] for step in timed.steps
-    ]
+    # TRL's PPO takes the old log-probabilities from the sampler; the others compute them again.
+    work = timed.workload.described() | {"recomputes": system != "trl 1.12"}
+    shares = [bound_seconds(work, peaks, step.get("lengths")) / step["seconds"] for step in timed.steps]
     found = [
         row(name, system, "tokens_per_second", statistics.median(rates), "tokens/s", statistics.median(shares)),
         row(name, system, "step_seconds", statistics.median(seconds), "s"),

@@ -58,7 +58,8 @@ def step_flops(work: dict[str, Any], lengths: list[int] | None = None) -> float:
     if work["task"].startswith("ppo"):
         policy, scalar = forward(shape, whole, answered), forward(shape, whole, 0)
         shared = work["task"] == "ppo_shared_trunk"
-        scored = 2 * policy + (1 if shared else 2) * scalar  # old and reference log-probabilities, values, rewards
+        # Reference and, where they are computed anew, old log-probabilities; values and rewards.
+        scored = (1 + work.get("recomputes", True)) * policy + (1 if shared else 2) * scalar
         update = 3 * (policy if shared else policy + scalar)
         return policy + scored + work["epochs"] * update
     raise ValueError(f"no arithmetic for {work['task']!r}")

@@ -39,9 +39,11 @@ def step_of(work: dict[str, Any]) -> Step:
     """A function of the step's number that does one step and says how many tokens count for it."""
     if work["task"] in ("ppo", "ppo_ragged"):
         return product.PpoLoop(work)
+    if work["task"] == "grpo":
+        return product.GrpoLoop(work)
     if work["task"].startswith(("generation", "decode")):
         return _counted(product.Texts(work))
-    loop = {"sft": product.sft, "reward": product.reward}[work["task"]](work)
+    loop = {"sft": product.sft, "reward": product.reward, "dpo": product.dpo}[work["task"]](work)
     return lambda number: {"tokens": work["rows"] * work["length"]} | (loop(number) or {})
 
 

@@ -3,29 +3,33 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from rlhfjax.algorithms import restrict
+from rlhfjax.algorithms.dpo import Dpo
+from rlhfjax.algorithms.grpo import Grpo
+from rlhfjax.algorithms.likelihood import token_log_probs
 from rlhfjax.config import schema
 from rlhfjax.config.sections import Optimizer, RolloutBatch, Sampling
-from rlhfjax.generation import SamplingParams, generate
+from rlhfjax.generation import SamplingParams
+from rlhfjax.generation.slots import rollout
 from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.heads import init_head, with_head
-from rlhfjax.models.lora import join
-from rlhfjax.sharding import make_mesh, place_batch, state_shardings
+from rlhfjax.sharding import batch_sharding, make_mesh, place_batch, state_shardings
 from rlhfjax.stages.compilation import Ahead
 from rlhfjax.stages.offline import reward_modelling, training_loss
 from rlhfjax.stages.ppo import compiled_steps, ppo_algorithm, ppo_optimizer
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.state import init_state, place
 from rlhfjax.training.update import offline_step
-from rlhfjax.types import OnlineState, Params, PromptBatch, RankedBatch, TokenBatch, TrainState
+from rlhfjax.types import OnlineState, Params, PromptBatch, RankedBatch, Rollout, TokenBatch, TrainState
 
 Work = dict[str, Any]
 PAD, STOP, NEVER = 0, 2, -1  # no token is NEVER: responses have their full length
@@ -84,16 +88,26 @@ def sampling_of(work: Work) -> SamplingParams:
 
 
 class OfflineLoop:
-    """One step after the other of a stage that trains on batches, as `rlhfjax.stages.offline` compiles it."""
+    """One step after the other of a stage that trains on batches, as `rlhfjax.stages.offline` compiles it.
 
-    def __init__(self, work: Work, algorithm: Any, params: Params, batch: Callable[[int], Any], frozen: Any = None):
+    `algorithm` is made of the frozen parameters, which are an argument of the compiled step.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        algorithm: Callable[[Params], Any],
+        params: Params,
+        batch: Callable[[int], Any],
+        frozen: Params | None = None,
+    ):
         self._mesh, self._batch, self._frozen = make_mesh(), batch, frozen or {}
         optimizer = make_optimizer(optimizer_section(work), STEPS)
         self._state: TrainState = init_state(self._mesh, params, optimizer)
 
         @partial(jax.jit, donate_argnums=1, out_shardings=(state_shardings(self._mesh, self._state), None))
         def step(frozen: Any, state: TrainState, batch: Any, key: jax.Array):
-            return offline_step(restrict(algorithm, partial(join, frozen)), optimizer, state, batch, key)
+            return offline_step(algorithm(frozen), optimizer, state, batch, key)
 
         self._step = step
 
@@ -112,13 +126,37 @@ def sft(work: Work) -> OfflineLoop:
         positions = np.broadcast_to(np.arange(work["length"], dtype=np.int32), tokens.shape)
         return TokenBatch(*map(jnp.asarray, (tokens, np.ones_like(tokens), positions, np.ones_like(tokens, bool))))
 
-    return OfflineLoop(work, training_loss(model), fresh(make_mesh(), model, work["seed"]), batch)
+    return OfflineLoop(work, lambda _: training_loss(model), fresh(make_mesh(), model, work["seed"]), batch)
 
 
 def reward(work: Work) -> OfflineLoop:
     model = model_of(work)
     params = with_head(fresh(make_mesh(), model, work["seed"]), init_head(jax.random.key(1), model.config.width))
-    return OfflineLoop(work, reward_modelling(model, schema.RankingLoss()), params, partial(pairs_of, work))
+    algorithm = reward_modelling(model, schema.RankingLoss())
+    return OfflineLoop(work, lambda _: algorithm, params, partial(pairs_of, work))
+
+
+def dpo(work: Work) -> OfflineLoop:
+    model, mesh = model_of(work), make_mesh()
+
+    def log_probs(params: Params, batch: RankedBatch, key: jax.Array | None = None) -> jax.Array:
+        of_each = token_log_probs(model, params, candidates(batch))[0]
+        return of_each.sum(axis=1).reshape(batch.ranks.shape)
+
+    def algorithm(frozen: Params) -> Dpo:
+        return Dpo(log_probs, lambda _, batch: log_probs(frozen, batch))
+
+    policy, reference = (fresh(mesh, model, work["seed"]) for _ in range(2))
+    return OfflineLoop(work, algorithm, policy, partial(pairs_of, work), reference)
+
+
+def candidates(batch: RankedBatch) -> TokenBatch:
+    """One row a candidate; its response's tokens are the targets."""
+    width = batch.tokens.shape[-1]
+    tokens, real = batch.tokens.reshape(-1, width), batch.token_mask.reshape(-1, width)
+    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
+    prompts = jnp.repeat(batch.prompt_lengths, batch.ranks.shape[1])
+    return TokenBatch(tokens, real.astype(jnp.int32), positions, real & (positions >= prompts[:, None]))
 
 
 def pairs_of(work: Work, step: int) -> RankedBatch:
@@ -133,23 +171,22 @@ def pairs_of(work: Work, step: int) -> RankedBatch:
 
 
 class Texts:
-    """Responses to one batch of prompts after the other, `slots` at a time."""
+    """Responses to the prompts of one step after the other, with at most `slots` rows decoding at a time."""
 
     def __init__(self, work: Work):
         model, mesh, self._work = model_of(work), make_mesh(), work
         self._params = policy_of(work, mesh, model)
-        self._parts = max(1, work["rows"] // work["slots"])
-        self._generate = jax.jit(partial(generate, model, sampling=sampling_of(work)))
+        self._sample = jax.jit(partial(rollout, model, sampling=sampling_of(work), slots=work["slots"]))
 
     def __call__(self, number: int) -> list[int]:
         """The lengths of the responses; ragged ones are the same in every step, since peers compile for each length."""
         number = 0 if self._work["mean"] else number
-        prompts, lengths = prompts_of(self._work, number), []
-        for part in range(self._parts):
-            some = jax.tree.map(lambda x, part=part: jnp.split(x, self._parts)[part], prompts)
-            rollout = self._generate(self._params, some, jax.random.key(number))
-            lengths += np.asarray(rollout.response_mask).sum(axis=1).tolist()
-        return lengths
+        made = self._sample(self._params, prompts_of(self._work, number), jax.random.key(number))
+        return lengths_of(made)
+
+
+def lengths_of(made: Rollout) -> list[int]:
+    return np.asarray(made.response_mask).sum(axis=1).tolist()
 
 
 class PpoLoop:
@@ -177,15 +214,64 @@ class PpoLoop:
         prompts = place_batch(self._mesh, prompts_of(self._work, number))
         rollout_key, update_key = jax.random.split(jax.random.key(number))
         clock, steps = _Clock(), self._steps
-        rollout = clock("generation", steps.rollout(self._state.train.params, prompts, rollout_key))
-        lengths = np.asarray(rollout.response_mask).sum(axis=1).tolist()
-        rollout = clock("scoring", steps.score(self._state.train.params, self._frozen, rollout))
-        experience, metrics = clock("estimate", steps.estimate(rollout, self._state.kl_coef))
+        made = clock("generation", steps.rollout(self._state.train.params, prompts, rollout_key))
+        scored = clock("scoring", steps.score(self._state.train.params, self._frozen, made))
+        experience, metrics = clock("estimate", steps.estimate(scored, self._state.kl_coef))
         self._state, measured = clock("update", steps.update(self._state, experience, None, metrics, update_key))
         jax.device_get(metrics | measured)
         if number == 0:
             self._first()
+        lengths = lengths_of(made)
         return {"tokens": sum(lengths), "lengths": lengths, "phases": clock.seconds}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """In the place of a reward model, the function that GRPO's peers call: it costs nothing. Here: the token's id."""
+
+    def batch_hidden(self, params: Params, batch: TokenBatch) -> jax.Array:
+        return batch.tokens.astype(jnp.float32)
+
+    def scalar(self, params: Params, hidden: jax.Array) -> jax.Array:
+        return hidden
+
+
+class GrpoLoop:
+    """One step after the other: `per_prompt` responses to each prompt, compared with each other, one update.
+
+    Old log-probabilities are the sampler's, since nothing is learned between sampling and the one update.
+    """
+
+    def __init__(self, work: Work):
+        self._work, self._mesh = work, make_mesh()
+        model, c = model_of(work), ppo_section(work, "rollout")
+
+        def log_probs(params: Params, rows: Any) -> tuple[jax.Array, jax.Array]:
+            return token_log_probs(model, params["policy"], rows.batch)
+
+        algorithm: Any = Grpo(log_probs, work["per_prompt"], missing_eos="keep")
+        optimizer = optax.partition({"policy": make_optimizer(optimizer_section(work), STEPS)}, {"policy": "policy"})
+        policy, reference = (fresh(self._mesh, model, work["seed"]) for _ in range(2))
+        state = OnlineState(init_state(self._mesh, {"policy": policy}, optimizer), jnp.float32(0), jnp.int32(0))
+        self._state = jax.device_put(state, state_shardings(self._mesh, state))
+        self._frozen = {"reference": reference, "reward": {"decoder": {}}}
+        job: Any = SimpleNamespace(config=c, mesh=self._mesh)
+        judge: Any = Counted()
+        self._steps = compiled_steps(job, self._state, algorithm, optimizer, model, judge, sampling_of(work))
+        sampling = {"sampling": sampling_of(work), "samples": work["per_prompt"]}
+        self._sample = jax.jit(partial(rollout, model, **sampling), out_shardings=batch_sharding(self._mesh))
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        asked = self._work | {"rows": self._work["rows"] // self._work["per_prompt"]}
+        prompts = place_batch(self._mesh, prompts_of(asked, number))
+        sample_key, update_key = jax.random.split(jax.random.key(number))
+        clock, steps, params = _Clock(), self._steps, self._state.train.params
+        made = clock("generation", self._sample(params["policy"], prompts, sample_key))
+        scored = clock("scoring", steps.score(params, self._frozen, made))
+        experience, metrics = clock("estimate", steps.estimate(scored, self._state.kl_coef))
+        self._state, measured = clock("update", steps.update(self._state, experience, None, metrics, update_key))
+        jax.device_get(metrics | measured)
+        return {"tokens": sum(lengths_of(made)), "phases": clock.seconds}
 
 
 class _Clock:
@@ -202,7 +288,7 @@ class _Clock:
         return result
 
 
-def ppo_section(work: Work) -> schema.Ppo:
+def ppo_section(work: Work, old_log_probs: Literal["recompute", "rollout"] = "recompute") -> schema.Ppo:
     """The `ppo` section of a configuration that does what the workload says."""
     rows = work["rows"]
     return schema.Ppo(
@@ -214,6 +300,6 @@ def ppo_section(work: Work) -> schema.Ppo:
             epochs=work["epochs"],
             prompt_length=work["prompt"],
         ),
-        sampling=Sampling(max_new_tokens=work["response"]),
+        sampling=Sampling(max_new_tokens=work["response"], old_log_probs=old_log_probs),
         optimizer=optimizer_section(work),
     )
