@@ -81,7 +81,8 @@ class PromptBatch:
 class Rollout:
     """Prompts with sampled responses; what `score` adds is None until then.
 
-    `response_mask` includes the token that ended the response; `finished` says whether there was one.
+    `response_mask` includes the token that ended the response; `finished` says whether there was one. Speculative
+    decoding counts for each row the model's calls after the prompt's, guesses, and guesses that were right.
     """
 
     prompt: Int[Array, "B P"]
@@ -94,6 +95,9 @@ class Rollout:
     ref_log_probs: Float[Array, "B R"] = _UNSCORED
     values: Float[Array, "B R"] = _UNSCORED
     scores: Float[Array, "B"] = _UNSCORED
+    top_ids: Int[Array, "B R K"] | None = None  # the likeliest tokens of each position, where that was asked for
+    top_log_probs: Float[Array, "B R K"] | None = None
+    counts: Int[Array, "B 3"] | None = None
 
     def scored(self, log_probs: Array, ref_log_probs: Array, values: Array, scores: Array) -> "Rollout":
         """The same rollout with what the models say of it."""
@@ -108,6 +112,39 @@ class Experience:
     rollout: Rollout
     advantages: Float[Array, "B R"]
     returns: Float[Array, "B R"]
+
+    @property
+    def mask(self) -> Bool[Array, "B R"]:
+        return self.rollout.response_mask
+
+    @property
+    def log_probs(self) -> Float[Array, "B R"]:
+        return self.rollout.log_probs
+
+    @property
+    def ref_log_probs(self) -> Float[Array, "B R"]:
+        return self.rollout.ref_log_probs
+
+    @property
+    def values(self) -> Float[Array, "B R"]:
+        return self.rollout.values
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenExperience:
+    """Experience by token of packed rows: prompts and responses joined, response tokens marked."""
+
+    batch: TokenBatch
+    log_probs: Float[Array, "*N T"]
+    ref_log_probs: Float[Array, "*N T"]
+    values: Float[Array, "*N T"]
+    advantages: Float[Array, "*N T"]
+    returns: Float[Array, "*N T"]
+
+    @property
+    def mask(self) -> Bool[Array, "*N T"]:
+        return self.batch.loss_mask
 
 
 @jax.tree_util.register_dataclass

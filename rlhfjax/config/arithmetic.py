@@ -121,10 +121,22 @@ def _model(run: Run, mesh: dict[str, int]) -> Iterator[str]:
     if shape.width % fsdp:
         yield f"model.width {shape.width} must be a multiple of mesh.fsdp {fsdp}"
     yield from _experts(run, shape, mesh["expert"])
+    yield from _heads(run, shape)
     names = linears(shape)
     for pattern in run.model.lora.targets if run.model.lora else ():
         if not any(re.search(pattern, name) for name in names):
             yield f"model.lora.targets: {pattern!r} matches no linear of this model; its linears are {', '.join(names)}"
+
+
+def _heads(run: Run, shape: Shape) -> Iterator[str]:
+    if shape.mtp_heads and shape.experts:
+        yield "model.architecture.embedding.mtp_heads: not beside experts; remove the heads"
+    for name, section in (("ppo", run.stages.ppo), ("evaluate", run.stages.evaluate)):
+        if section and section.sampling.speculate == "heads" and section.sampling.speculate_tokens > shape.mtp_heads:
+            yield (
+                f"stages.{name}.sampling.speculate_tokens {section.sampling.speculate_tokens} is more than "
+                f"model.architecture.embedding.mtp_heads {shape.mtp_heads}; guess fewer, or by ngram"
+            )
 
 
 def _experts(run: Run, shape: Shape, axis: int) -> Iterator[str]:
@@ -164,6 +176,9 @@ def needs_documents(run: Run) -> Iterator[str]:
         yield f"stages.ppo.ptx reads documents; {remedy}"
     if stages.evaluate and stages.evaluate.losses:
         yield f"stages.evaluate.losses reads documents; {remedy}"
+    for name, section in (("ppo", stages.ppo), ("evaluate", stages.evaluate)):
+        if section and (section.sampling.precision, section.sampling.speculate) != ("full", "none"):
+            yield f"stages.{name}.sampling: precision and speculate are for decoders; remove them"
 
 
 def _inputs(run: Run) -> Iterator[str]:

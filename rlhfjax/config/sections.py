@@ -169,7 +169,8 @@ class Model(Section):
     @model_validator(mode="after")
     def _shape_or_checkpoint(self):
         given = sorted(self.model_fields_set - {"checkpoint", "dtype", "remat", "lora"})
-        if self.architecture == Architecture(attention=Attention(implementation=self.attention)):
+        shape = self.architecture.model_dump(exclude={"attention": {"implementation"}})
+        if shape == Architecture().model_dump(exclude={"attention": {"implementation"}}):
             given = [name for name in given if name != "architecture"]
         if self.checkpoint and given:
             raise ValueError(f"a model from a checkpoint has its shape already; remove {', '.join(given)}")
@@ -293,6 +294,8 @@ class Sampling(Section):
 
     `stop` ends a response at that single token (default: EOS) from position `stop_after` on.
     `old_log_probs: rollout` keeps the sampler's own; `recompute` takes them from one forward pass (exact ratio 1).
+    `precision` is that of the weights and the cache that sampling reads. `speculate` guesses `speculate_tokens` tokens
+    at a time, by looking up the last `speculate_ngram` tokens in the row or by the model's own heads; responses stay.
     """
 
     max_new_tokens: Count
@@ -302,6 +305,10 @@ class Sampling(Section):
     stop: str | None = None
     stop_after: Annotated[int, Field(ge=0)] = 0
     old_log_probs: Literal["recompute", "rollout"] = "recompute"
+    precision: Literal["full", "int8_weights", "int8_cache", "int8"] = "full"
+    speculate: Literal["none", "ngram", "heads"] = "none"
+    speculate_tokens: Count = 4
+    speculate_ngram: Count = 3
 
 
 def check_divides(whole_name: str, whole: int, part_name: str, part: int) -> None:

@@ -3,31 +3,25 @@
 A row's randomness depends on its own uid and position alone, so a prompt's sample does not depend on its neighbours.
 """
 
-from typing import Any, Protocol
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
-from rlhfjax.generation.sampling import SamplingParams, draw, stops, uniforms
+from rlhfjax.generation.sampling import Sampler, SamplingParams, draw, stops, uniforms
+from rlhfjax.generation.slots import rollout
+from rlhfjax.generation.speculative import speculate
 from rlhfjax.types import Params, PromptBatch, Rollout
 
 
-class Sampler(Protocol):
-    """What can be sampled from: a decoder, or anything else with these functions.
-
-    `arrange` puts parameters into the order in which the others read them; it is called once, outside of the loop.
-    """
-
-    def arrange(self, params: Params) -> Any: ...
-
-    def prefill(self, params: Any, prompt: Array, prompt_mask: Array, new_tokens: int) -> tuple[Array, Any]: ...
-
-    def decode(self, params: Any, cache: Any, tokens: Array) -> tuple[Array, Any]: ...
-
-
 def generate(model: Sampler, params: Params, prompts: PromptBatch, key: jax.Array, sampling: SamplingParams) -> Rollout:
-    """Responses to a batch of prompts, [B, max_new_tokens] tokens, padded after the end."""
+    """Responses to a batch of prompts, [B, max_new_tokens] tokens, padded after the end.
+
+    Guesses (`sampling.speculation`) and continuous batching (`sampling.slots`) change how long it takes, not what is
+    drawn.
+    """
+    if sampling.speculation:
+        return speculate(model, params, prompts, key, sampling, sampling.speculation)
+    if sampling.slots or sampling.top_log_probs:
+        return rollout(model, params, prompts, key, sampling, sampling.slots)
     params = model.arrange(params)
     batch, length = prompts.tokens.shape[0], sampling.max_new_tokens
     noise = uniforms(key, prompts.uid, length)

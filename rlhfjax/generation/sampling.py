@@ -2,13 +2,29 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.functional.logits import filter_logits
+from rlhfjax.types import Params
+
+
+class Sampler(Protocol):
+    """What can be sampled from: a decoder, or anything else with these functions.
+
+    `arrange` puts parameters into the order in which the others read them; it is called once, outside of the loop.
+    """
+
+    def arrange(self, params: Params) -> Any: ...
+
+    def prefill(self, params: Any, prompt: Array, prompt_mask: Array, new_tokens: int) -> tuple[Array, Any]: ...
+
+    def decode(self, params: Any, cache: Any, tokens: Array) -> tuple[Array, Any]: ...
+
+    def empty_cache(self, rows: int, prompt: int, new_tokens: int) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -16,7 +32,8 @@ class SamplingParams:
     """How to draw; `temperature` 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
     `stop_id` and each of `stop_ids` end a response from position `stop_after` on, `pad_id` fills what follows. The
-    `top_log_probs` likeliest tokens are reported for every position.
+    `top_log_probs` likeliest tokens are reported for every position. `speculation` says how to guess ahead.
+    With `slots`, at most so many responses are written at a time, and one that ends makes room for the next.
     """
 
     max_new_tokens: int
@@ -29,6 +46,17 @@ class SamplingParams:
     min_p: float = 0.0
     stop_ids: tuple[int, ...] = ()
     top_log_probs: int = 0
+    speculation: "Speculation | None" = None
+    slots: int | None = None
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How to guess: `tokens` at a time, by `ngram` (lookup of the last `longest` … 1 tokens in the row) or `heads`."""
+
+    kind: str
+    tokens: int
+    longest: int = 3
 
 
 class Drawn(NamedTuple):

@@ -100,6 +100,15 @@ _UPDATE = (
            "the same of all tokens: what int8 sampling, for one, adds to rounding"),
 )  # fmt: skip
 
+_GUESSES = (
+    Metric("mtp/loss/NAME", "nats", "targets NAME + 1 ahead", _TOKEN_MEAN, "-log p of head NAME, before mtp_coef"),
+    Metric("mtp/hit_rate/NAME", "fraction", "targets NAME + 1 ahead", _TOKEN_MEAN,
+           "how often the likeliest token of head NAME is right"),
+    Metric("speculation/kept", "fraction", "guesses", "mean", "guessed tokens that were what the sampler drew"),
+    Metric("speculation/tokens_per_call", "tokens", "response tokens after the first", "mean over calls",
+           "tokens that a row gains by one call of the model; 1 without speculation"),
+)  # fmt: skip
+
 _SPEED = (
     Metric("perf/mfu", "fraction", "tokens of the batch without padding", "per step",
            "model FLOPs over what the devices could do in the step's wall time (rlhfjax.training.flops)"),
@@ -122,7 +131,7 @@ _SPEED = (
 )  # fmt: skip
 
 METRICS: dict[str, Metric] = {
-    metric.name: metric for metric in (*_LEARNING, *_ROUTERS, *_REWARD_MODEL, *_OBJECTIVE, *_UPDATE, *_SPEED)
+    metric.name: metric for metric in (*_LEARNING, *_ROUTERS, *_REWARD_MODEL, *_OBJECTIVE, *_UPDATE, *_GUESSES, *_SPEED)
 }
 
 

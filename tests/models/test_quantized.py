@@ -1,13 +1,17 @@
 """Int8 parameters: how far each element may be off, what that may do to logits, and what is left as it is."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import params_of, random_tokens, tiny
 
+from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models.lora import init_lora, join, merge
 from rlhfjax.models.quantized import dequantize, is_quantized, quantize, quantize_array
+from rlhfjax.types import PromptBatch
 
 TOKENS = random_tokens(2, 6)
 MASK = jnp.ones(TOKENS.shape, bool)
@@ -104,3 +108,58 @@ def test_what_is_small_or_routes_stays():
     assert quantized["final_norm"]["scale"] is params["final_norm"]["scale"]
     assert is_quantized(quantized)
     assert not is_quantized(params)
+
+
+# A cache of int8 ------------------------------------------------------------------------------------------------------
+
+
+def continued(model, params, tokens, start, cut):
+    """Logits after each token from `start` on, the first `cut` of these read one by one and the rest at once."""
+    prompt = tokens[:, :start]
+    weights = model.arrange(params)
+    logits, cache = model.prefill(weights, prompt, jnp.ones(prompt.shape, bool), tokens.shape[1] - start)
+    said = [logits]
+    for slot in range(start, start + cut):
+        logits, cache = model.decode(weights, cache, tokens[:, slot])
+        said.append(logits)
+    said = jnp.stack(said, axis=1)
+    if start + cut == tokens.shape[1]:
+        return said, cache
+    rest = tokens[:, start + cut :]
+    hidden, cache = model.extend(weights, cache, rest, jnp.full(len(tokens), rest.shape[1], jnp.int32))
+    return jnp.concatenate([said, model.unembed(weights, hidden)], axis=1), cache
+
+
+@pytest.mark.parametrize("style", ["gpt2-gqa", "gemma3"])
+def test_an_int8_cache_holds_what_it_says_and_reads_what_it_holds(style):
+    """The same logits whatever was read in one call; near those of the full cache; a quarter of its bytes."""
+    model, tokens = tiny(style, head_dim=8), random_tokens(2, 9, seed=3)
+    params = params_of(model, seed=6)
+    small = replace(model, precision="int8_cache")
+    full, whole = continued(model, params, tokens, 3, 2)
+    first, cache = continued(small, params, tokens, 3, 2)
+    second, _ = continued(small, params, tokens, 5, 4)
+    np.testing.assert_allclose(first[:, 2:], second, rtol=1e-4, atol=1e-4)
+    for kept, exact, axis in ((cache.keys, whole.keys, 2), (cache.values, whole.values, 3)):
+        # of the first layer, whose input is the same with both
+        error = jnp.abs(kept[0].integers.astype(jnp.float32) * kept[0].scales - exact[0])
+        assert (error <= 0.5 * kept[0].scales * (1 + 1e-4)).all()
+        assert kept[0].integers.nbytes == exact[0].nbytes // 4
+        assert kept[0].scales.nbytes == exact[0].nbytes // exact[0].shape[axis]
+    gap = jnp.abs(jax.nn.log_softmax(first) - jax.nn.log_softmax(full))
+    assert 0 < gap.mean() < 0.05
+
+
+def test_sampling_at_int8_is_near_sampling_at_full_precision():
+    """The log-probability that an int8 sampler gives each of its tokens, against the model's own."""
+    model = tiny("llama-gqa")
+    params = params_of(model, seed=7, std=0.2)
+    batch = PromptBatch(TOKENS, MASK, jnp.arange(2, dtype=jnp.int32))
+    sampling = SamplingParams(max_new_tokens=8, stop_id=-1, pad_id=0)
+    for precision, most in (("full", 1e-4), ("int8_cache", 0.05), ("int8_weights", 0.05), ("int8", 0.05)):
+        drawn = generate(replace(model, precision=precision), params, batch, jax.random.key(0), sampling)
+        logits = model.response_logits(params, TOKENS, MASK, drawn.response, drawn.response_mask)
+        exact = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn.response[:, :, None], axis=2)[:, :, 0]
+        gap = jnp.abs(drawn.sampled_log_probs - exact).mean()
+        assert gap < most
+        assert precision == "full" or gap > 1e-5
