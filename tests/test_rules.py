@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from tiny import (
     STYLES,
+    first_part,
     left_mask,
     lenient,
     params_of,
@@ -73,7 +74,8 @@ def prompts(rows: int, iteration: int) -> PromptBatch:
 def record(directory, config, style, mesh) -> Recorded:
     policy, reward = tiny(style), tiny("gpt2")
     frozen = {"reference": params_of(policy, std=0.15), "reward": scalar_params_of(reward, seed=2)}
-    algorithm, optimizer = ppo_algorithm(config, policy, reward), lenient(ppo_optimizer(config))
+    algorithm = ppo_algorithm(config, policy, reward, gather=mesh.size == 1)
+    optimizer = lenient(ppo_optimizer(config))
     train = init_state(mesh, {"policy": frozen["reference"], "value": frozen["reward"]}, optimizer)
     state = OnlineState(train, jnp.float32(config.kl.coef), jnp.int32(0))
     state = jax.device_put(state, state_shardings(mesh, state))
@@ -166,7 +168,7 @@ def test_1_nothing_has_moved_at_the_first_minibatch(run):
     assert run.metrics[0]["objective/kl_k2"] == pytest.approx(0, abs=1e-10)
     assert run.metrics[0]["objective/kl_k3"] == pytest.approx(0, abs=1e-6)
     ppo = run.algorithm.first if isinstance(run.algorithm, Mix) else run.algorithm
-    minibatch = jax.tree.map(lambda x: np.asarray(x)[1::2], run.experiences[0])
+    minibatch = first_part(jax.tree.map(lambda x: np.asarray(x)[1::2], run.experiences[0]))
     _, metrics = jax.jit(ppo.loss)(run.params[0], minibatch, ppo.weight(minibatch))
     assert metrics["val/ratio"] == pytest.approx(1, abs=2e-6)
     assert metrics["policy/approxkl_avg"] < 1e-11
@@ -211,7 +213,8 @@ def test_3_temperature_is_in_new_log_probs(run):
     # old log-probabilities of the first rollout, a policy that has moved since
     ppo = run.algorithm.first if isinstance(run.algorithm, Mix) else run.algorithm
     made = jax.device_get(run.experiences[0])
-    _, metrics = jax.jit(ppo.loss)(run.params[2], made, ppo.weight(made))
+    packed = first_part(made)
+    _, metrics = jax.jit(ppo.loss)(run.params[2], packed, ppo.weight(packed))
     change = expected_log_probs(run, run.params[2]["policy"], made.rollout) - made.rollout.log_probs
     mask = made.rollout.response_mask
     np.testing.assert_allclose(metrics["val/ratio"], np.exp(change[mask]).mean(), rtol=1e-4)

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rlhfjax.algorithms.language_modelling import predicted
+from rlhfjax.algorithms.packing import packed_experience
 from rlhfjax.config import schema
+from rlhfjax.functional import entropy, token_log_probs
 from rlhfjax.models import LanguageModel, decoder_config
-from rlhfjax.types import Experience, RankedBatch, Rollout, TokenBatch
+from rlhfjax.types import Experience, RankedBatch, Rollout, TokenBatch, TokenExperience
 
 VOCAB = 16
 SHAPE = {"vocab_size": VOCAB, "layers": 2, "width": 16, "heads": 4, "context": 32}
@@ -134,6 +137,33 @@ def experience(rows: int, prompt: int, response: int, seed: int = 0) -> Experien
         normal(0.0, 1.0, rows),
     )
     return Experience(rollout, normal(0.0, 1.0, rows, response), normal(0.0, 0.3, rows, response))
+
+
+def log_probs_from(logits, temperature: float = 1.0):
+    """What PPO reads of a policy whose [B, R, V] logits are `logits(params, rollout)`."""
+
+    def log_probs(params, experience):
+        z = logits(params, experience.rollout)
+        return token_log_probs(z, experience.rollout.response, temperature), entropy(z, temperature)
+
+    return log_probs
+
+
+def cross_entropy_from(logits):
+    """The summed loss of a language model whose [B, T, V] logits are `logits(params, batch)`."""
+
+    def total(params, batch, key):
+        log_probs = token_log_probs(logits(params, batch)[:, :-1], batch.tokens[:, 1:])
+        return -jnp.where(predicted(batch), log_probs, 0.0).sum()
+
+    return total
+
+
+def first_part(experience: Experience) -> TokenExperience:
+    """All of an experience as packed rows, the way the models read it."""
+    packed, used = packed_experience(len(experience.advantages), experience)
+    assert int(used) == 1
+    return jax.tree.map(lambda x: x[0], packed)
 
 
 def lenient(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

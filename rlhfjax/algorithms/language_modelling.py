@@ -10,11 +10,8 @@ from jaxtyping import Array, Bool, Float
 
 from rlhfjax.functional import (
     load_balancing_loss,
-    masked_sum,
     max_load,
     router_z_loss,
-    smoothed_cross_entropy,
-    token_log_probs,
 )
 from rlhfjax.types import Params, Routing, TokenBatch
 
@@ -28,12 +25,10 @@ def predicted(batch: TokenBatch) -> Bool[Array, "B T-1"]:
 class LanguageModelling:
     """-Σ log p(token | its document so far) / number of targets, nats per token (Radford et al. 2018, eq. 1).
 
-    `logits(params, batch, key)` gives [B, T, V]; `key` is for dropout and may be None. With `label_smoothing` the loss
-    is the cross-entropy against smoothed labels.
+    `cross_entropy(params, batch, key)` gives the sum; `key` is for dropout and may be None.
     """
 
-    logits: Callable[[Params, TokenBatch, jax.Array | None], Array]
-    label_smoothing: float = 0.0
+    cross_entropy: Callable[[Params, TokenBatch, jax.Array | None], Array]
 
     def weight(self, batch: TokenBatch) -> Float[Array, ""]:
         """Targets in the batch."""
@@ -42,7 +37,7 @@ class LanguageModelling:
     def loss(
         self, params: Params, batch: TokenBatch, weight: Float[Array, ""], key: jax.Array | None = None
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        loss = _cross_entropy(self.logits(params, batch, key), batch, weight, self.label_smoothing)
+        loss = self.cross_entropy(params, batch, key) / jnp.maximum(weight, 1.0)
         return loss, {"loss/train": loss}
 
 
@@ -50,14 +45,13 @@ class LanguageModelling:
 class RoutedLanguageModelling:
     """The same for a mixture of experts, + load_balancing_coef · balancing loss + router_z_coef · z-loss.
 
-    `logits` also gives what the routers did. The balancing loss is a product of two means, of which one has a gradient;
-    over the parts of a batch only that one adds up, so `survey` finds the other for the whole batch first.
+    `cross_entropy` also gives what the routers did. The balancing loss is a product of two means, of which one has a
+    gradient; over the parts of a batch only that one adds up, so `survey` finds the other for the whole batch first.
     """
 
-    logits: Callable[[Params, TokenBatch, jax.Array | None], tuple[Array, Routing]]
+    cross_entropy: Callable[[Params, TokenBatch, jax.Array | None], tuple[Array, Routing]]
     load_balancing_coef: float
     router_z_coef: float
-    label_smoothing: float = 0.0
 
     def weight(self, batch: TokenBatch) -> dict[str, Any]:
         """Targets in the batch."""
@@ -65,14 +59,14 @@ class RoutedLanguageModelling:
 
     def survey(self, params: Params, batch: TokenBatch, key: jax.Array | None = None) -> dict[str, Any]:
         """What the routers do with part of a batch; sums over parts are added to the weight of the whole."""
-        return {"routing": jax.lax.stop_gradient(self.logits(params, batch, key)[1])}
+        return {"routing": jax.lax.stop_gradient(self.cross_entropy(params, batch, key)[1])}
 
     def loss(
         self, params: Params, batch: TokenBatch, weight: dict[str, Any], key: jax.Array | None = None
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        logits, own = self.logits(params, batch, key)
+        total, own = self.cross_entropy(params, batch, key)
         whole = weight.get("routing", own)
-        loss = _cross_entropy(logits, batch, weight["targets"], self.label_smoothing)
+        loss = total / jnp.maximum(weight["targets"], 1.0)
         balancing = load_balancing_loss(whole.assigned, own.probabilities, whole.tokens)
         z = router_z_loss(own.squared_z, whole.tokens)
         share = own.tokens.sum() / jnp.maximum(whole.tokens.sum(), 1.0)  # metrics of parts are added, too
@@ -84,13 +78,3 @@ class RoutedLanguageModelling:
             "router/dropped": own.dropped.sum() / jnp.maximum(whole.assigned.sum(), 1.0),
         }
         return loss + self.load_balancing_coef * balancing + self.router_z_coef * z, metrics
-
-
-def _cross_entropy(
-    logits: Array, batch: TokenBatch, targets: Float[Array, ""], label_smoothing: float
-) -> Float[Array, ""]:
-    if label_smoothing:
-        losses = smoothed_cross_entropy(logits[:, :-1], batch.tokens[:, 1:], label_smoothing)
-        return masked_sum(losses, predicted(batch)) / jnp.maximum(targets, 1.0)
-    log_probs = token_log_probs(logits[:, :-1], batch.tokens[:, 1:])
-    return -masked_sum(log_probs, predicted(batch)) / jnp.maximum(targets, 1.0)

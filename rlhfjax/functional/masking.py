@@ -25,6 +25,11 @@ def last_token_mask(mask: Bool[Array, "*B T"]) -> Bool[Array, "*B T"]:
     return mask & (real_from_here == 1)
 
 
+def at_last(x: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B"]:
+    """The value at the last real token of each row; 0 in a row that has none."""
+    return jnp.where(last_token_mask(mask), x, 0.0).sum(axis=-1)
+
+
 def masked_sum(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: int | None = None) -> Float[Array, "..."]:
     """Sum over real tokens: Σ m·x, over everything or along one axis."""
     keep = jnp.asarray(mask).astype(bool)

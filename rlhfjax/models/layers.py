@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhfjax.models.attention import attend, masked_attention
 from rlhfjax.models.experts import Experts
+from rlhfjax.models.products import dot_general
 from rlhfjax.models.quantized import int8_dot
 from rlhfjax.models.remat import keep
 
@@ -195,6 +196,7 @@ def _linear(
         use_bias=config.biases or bias,
         dtype=config.compute_dtype,
         kernel_init=nn.initializers.normal(std or config.init_std),
+        dot_general=dot_general,
         lora_alpha=config.lora_alpha,
         name=name,
     )

@@ -1,6 +1,21 @@
 """Device meshes and one table of rules that lays every array out on them."""
 
 from rlhfjax.sharding.mesh import make_mesh
-from rlhfjax.sharding.rules import batch_sharding, place_batch, replicated, state_shardings
+from rlhfjax.sharding.rules import (
+    batch_sharding,
+    constrain_parts,
+    place_batch,
+    replicated,
+    row_shards,
+    state_shardings,
+)
 
-__all__ = ["batch_sharding", "make_mesh", "place_batch", "replicated", "state_shardings"]
+__all__ = [
+    "batch_sharding",
+    "constrain_parts",
+    "make_mesh",
+    "place_batch",
+    "replicated",
+    "row_shards",
+    "state_shardings",
+]

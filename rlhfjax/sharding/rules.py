@@ -1,5 +1,6 @@
 """One table: parameter path -> logical axes -> mesh axes, for parameters and optimizer moments alike."""
 
+import math
 import re
 from typing import Any
 
@@ -130,3 +131,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device: metrics and coefficients."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def row_shards(mesh: Mesh) -> int:
+    """How many devices share the rows of a batch."""
+    return math.prod(mesh.shape[axis] for axis in MESH_AXES["batch"])
+
+
+def constrain_parts(mesh: Mesh, tree: Any) -> Any:
+    """Inside a compiled function: arrays [parts, rows, …] with the rows of each part split over the devices."""
+    layout = NamedSharding(mesh, PartitionSpec(None, MESH_AXES["batch"]))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, layout), tree)

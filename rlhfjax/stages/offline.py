@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy as np
 
 from rlhfjax.algorithms import LanguageModelling, RewardModelling, RoutedLanguageModelling, restrict
 from rlhfjax.algorithms.language_modelling import predicted
+from rlhfjax.algorithms.likelihood import cross_entropy
+from rlhfjax.algorithms.multi_token import MultiTokenPrediction, Sums, head_sums
 from rlhfjax.config import schema
 from rlhfjax.data.batches import left_padded, right_padded
 from rlhfjax.data.datasets import open_source
@@ -92,21 +94,31 @@ def reward(job: Job) -> Facts:
         model,
         params,
         role="reward",
+        meter=measure,
         validate=validate,
         finish=partial(normalize_scores, job, model),
         shown=("train/rm/loss", "train/rm/accuracy", "eval/rm/accuracy", "perf/mfu"),
     )
 
 
-def language_modelling(model: SequenceModel, dropout: float = 0.0) -> LanguageModelling:
-    """The language-modelling loss of a decoder; of responses given their prompts for an encoder–decoder."""
+def language_modelling(
+    model: SequenceModel,
+    dropout: float = 0.0,
+    decoder: Callable[[Params], Params] = lambda params: params,
+    label_smoothing: float = 0.0,
+    gather: bool = True,
+) -> LanguageModelling:
+    """The language-modelling loss of a decoder; of responses given their prompts for an encoder–decoder.
 
-    def logits(params, batch, key):
-        if isinstance(model, EncoderDecoder):
-            return model.token_logits(params, batch, dropout, key)
-        return model.unembed(params, model.hidden(params, batch.tokens, batch.positions, batch.segments, dropout, key))
+    `decoder` picks the parameters of the model out of those that are trained. `gather` is for one device.
+    """
 
-    return LanguageModelling(logits)
+    def total(params, batch, key):
+        params = decoder(params)
+        hidden = model.batch_hidden(params, batch, dropout, key)
+        return cross_entropy(model, params, batch, hidden, label_smoothing, gather=gather)
+
+    return LanguageModelling(total)
 
 
 def training_loss(
@@ -114,22 +126,36 @@ def training_loss(
     dropout: float = 0.0,
     decoder: Callable[[Params], Params] = lambda params: params,
     label_smoothing: float = 0.0,
-) -> LanguageModelling | RoutedLanguageModelling:
+    gather: bool = True,
+    ahead: bool = False,
+) -> LanguageModelling | RoutedLanguageModelling | MultiTokenPrediction:
     """What a policy is trained on: the language-modelling loss and, with experts, the losses of their routers.
 
-    `decoder` picks the parameters of the model out of those that are trained.
+    With `ahead` also the loss of the heads that predict further ahead; the model has some, and no experts.
     """
+    if ahead:
+        return _multi_token(model, dropout, decoder, label_smoothing, gather)
     if isinstance(model, EncoderDecoder) or not model.config.experts:
-        plain = language_modelling(model, dropout).logits
-        return LanguageModelling(lambda params, *rest: plain(decoder(params), *rest), label_smoothing)
+        return language_modelling(model, dropout, decoder, label_smoothing, gather)
 
-    def logits(params, batch, key):
+    def total(params, batch, key):
+        params = decoder(params)
         inputs = batch.tokens, batch.positions, batch.segments
-        hidden, routing = model.hidden_and_routing(decoder(params), *inputs, dropout, key)
-        return model.unembed(decoder(params), hidden), routing
+        hidden, routing = model.hidden_and_routing(params, *inputs, dropout, key)
+        return cross_entropy(model, params, batch, hidden, label_smoothing, gather=gather), routing
 
     c = model.config
-    return RoutedLanguageModelling(logits, c.load_balancing_coef, c.router_z_coef, label_smoothing)
+    return RoutedLanguageModelling(total, c.load_balancing_coef, c.router_z_coef)
+
+
+def _multi_token(model: Any, dropout: float, decoder: Callable, smoothing: float, gather: bool) -> MultiTokenPrediction:
+    def sums(params, batch, key):
+        params = decoder(params)
+        hidden = model.batch_hidden(params, batch, dropout, key)
+        next_token = cross_entropy(model, params, batch, hidden, smoothing, gather=gather)
+        return Sums(next_token, *head_sums(model, params, batch, hidden, gather=gather))
+
+    return MultiTokenPrediction(sums, model.config.mtp_heads, model.config.mtp_coef)
 
 
 def reward_modelling(model: SequenceModel, loss: schema.RankingLoss, dropout: float = 0.0) -> RewardModelling:
@@ -188,9 +214,26 @@ def _sampled(job: Job, prompts: list[list[int]], length: int) -> list[tuple[list
     ]
 
 
-def loss_meter(job: Job, model: SequenceModel) -> Callable[[Params, Batches], float]:
+@dataclass(frozen=True)
+class Meter:
+    """The mean over a data set of what `total(params, batch, rows)` gives the sum and the count of, batch by batch."""
+
+    total: Any
+    mesh: jax.sharding.Mesh
+
+    def __call__(self, params: Params, batches: Batches) -> float:
+        sums = [self.total(params, place_batch(self.mesh, batch), rows) for batch, rows in batches.once()]
+        return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
+
+    def shapes(self, params: Params, batches: Batches) -> tuple:
+        """What `total` is called with."""
+        batch, rows = next(iter(batches.once()))
+        return abstract(params), abstract(place_batch(self.mesh, batch)), rows
+
+
+def loss_meter(job: Job, model: SequenceModel) -> Meter:
     """Mean loss over every target token of a data set, nats per token."""
-    algorithm = language_modelling(model)
+    algorithm = language_modelling(model, gather=job.mesh.size == 1)
 
     @jax.jit
     def total(params, batch, rows):
@@ -198,11 +241,7 @@ def loss_meter(job: Job, model: SequenceModel) -> Callable[[Params, Batches], fl
         batch = replace(batch, loss_mask=batch.loss_mask & counted[:, None])
         return algorithm.loss(params, batch, jnp.float32(1.0))[0], predicted(batch).sum()
 
-    def measure(params: Params, batches: Batches) -> float:
-        sums = [total(params, place_batch(job.mesh, batch), rows) for batch, rows in batches.once()]
-        return float(sum(loss for loss, _ in sums) / sum(count for _, count in sums))
-
-    return measure
+    return Meter(total, job.mesh)
 
 
 def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[Params], dict[str, float]]:
@@ -227,7 +266,7 @@ def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[P
     return lambda params: {"eval/reward_score": float(mean_score(params, job.key("samples")))}
 
 
-def accuracy_meter(job: Job, algorithm: RewardModelling) -> Callable[[Params, Batches], float]:
+def accuracy_meter(job: Job, algorithm: RewardModelling) -> Meter:
     """Share of the ranked pairs of a data set that the scores order as people did."""
 
     @jax.jit
@@ -237,11 +276,7 @@ def accuracy_meter(job: Job, algorithm: RewardModelling) -> Callable[[Params, Ba
         weight = algorithm.weight(batch)
         return algorithm.loss(params, batch, weight)[1]["train/rm/accuracy"] * weight["pairs"], weight["pairs"]
 
-    def measure(params: Params, batches: Batches) -> float:
-        sums = [total(params, place_batch(job.mesh, batch), rows) for batch, rows in batches.once()]
-        return float(sum(right for right, _ in sums) / sum(count for _, count in sums))
-
-    return measure
+    return Meter(total, job.mesh)
 
 
 def _named(metric: str, values: dict[str, float]) -> dict[str, float]:
@@ -265,10 +300,17 @@ def _train_policy(job: Job, model: SequenceModel, params: Params) -> Facts:
         reward_score = reward_meter(job, model)
     return _train(
         job,
-        training_loss(model, job.config.dropout, label_smoothing=smoothing),
+        training_loss(
+            model,
+            job.config.dropout,
+            label_smoothing=smoothing,
+            gather=job.mesh.size == 1,
+            ahead="mtp_heads" in split(params)[1],  # adapters leave the heads of their base as they are
+        ),
         model,
         params,
         role="policy",
+        meter=measure,
         validate=validate,
         shown=("loss/train", "loss/validation", "perf/train_tokens_per_s", "perf/mfu"),
     )
@@ -281,6 +323,7 @@ def _train(
     params: Params,
     *,
     role: str,
+    meter: Meter,
     validate: Validate,
     shown: tuple[str, ...],
     finish: Callable[[Params], tuple[Params, Facts]] = lambda params: (params, {}),
@@ -336,6 +379,8 @@ def _train(
     first, stream = peek(job.put(batches.iterate(int(state.step))))
     ahead = Ahead(job)
     step = ahead.program(partial(step_fn, frozen), state, first, job.key("steps"))
+    for data in list(held_out(opened).values())[:1]:  # all of them have batches of one shape
+        ahead.afterwards(meter.total, *meter.shapes(join(frozen, state.params), data))
     writer = MetricsWriter(job.dir, int(state.step), job.run.logging.tensorboard)
     with closing(checkpoints), closing(writer):  # a stage that is interrupted still finishes the save that is under way
         state = train_offline(

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Hashable
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,16 +12,19 @@ import jax.numpy as jnp
 import optax
 
 from rlhfjax.algorithms import Mix, Ppo, restrict
+from rlhfjax.algorithms.likelihood import token_log_probs, token_scores, token_values
+from rlhfjax.algorithms.packing import on_packed, packed_experience
 from rlhfjax.config import schema
-from rlhfjax.functional import adaptive_kl, kl_estimate, token_log_probs
+from rlhfjax.functional import adaptive_kl, kl_estimate
+from rlhfjax.functional.masking import at_last
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.heads import with_head, zero_head
 from rlhfjax.models.lora import has_adapters, join, split
-from rlhfjax.sharding import batch_sharding, replicated, state_shardings
+from rlhfjax.sharding import batch_sharding, constrain_parts, replicated, row_shards, state_shardings
 from rlhfjax.stages.compilation import Ahead, peek
 from rlhfjax.stages.data import open_batches
-from rlhfjax.stages.job import Job, sampling_params
+from rlhfjax.stages.job import Job, sampler_of, sampling_params
 from rlhfjax.stages.offline import Facts, training_loss
 from rlhfjax.training.checkpoint import Checkpoints, meta_of
 from rlhfjax.training.flops import OnlineFlops, attended, forward_flops, seen_by
@@ -30,7 +34,7 @@ from rlhfjax.training.optimizer import learning_rate, make_optimizer
 from rlhfjax.training.profiling import Trace
 from rlhfjax.training.state import abstract, init_state
 from rlhfjax.training.update import online_update
-from rlhfjax.types import OnlineState, Params, PromptBatch, Rollout, TrainState
+from rlhfjax.types import OnlineState, Params, PromptBatch, Rollout, TokenBatch, TrainState
 
 
 def ppo(job: Job) -> Facts:
@@ -42,7 +46,7 @@ def ppo(job: Job) -> Facts:
     value_model = reward_model if from_reward else policy_model
     value = reward if from_reward else with_head(policy, zero_head(policy_model.config.width))
     sampling = sampling_params(c.sampling, job.tokenizer)
-    algorithm = ppo_algorithm(c, policy_model, value_model)
+    algorithm = ppo_algorithm(c, policy_model, value_model, gather=job.mesh.size == 1)
     optimizer = ppo_optimizer(c, policy_model.config.width)
 
     base, trained = split({"policy": policy, "value": value})
@@ -115,12 +119,21 @@ def iteration_flops(c: schema.Ppo, policy: Any, value: Any, reward: Any, mixed: 
     return OnlineFlops(*each, adapted, passes, *counts)
 
 
-def ppo_algorithm(c: schema.Ppo, policy_model: SequenceModel, value_model: SequenceModel) -> Ppo | Mix:
-    """PPO over the two models, with the pretraining loss in the same gradient where the recipe has it."""
+def ppo_algorithm(
+    c: schema.Ppo, policy_model: SequenceModel, value_model: SequenceModel, gather: bool = True
+) -> Ppo | Mix:
+    """PPO over the two models, with the pretraining loss in the same gradient where the recipe has it.
+
+    `gather` is for one device (see `rlhfjax.functional.vocabulary`).
+    """
+
+    def log_probs(params: Params, rows: Any) -> tuple[jax.Array, jax.Array]:
+        settings = {"entropy_gradient": c.entropy_coef > 0, "gather": gather}
+        return token_log_probs(policy_model, params["policy"], rows.batch, c.sampling.temperature, **settings)
+
     algorithm = Ppo(
-        logits=lambda params, rollout: policy_model.response_logits(params["policy"], *_sequences(rollout)),
-        values=lambda params, rollout: value_model.response_values(params["value"], *_sequences(rollout)),
-        temperature=c.sampling.temperature,
+        log_probs=log_probs,
+        values=lambda params, rows: token_values(value_model, params["value"], rows.batch),
         clip=c.clip,
         value_clip=c.value.clip,
         value_coef=c.value.coef,
@@ -131,7 +144,9 @@ def ppo_algorithm(c: schema.Ppo, policy_model: SequenceModel, value_model: Seque
     )
     if c.ptx is None:
         return algorithm
-    return Mix(algorithm, c.ptx.coef, training_loss(policy_model, decoder=lambda params: params["policy"]))
+    return Mix(
+        algorithm, c.ptx.coef, training_loss(policy_model, decoder=lambda params: params["policy"], gather=gather)
+    )
 
 
 def ppo_optimizer(c: schema.Ppo, width: int | None = None) -> optax.GradientTransformation:
@@ -142,6 +157,23 @@ def ppo_optimizer(c: schema.Ppo, width: int | None = None) -> optax.GradientTran
         "value": make_optimizer(c.optimizer, total, peak=c.value.lr, width=width),
     }
     return optax.partition(each, {"policy": "policy", "value": "value"})
+
+
+def rows_at_a_time(c: schema.Ppo, mesh: jax.sharding.Mesh) -> int:
+    """Packed rows that go through the models together: `batch.micro`, or a quarter of a minibatch.
+
+    Smaller parts skip more of what short responses leave empty. Every device has rows of a part.
+    """
+    shards = row_shards(mesh)
+    rows = c.batch.micro or -(-(c.batch.minibatch or c.batch.size) // 4)
+    return -(-rows // shards) * shards
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Packed rows in the place of experience: what an algorithm's functions of a model read of it."""
+
+    batch: TokenBatch
 
 
 def compiled_steps(
@@ -162,19 +194,25 @@ def compiled_steps(
     estimator = algorithm.first if isinstance(algorithm, Mix) else algorithm
     rows, layout = batch_sharding(job.mesh), state_shardings(job.mesh, state)
     minibatch = c.batch.minibatch or c.batch.size
+    sampler = sampler_of(policy_model, c.sampling)
+    part, place = rows_at_a_time(c, job.mesh), partial(constrain_parts, job.mesh)
 
     def rollout(base: Params, trained: Params, prompts: PromptBatch, key: jax.Array) -> Rollout:
-        return generate(policy_model, join(base, trained)["policy"], prompts, key, sampling)
+        return generate(sampler, join(base, trained)["policy"], prompts, key, sampling)
 
     def score(base: Params, trained: Params, frozen: Any, rollout: Rollout) -> Rollout:
         params = join(base, trained)
-        reference = {"policy": frozen["reference"]}
-        log_probs = rollout.sampled_log_probs
-        if c.sampling.old_log_probs == "recompute":
-            log_probs = token_log_probs(estimator.logits(params, rollout), rollout.response, sampling.temperature)
-        ref_log_probs = token_log_probs(estimator.logits(reference, rollout), rollout.response, sampling.temperature)
-        scores = reward_model.response_scores(frozen["reward"], *_sequences(rollout))
-        return rollout.scored(log_probs, ref_log_probs, estimator.values(params, rollout), scores)
+
+        def of_rows(batch: TokenBatch) -> tuple[jax.Array, ...]:
+            rows = _Rows(batch)
+            reference = estimator.log_probs({"policy": frozen["reference"]}, rows)[0]
+            own = estimator.log_probs(params, rows)[0] if c.sampling.old_log_probs == "recompute" else reference
+            scores = token_scores(reward_model, frozen["reward"], batch)
+            return own, reference, estimator.values(params, rows), scores
+
+        own, reference, values, scores = on_packed(part, rollout, of_rows, place)
+        log_probs = own if c.sampling.old_log_probs == "recompute" else rollout.sampled_log_probs
+        return rollout.scored(log_probs, reference, values, at_last(scores, rollout.response_mask))
 
     def estimate(rollout: Rollout, kl_coef: Any):
         experience, metrics = estimator.estimate(rollout, kl_coef)
@@ -191,6 +229,7 @@ def compiled_steps(
             epochs=c.batch.epochs,
             minibatches=c.batch.size // minibatch,
             parts=minibatch // (c.batch.micro or minibatch),
+            pack=partial(packed_experience, part, place=place),
             kl_stop=c.kl.stop,
             ema_decay=c.optimizer.ema_decay,
         )
@@ -225,10 +264,6 @@ def sample_rows(job: Job, rollout: Rollout) -> list[dict[str, Any]]:
         }
         for i in range(len(some.scores))
     ]
-
-
-def _sequences(rollout: Rollout) -> tuple:
-    return rollout.prompt, rollout.prompt_mask, rollout.response, rollout.response_mask
 
 
 def _restore(checkpoints: Checkpoints, state: OnlineState) -> OnlineState:

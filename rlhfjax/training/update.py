@@ -12,38 +12,46 @@ from jaxtyping import Array
 from rlhfjax.algorithms.mix import Mix, MixedBatch
 from rlhfjax.types import Params, TrainState
 
+Pack = Callable[[Any], tuple[Any, Array]]
 
+
+@jax.named_scope("gradients")  # as a trace shows it
 def gradients(
-    algorithm: Any, params: Params, batch: Any, key: jax.Array, parts: int = 1
+    algorithm: Any, params: Params, batch: Any, key: jax.Array, parts: int = 1, pack: Pack | None = None
 ) -> tuple[Params, dict[str, Array]]:
     """Gradient of the loss over `batch`, taken in `parts` equal parts one after the other.
 
-    The loss is normalised by the count of the whole batch, so the result does not depend on `parts`.
+    `pack(batch)` gives the parts of an experience instead, stacked, and how many of them hold anything. The loss is
+    normalised by the count of the whole batch, so the result does not depend on either.
     """
     if isinstance(algorithm, Mix):
-        return _mixed_gradients(algorithm, params, batch, key, parts)
-    weight = algorithm.weight(batch)
+        return _mixed_gradients(algorithm, params, batch, key, parts, pack)
+    inputs, used = pack(batch) if pack else (batch, parts)
+    weight = algorithm.weight(inputs)
 
     def part_gradients(part, key):
         (_, metrics), grads = jax.value_and_grad(algorithm.loss, has_aux=True)(params, part, weight, key)
         return grads, metrics
 
-    if parts == 1:
+    if pack is None and parts == 1:
         return part_gradients(batch, key)
-    inputs = jax.tree.map(lambda x: _split(x, parts), batch), jax.random.split(key, parts)
+    if pack is None:
+        inputs = jax.tree.map(lambda x: _split(x, parts), batch)
+    inputs = inputs, jax.random.split(key, len(jax.tree.leaves(inputs)[0]))
     if survey := getattr(algorithm, "survey", None):  # with the same keys, it sees what the losses will see
-        weight |= _summed(partial(survey, params), (inputs[0], jax.random.clone(inputs[1])))
-    return _summed(part_gradients, inputs)
+        weight |= _summed(partial(survey, params), (inputs[0], jax.random.clone(inputs[1])), used)
+    return _summed(part_gradients, inputs, used)
 
 
-def _summed(function: Callable[..., Any], inputs: Any) -> Any:
-    """Σ function(*inputs[i]), one after the other."""
+def _summed(function: Callable[..., Any], inputs: Any, count: int | Array) -> Any:
+    """Σ function(*inputs[i]) over the first `count`, one after the other."""
     shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], inputs))
 
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, function(*part)), None
+    def add(i, total):
+        part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), inputs)
+        return jax.tree.map(jnp.add, total, function(*part))
 
-    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), inputs)[0]
+    return jax.lax.fori_loop(0, count, add, jax.tree.map(jnp.zeros_like, shapes))
 
 
 def _split(x: Array, parts: int) -> Array:
@@ -51,9 +59,11 @@ def _split(x: Array, parts: int) -> Array:
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
 
-def _mixed_gradients(algorithm: Mix, params: Params, batch: MixedBatch, key: jax.Array, parts: int):
+def _mixed_gradients(
+    algorithm: Mix, params: Params, batch: MixedBatch, key: jax.Array, parts: int, pack: Pack | None
+) -> tuple[Params, dict[str, Array]]:
     first_key, second_key = jax.random.split(key)
-    first, metrics = gradients(algorithm.first, params, batch.first, first_key, parts)
+    first, metrics = gradients(algorithm.first, params, batch.first, first_key, parts, pack)
     second, second_metrics = gradients(algorithm.second, params, batch.second, second_key, parts)
     second = jax.tree.map(lambda g: algorithm.coef * g, second)
     ratio = optax.tree.norm(second) / jnp.maximum(optax.tree.norm(first.get("policy", first)), 1e-12)
@@ -61,6 +71,7 @@ def _mixed_gradients(algorithm: Mix, params: Params, batch: MixedBatch, key: jax
     return jax.tree.map(jnp.add, first, second), metrics
 
 
+@jax.named_scope("optimizer")
 def apply_gradients(
     optimizer: optax.GradientTransformation, state: TrainState, grads: Params, ema_decay: float | None = None
 ) -> TrainState:
@@ -100,13 +111,15 @@ def online_update(
     epochs: int,
     minibatches: int,
     parts: int = 1,
+    pack: Pack | None = None,
     kl_stop: float | None = None,
     ema_decay: float | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """`epochs` passes over the experience, reshuffled each time, `minibatches` steps a pass, as one scan.
 
-    `pretraining` (None without ptx) holds the sequences of all the steps. Once the approximate KL of a step exceeds
-    `kl_stop`, the steps that are left do nothing. Metrics are means over the steps that ran.
+    `pretraining` (None without ptx) holds the sequences of all the steps. A minibatch is taken in `parts` equal parts,
+    or as `pack` lays it out. Once the approximate KL of a step exceeds `kl_stop`, the steps that are left do nothing.
+    Metrics are means over the steps that ran.
     """
     size = jax.tree.leaves(experience)[0].shape[0]
     steps = epochs * minibatches
@@ -118,7 +131,7 @@ def online_update(
     def take_step(state, rows, extra, key):
         minibatch = jax.tree.map(lambda x: x[rows], experience)
         batch = MixedBatch(minibatch, extra) if isinstance(algorithm, Mix) else minibatch
-        grads, metrics = gradients(algorithm, state.params, batch, key, parts)
+        grads, metrics = gradients(algorithm, state.params, batch, key, parts, pack)
         norms = {f"grad/{name}_norm": optax.tree.norm(tree) for name, tree in grads.items()}
         return apply_gradients(optimizer, state, grads, ema_decay), metrics | norms
 

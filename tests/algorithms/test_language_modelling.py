@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import VOCAB, params_of, tiny, token_batch
+from tiny import VOCAB, cross_entropy_from, params_of, tiny, token_batch
 
 from rlhfjax.algorithms import LanguageModelling
 from rlhfjax.algorithms.language_modelling import predicted
@@ -18,7 +18,7 @@ def batch(tokens, segments, targets) -> TokenBatch:
     return TokenBatch(rows[0], rows[1], jnp.arange(len(tokens), dtype=jnp.int32)[None], jnp.asarray([targets], bool))
 
 
-def table(params, batch, key):
+def table(params, batch):
     """Logits of a bigram model."""
     return params[batch.tokens]
 
@@ -39,7 +39,7 @@ def test_targets_come_from_segments_not_from_ids():
 def test_loss_is_the_mean_over_targets_and_reaches_eos():
     # meant to catch a masked EOS, and a mean over all tokens
     rows = np.random.default_rng(0).normal(size=(10, 10))
-    params, algorithm = jnp.asarray(rows, jnp.float32), LanguageModelling(table)
+    params, algorithm = jnp.asarray(rows, jnp.float32), LanguageModelling(cross_entropy_from(table))
     log_p = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
     pairs = [(BOS, PAD), (PAD, 7), (7, EOS), (BOS, 9), (9, EOS)]
     assert algorithm.weight(PACKED) == 5
@@ -53,7 +53,7 @@ def test_loss_is_the_mean_over_targets_and_reaches_eos():
 
 def test_a_batch_without_targets_has_loss_zero():
     nothing = replace(PACKED, loss_mask=jnp.zeros_like(PACKED.loss_mask))
-    algorithm = LanguageModelling(table)
+    algorithm = LanguageModelling(cross_entropy_from(table))
     loss, gradient = jax.value_and_grad(lambda p: algorithm.loss(p, nothing, algorithm.weight(nothing))[0])(
         jnp.ones((10, 10))
     )

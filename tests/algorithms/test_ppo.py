@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import VOCAB, experience
+from tiny import VOCAB, experience, log_probs_from
 
 from rlhfjax.algorithms import Ppo
 
@@ -24,9 +24,10 @@ def in_float64(name):
     return np.asarray(getattr(ROLLOUT, name), np.float64)
 
 
-def ppo(**settings) -> Ppo:
+def ppo(temperature: float = 1.0, **settings) -> Ppo:
     """PPO over a table: logits and values of each position of each row are the parameters themselves."""
-    return Ppo(lambda params, rollout: params["policy"], lambda params, rollout: params["value"], **settings)
+    log_probs = log_probs_from(lambda params, rollout: params["policy"], temperature)
+    return Ppo(log_probs, lambda params, made: params["value"], **settings)
 
 
 def estimate(**settings):

@@ -3,6 +3,9 @@
 Rows differ in their number of targets from 1 to all: a mean of means would be far off.
 """
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,22 +22,29 @@ from tiny import (
 )
 
 from rlhfjax.algorithms.mix import MixedBatch
+from rlhfjax.algorithms.packing import packed_experience
 from rlhfjax.config import schema
-from rlhfjax.sharding import batch_sharding, make_mesh, place_batch, state_shardings
+from rlhfjax.sharding import batch_sharding, constrain_parts, make_mesh, place_batch, state_shardings
 from rlhfjax.stages.offline import language_modelling, reward_modelling
 from rlhfjax.stages.ppo import ppo_algorithm
 from rlhfjax.training.update import gradients
 
 ROWS, COEF = 16, 2.5
 POLICY, SCALAR = tiny("llama-gqa", tied=False), tiny("gpt2")
-PPO_PTX = ppo_algorithm(
-    ppo_config(entropy_coef=0.1, ptx={"coef": COEF, "data": [{"source": "unused"}], "length": 8}), POLICY, SCALAR
-)
-ALGORITHMS = {
-    "language_modelling": language_modelling(POLICY),
-    "reward_modelling": reward_modelling(SCALAR, schema.RankingLoss()),
-    "ppo_ptx": PPO_PTX,
-}
+CONFIG = ppo_config(entropy_coef=0.1, ptx={"coef": COEF, "data": [{"source": "unused"}], "length": 8})
+
+
+def algorithms_for(gather: bool) -> dict:
+    """All algorithms, with targets moved together or where they are."""
+    return {
+        "language_modelling": language_modelling(POLICY, gather=gather),
+        "reward_modelling": reward_modelling(SCALAR, schema.RankingLoss()),
+        "ppo_ptx": ppo_algorithm(CONFIG, POLICY, SCALAR, gather),
+    }
+
+
+ALGORITHMS = algorithms_for(gather=True)
+PPO_PTX = ALGORITHMS["ppo_ptx"]
 LOSSES = {
     "language_modelling": ("loss/train",),
     "reward_modelling": ("train/rm/loss", "train/rm/accuracy"),
@@ -60,13 +70,15 @@ MESHES = {
 
 def all_gradients(shape, parts, **algorithms):
     """(gradients, metrics) of algorithms, by default all of them, on a mesh, as numpy."""
-    algorithms = algorithms or ALGORITHMS
+    algorithms = algorithms or algorithms_for(gather=math.prod(shape) == 1)
     mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
     params = {"policy": params_of(POLICY, std=0.15), "value": scalar_params_of(SCALAR, std=0.15)}
     params = jax.device_put(params, state_shardings(mesh, params))
     tokens = place_batch(mesh, token_batch(ROWS, 8))
     ranked = place_batch(mesh, ranked_batch(ROWS, 3, 8))
     made = jax.device_put(experience(ROWS, 5, 6), batch_sharding(mesh))
+
+    pack = partial(packed_experience, ROWS // parts, place=partial(constrain_parts, mesh))
 
     @jax.jit
     def run(params, tokens, ranked, made, key):
@@ -78,7 +90,7 @@ def all_gradients(shape, parts, **algorithms):
         }
         keys = list(jax.random.split(key, len(algorithms)))
         return {
-            name: gradients(algorithm, *batches[name], key, parts)
+            name: gradients(algorithm, *batches[name], key, parts, pack if name.startswith("ppo") else None)
             for key, (name, algorithm) in zip(keys, algorithms.items(), strict=True)
         }
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import lenient
+from tiny import lenient, log_probs_from
 
 from rlhfjax.algorithms import Ppo
 from rlhfjax.functional import token_log_probs
@@ -86,9 +86,8 @@ def make_steps(rewards, optimizer, **settings) -> OnlineSteps:
         by_node[:, node_of(response)] = rewards[:, i]
     by_node = jnp.asarray(by_node)
     algorithm = Ppo(
-        lambda params, rollout: params["policy"][states(rollout)],
-        lambda params, rollout: params["value"][states(rollout)],
-        temperature=TEMPERATURE,
+        log_probs_from(lambda params, rollout: params["policy"][states(rollout)], TEMPERATURE),
+        lambda params, made: params["value"][states(made.rollout)],
         value_coef=0.5,
         value_clip=10.0,
         missing_eos="keep",

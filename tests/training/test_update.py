@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import VOCAB, experience, lenient, ppo_config, token_batch
+from tiny import VOCAB, cross_entropy_from, experience, lenient, log_probs_from, ppo_config, token_batch
 
 from rlhfjax.algorithms import LanguageModelling, Mix, Ppo
 from rlhfjax.stages.ppo import ppo_optimizer
@@ -24,12 +24,12 @@ def by_last_token(params, rollout):
 
 
 PPO = Ppo(
-    lambda params, rollout: by_last_token(params["policy"]["embedding"], rollout),
-    lambda params, rollout: by_last_token(params["value"]["bias"], rollout),
+    log_probs_from(lambda params, rollout: by_last_token(params["policy"]["embedding"], rollout)),
+    lambda params, made: by_last_token(params["value"]["bias"], made.rollout),
     value_coef=0.3,
     entropy_coef=0.02,
 )
-LANGUAGE = LanguageModelling(lambda params, batch, key: params["policy"]["embedding"][batch.tokens])
+LANGUAGE = LanguageModelling(cross_entropy_from(lambda params, batch: params["policy"]["embedding"][batch.tokens]))
 MADE, TEXT = experience(ROWS, 3, 5), token_batch(ROWS, 6)
 OPTIMIZER = {"lr": 0.05, "schedule": "constant", "clip_norm": 0.1, "eps": 1e-3, "weight_decay": 0.1}
 
@@ -202,7 +202,7 @@ def test_the_average_of_an_offline_model_is_of_all_of_it():
 
 
 def test_offline_step_reports_its_gradient_and_its_tokens():
-    language = LanguageModelling(lambda params, batch, key: params["embedding"][batch.tokens])
+    language = LanguageModelling(cross_entropy_from(lambda params, batch: params["embedding"][batch.tokens]))
     params, sgd = {"embedding": start().params["policy"]["embedding"]}, optax.sgd(0.5)
     state = TrainState(params, sgd.init(params), jnp.int32(0))
     after, metrics = jax.jit(lambda s, b, k: offline_step(language, sgd, s, b, k, parts=2))(

@@ -1,0 +1,38 @@
+"""Products of activations with matrices, whose gradients are the two products that are cheap everywhere."""
+
+from functools import partial
+
+import jax
+from jaxtyping import Array
+
+
+def dot_general(inputs: Array, kernel: Array, dimension_numbers, precision=None, preferred_element_type=None) -> Array:
+    """`jax.lax.dot_general` of the last axes of `inputs` with the first of `kernel`; nothing else is a linear layer."""
+    (axes, _), _ = dimension_numbers
+    return _product(len(axes), inputs, kernel)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(count, inputs, kernel):
+    return _contract(inputs, range(inputs.ndim - count, inputs.ndim), kernel, range(count))
+
+
+def _forward(count, inputs, kernel):
+    return _product(count, inputs, kernel), (inputs, kernel)
+
+
+def _backward(count, residuals, g):
+    inputs, kernel = residuals
+    lead, features = inputs.ndim - count, kernel.ndim - count
+    of_inputs = _contract(g, range(lead, g.ndim), kernel, range(kernel.ndim - features, kernel.ndim))
+    # One of the two operands is transposed for this. XLA computes what is fused with a transposition on one core of a
+    # CPU, and it is the cotangent that there would be something to compute for; `jax.grad` writes them the other way.
+    of_kernel = _contract(inputs, range(lead), g, range(lead))
+    return of_inputs, of_kernel
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _contract(a, a_axes, b, b_axes):
+    return jax.lax.dot_general(a, b, ((tuple(a_axes), tuple(b_axes)), ((), ())))
