@@ -5,10 +5,21 @@ An offline algorithm has `weight(batch)`, the global count that normalises its l
 the whole. An online one adds `estimate(rollout, kl_coef) -> (Experience, metrics)`.
 """
 
+from rlhfjax.algorithms.dpo import Dpo
+from rlhfjax.algorithms.grpo import Grpo
 from rlhfjax.algorithms.language_modelling import LanguageModelling, RoutedLanguageModelling
 from rlhfjax.algorithms.mix import Mix
 from rlhfjax.algorithms.ppo import Ppo
 from rlhfjax.algorithms.restriction import restrict
 from rlhfjax.algorithms.reward_modelling import RewardModelling
 
-__all__ = ["LanguageModelling", "Mix", "Ppo", "RewardModelling", "RoutedLanguageModelling", "restrict"]
+__all__ = [
+    "Dpo",
+    "Grpo",
+    "LanguageModelling",
+    "Mix",
+    "Ppo",
+    "RewardModelling",
+    "RoutedLanguageModelling",
+    "restrict",
+]

@@ -31,16 +31,30 @@ def ranking_loss(
     """
     present = _present(scores, mask)
     scores = jnp.asarray(scores, jnp.float32)
-    better = _better(ranks, present)
+    ordered = better(ranks, present)
     margin = jnp.asarray(margin, jnp.float32)
     if kind == "plackett_luce":
-        per_prompt = _plackett_luce(scores, better, margin)
-    else:
-        count = jnp.sum(present, axis=-1, dtype=jnp.float32)
-        pairs = jnp.where(count > 1, count * (count - 1) / 2, 1.0)
-        # Selected before the loss: the gap of an absent candidate may be NaN, and must not reach the gradient.
-        gap = jnp.where(better, scores[:, :, None] - scores[:, None, :] - margin, 0.0)
-        per_prompt = jnp.sum(jnp.where(better, _pair_loss(gap, kind), 0.0), axis=(-2, -1)) / pairs
+        return masked_mean(_plackett_luce(scores, ordered, margin), _comparable(present), normalizer=normalizer)
+    # Selected before the loss: the gap of an absent candidate may be NaN, and must not reach the gradient.
+    gap = jnp.where(ordered, scores[:, :, None] - scores[:, None, :] - margin, 0.0)
+    return mean_of_pairs(_pair_loss(gap, kind), ranks, present, normalizer=normalizer)
+
+
+def mean_of_pairs(
+    losses: Float[Array, "B K K"],
+    ranks: Int[Array, "B K"],
+    mask: Bool[Array, "B K"] | None = None,
+    *,
+    normalizer: Scalar | None = None,
+) -> Float[Array, ""]:
+    """Mean over prompts of 1/C(K,2) Σ_{w≻l} losses[w, l]; ties drop out, C counts the K present.
+
+    `normalizer` as in `ranking_loss`. Source: Ouyang et al. 2022, eq. 1.
+    """
+    present = _present(ranks, mask)
+    count = jnp.sum(present, axis=-1, dtype=jnp.float32)
+    pairs = jnp.where(count > 1, count * (count - 1) / 2, 1.0)
+    per_prompt = jnp.sum(jnp.where(better(ranks, present), losses, 0.0), axis=(-2, -1)) / pairs
     return masked_mean(per_prompt, _comparable(present), normalizer=normalizer)
 
 
@@ -51,7 +65,7 @@ def ranked_prompts(scores: Float[Array, "B K"], mask: Bool[Array, "B K"] | None 
 
 def ranked_pairs(ranks: Int[Array, "B K"], mask: Bool[Array, "B K"] | None = None) -> Float[Array, ""]:
     """Number of pairs that the labelers told apart: what `pairwise_accuracy` divides by."""
-    return jnp.sum(_better(ranks, _present(ranks, mask)), dtype=jnp.float32)
+    return jnp.sum(better(ranks, _present(ranks, mask)), dtype=jnp.float32)
 
 
 def pairwise_accuracy(
@@ -65,7 +79,7 @@ def pairwise_accuracy(
     present = _present(scores, mask)
     scores = jnp.asarray(scores, jnp.float32)
     agreement = 0.5 * (1.0 + jnp.sign(scores[:, :, None] - scores[:, None, :]))
-    return masked_mean(agreement, _better(ranks, present), normalizer=normalizer)
+    return masked_mean(agreement, better(ranks, present), normalizer=normalizer)
 
 
 def dpo_loss(
@@ -120,9 +134,9 @@ def _comparable(present: Bool[Array, "B K"]) -> Bool[Array, "B"]:
     return jnp.sum(present, axis=-1, dtype=jnp.int32) > 1
 
 
-def _better(ranks: Int[Array, "B K"], present: Bool[Array, "B K"]) -> Bool[Array, "B K K"]:
+def better(ranks: Int[Array, "B K"], present: Bool[Array, "B K"]) -> Bool[Array, "B K K"]:
     """[b, w, l] is True where candidate w was ranked strictly above candidate l and both are there."""
-    ranks = jnp.asarray(ranks)
+    ranks, present = jnp.asarray(ranks), jnp.asarray(present).astype(bool)
     return (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
 
 
