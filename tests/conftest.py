@@ -24,6 +24,7 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_debug_key_reuse", True)
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir  # of processes that tests start, too
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # Another run of the tests may be writing the entry.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")
