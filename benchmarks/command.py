@@ -26,14 +26,14 @@ from benchmarks.turns import interleaved
 from benchmarks.workloads import Workload, cpu_workloads, quick_workloads
 
 
-def environment_rows(arguments: Sequence[str], peaks: dict[str, float]) -> list[Row]:
+def environment_rows(arguments: Sequence[str], hardware: str, peaks: dict[str, float]) -> list[Row]:
     """Where and how the figures were taken."""
     from rlhfjax.environment import package_versions
 
     facts: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
+        "hardware": hardware,
         "load_average": round(os.getloadavg()[0], 2),
         "commit": commit(),
         "versions": {"python": platform.python_version()} | package_versions(),
@@ -42,20 +42,6 @@ def environment_rows(arguments: Sequence[str], peaks: dict[str, float]) -> list[
     told = [row("environment", OURS, name, value, "") for name, value in facts.items()]
     units = {"bytes_per_second": "bytes/s"}
     return told + [row("environment", OURS, f"peak_{n}", v, units.get(n, "FLOP/s"), 1.0) for n, v in peaks.items()]
-
-
-def hardware() -> str:
-    """The accelerator, or the processor and the cores that this process may use."""
-    import jax
-
-    if jax.default_backend() != "cpu":
-        return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-    return f"{len(os.sched_getaffinity(0))} cores of {model}"
 
 
 def commit() -> str | None:
@@ -70,18 +56,19 @@ def commit() -> str | None:
     return sha + (" with local changes" if sha and git("status", "--porcelain") else "") or None
 
 
-def measure_peaks(quick: bool) -> dict[str, float]:
-    """Measured in a process of its own, whose memory and threads are then gone."""
+def measure_peaks(quick: bool) -> tuple[str, dict[str, float]]:
+    """What the device is and can do, measured in a process of its own, which gives its memory back."""
     words = [sys.executable, "-m", "benchmarks.peaks", *(["--quick"] if quick else [])]
     told = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=told)
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found.pop("hardware"), found
 
 
 def run_cpu(given: argparse.Namespace, arguments: Sequence[str]) -> list[Row]:
     """All workloads, then what is measured in other ways; rows are written as they come."""
-    peaks = measure_peaks(given.quick)
-    rows = environment_rows(arguments, peaks)
+    hardware, peaks = measure_peaks(given.quick)
+    rows = environment_rows(arguments, hardware, peaks)
     workloads = [w for w in (quick_workloads() if given.quick else cpu_workloads()) if selected(w, given.only)]
     logs = Path(tempfile.mkdtemp(prefix="benchmarks_"))
     for workload in workloads:

@@ -54,7 +54,8 @@ def gpu_workloads(quick: bool) -> list[Workload]:
 
 def systems_for(workload: Workload) -> list[System]:
     """This package; transformers and TRL 1.12 where this interpreter has them."""
-    own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if workload.task == "generation" else {}
+    beside_torch = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    own = beside_torch if workload.task == "generation" else {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
     first = ours()
     found = [replace(first, environment=first.environment | own, limit=LIMIT)]
     scripts = ROOT / "benchmarks" / "peers"
@@ -78,9 +79,12 @@ def run_gpu(given: argparse.Namespace, arguments: Sequence[str]) -> list[Row]:
     from benchmarks.command import environment_rows, keep, measure_peaks, selected
 
     began, logs = time.monotonic(), Path(tempfile.mkdtemp(prefix="benchmarks_"))
-    standins.install()
-    peaks = measure_peaks(given.quick)
-    rows = [*environment_rows(arguments, peaks), row("environment", OURS, "stand_ins", standins.missing(), "")]
+    absent = standins.install()
+    hardware, peaks = measure_peaks(given.quick)
+    rows = [
+        *environment_rows(arguments, hardware, peaks),
+        row("environment", OURS, "stand_ins", absent, ""),
+    ]
     keep(rows, given.json)
     for workload in gpu_workloads(given.quick):
         if not selected(workload, given.only):

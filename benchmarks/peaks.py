@@ -4,9 +4,12 @@ python -m benchmarks.peaks
 """
 
 import json
+import os
+import platform
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -91,5 +94,19 @@ def measure(quick: bool = False) -> dict[str, float]:
     }
 
 
+def hardware() -> str:
+    """The accelerator, or the processor and the cores that this process may use."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+    return f"{len(os.sched_getaffinity(0))} cores of {model}"
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure("--quick" in sys.argv)))
+    print(json.dumps({"hardware": hardware()} | measure("--quick" in sys.argv)))
