@@ -87,7 +87,7 @@ def run_cpu(given: argparse.Namespace, arguments: Sequence[str]) -> list[Row]:
             rows += measure(given.quick, given.peers)
             keep(rows, given.json)
     rows.append(row("environment", OURS, "load_average_at_end", round(os.getloadavg()[0], 2), ""))
-    after = measure_peaks(given.quick)
+    after = measure_peaks(given.quick)[1]
     rows += [
         row("environment", OURS, f"peak_{name}_at_end", value, "", value / peaks[name]) for name, value in after.items()
     ]
