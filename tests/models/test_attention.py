@@ -5,13 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhfjax.config import schema
 from rlhfjax.models import kernels
 from rlhfjax.models.attention import attend, spread_by
 from rlhfjax.sharding import make_mesh
 from rlhfjax.sharding.per_device import by_rows_and_heads
-from rlhfjax.stages.job import new_model
-from rlhfjax.training.checkpoint import load_model, meta_of, save_model
 
 # Runs of segments by row: packed documents with padding after them, or before; 0 is padding.
 PACKED = [(1, 70), (2, 1), (3, 60), (0, 69)], [(1, 3), (2, 130), (3, 67)]
@@ -164,6 +161,11 @@ def test_devices_compute_their_own_rows_and_heads(program, axes):
 
 
 def test_the_configuration_chooses_the_program_also_of_a_published_model(tmp_path):
+    # imported here: a machine with a GPU may have no more than what the tests of kernels need
+    from rlhfjax.config import schema
+    from rlhfjax.stages.job import new_model
+    from rlhfjax.training.checkpoint import load_model, meta_of, save_model
+
     chosen = {"architecture": {"attention": {"implementation": "xla"}}}
     settings = schema.Model.model_validate({"layers": 1, "width": 16, "context": 8} | chosen)
     model = new_model(settings, 16)

@@ -1,0 +1,81 @@
+"""Programs for TPUs, compiled where there is none: libtpu knows the chips. Without it these are skipped."""
+
+import importlib.util
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rlhfjax.config import schema
+from rlhfjax.models import LanguageModel, decoder_config
+from rlhfjax.models.attention import attend, spread_by
+from rlhfjax.sharding import make_mesh, state_shardings
+from rlhfjax.sharding.per_device import by_rows_and_heads
+from rlhfjax.stages.offline import training_loss
+from rlhfjax.training.optimizer import make_optimizer
+from rlhfjax.training.update import offline_step
+from rlhfjax.types import TokenBatch, TrainState
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'rlhfjax[tpu]'"
+)
+KERNEL = 'custom_call_target="tpu_custom_call"'
+
+
+@pytest.fixture
+def mesh(monkeypatch):
+    """Four chips of TPU v5e that are not here; in bfloat16 Flax's norms widen types by themselves."""
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    with jax.numpy_dtype_promotion("standard"):
+        yield make_mesh(data=2, tensor=2, devices=chips)
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "how"), [(200, 64, {}), (512, 128, {"window": 100, "softcap": 30.0}), (384, 256, {})]
+)
+def test_splash_attention_compiles_forward_and_backward(mesh, length, size, how):
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    query, key = (jax.ShapeDtypeStruct((4, length, heads, size), jnp.bfloat16, sharding=rows) for heads in (8, 2))
+    segments = jax.ShapeDtypeStruct((4, length), jnp.int32, sharding=rows)
+
+    def gradients(query, key, value, segments):
+        program = partial(attend, segments=segments, local=True, implementation="splash", **how)
+        return jax.vjp(program, query, key, value)[1](query)
+
+    with spread_by(by_rows_and_heads(mesh)):
+        compiled = jax.jit(gradients).lower(query, key, key, segments).compile()
+    assert (
+        compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    )  # forward, and two of the backward pass
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_whole_step_of_training_compiles_with_it(mesh, remat):
+    shape = {"vocab_size": 512, "layers": 2, "width": 256, "heads": 4, "kv_heads": 2, "context": 512}
+    model = LanguageModel(decoder_config("llama", **shape, dtype="bfloat16", remat=remat, attention="splash"))
+    optimizer = make_optimizer(schema.Optimizer(lr=1e-3), 10)
+
+    def fresh(key):
+        params = model.init(key)
+        return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+    def placed(shapes, shardings):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+    state = jax.eval_shape(fresh, jax.random.key(0))
+    state = placed(state, state_shardings(mesh, state))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    ids, marks = (jax.ShapeDtypeStruct((4, 512), dtype, sharding=rows) for dtype in (jnp.int32, jnp.bool_))
+    step = partial(offline_step, training_loss(model), optimizer)
+    with spread_by(by_rows_and_heads(mesh)):
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        compiled = jax.jit(step, donate_argnums=0).lower(state, TokenBatch(ids, ids, ids, marks), key).compile()
+    text = compiled.as_text()
+    assert text.count(KERNEL) == (3 if remat == "none" else 4)
+    assert "512,512]" not in text  # no matrix of scores
