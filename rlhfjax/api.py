@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.data.batches import left_padded, right_padded
 from rlhfjax.errors import ConfigError
-from rlhfjax.generation import BeamParams, SamplingParams, beam_search, generate
+from rlhfjax.generation import BeamParams, Programs, SamplingParams, Speculation, beam_search
 from rlhfjax.models import DecoderConfig, EncoderDecoder, EncoderDecoderConfig, SequenceModel
 from rlhfjax.text.chat import encode_prompt, encode_response
 from rlhfjax.text.loading import AnyTokenizer
@@ -25,12 +25,18 @@ _NEVER = -1  # an id that no model emits
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled response. `log_probs` are nats of each token, `finish_reason` is "stop" (it ended) or "length"."""
+    """One sampled response. `log_probs` are nats of each token, `finish_reason` is "stop" (it ended) or "length".
+
+    `top_log_probs` has the likeliest ids of each position with theirs, likeliest first, where they were asked for.
+    `calls` counts how often the model was asked after the prompt, where it guessed ahead; else once a token.
+    """
 
     text: str
     tokens: list[int]
     log_probs: list[float]
     finish_reason: str
+    top_log_probs: tuple[dict[int, float], ...] = ()
+    calls: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,17 @@ class Model:
         top_p: float = 1.0,
         seed: int = 0,
         n: int = 1,
+        min_p: float = 0.0,
+        stop_ids: Sequence[int] = (),
+        top_log_probs: int = 0,
+        speculate: int = 0,
     ) -> list[list[Completion]]:
         """`n` responses to each prompt (texts, or lists of ids as they are); temperature 0 is greedy.
 
-        A model without a tokenizer takes ids only, never stops early, and its completions have no text. Raises
+        The tokens `stop_ids` end a response as the tokenizer's own does. Log-probabilities are of the whole
+        distribution at this temperature, whatever top_k, top_p and min_p leave of it. A model without a tokenizer takes
+        ids only, stops at `stop_ids` alone, and its completions have no text. `speculate` guesses so many tokens ahead,
+        by the model's own heads where it has as many, else by lookup in the text; responses stay what they are. Raises
         ConfigError when a prompt and `max_new_tokens` do not fit the model's context, or the arguments make no sense.
         """
         self._expect(scalar=False, what="generate")
@@ -77,12 +90,29 @@ class Model:
                 "generate: expected n >= 1, max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
                 f"n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, top_p={top_p}"
             )
+        if not 0 <= min_p <= 1 or not 0 <= top_log_probs <= self.config.vocab_size:
+            raise ConfigError(
+                f"generate: expected 0 <= min_p <= 1 and top_log_probs of 0 to {self.config.vocab_size}, got "
+                f"min_p={min_p}, top_log_probs={top_log_probs}"
+            )
+        if stop_ids:
+            self._check_ids("stop_ids", np.asarray(stop_ids))
         rows = self._prompt_ids(prompts)
         if not rows:
             return []
-        batch = self._prompt_batch([row for row in rows for _ in range(n)], max_new_tokens)
-        sampling = SamplingParams(max_new_tokens, *self._ends(), temperature, top_k, top_p)
-        completions = self._completions(self._generate(self.params, batch, jax.random.key(seed), sampling))
+        self._check_length(max(map(len, rows)) + max_new_tokens)
+        sampling = SamplingParams(
+            max_new_tokens,
+            *self._ends(),
+            temperature,
+            top_k,
+            top_p,
+            min_p=min_p,
+            stop_ids=tuple(int(i) for i in stop_ids),
+            top_log_probs=top_log_probs,
+            speculation=self._speculation(speculate),
+        )
+        completions = self._completions(self._programs.generate(rows, jax.random.key(seed), sampling, n))
         return [completions[i : i + n] for i in range(0, len(completions), n)]
 
     def beam_search(
@@ -152,8 +182,8 @@ class Model:
         return jax.jit(self.network.scores)
 
     @cached_property
-    def _generate(self):
-        return jax.jit(partial(generate, self.network), static_argnums=3)
+    def _programs(self) -> Programs:
+        return Programs(self.network, self.params)
 
     @cached_property
     def _beam_search(self):
@@ -178,14 +208,28 @@ class Model:
         """The token that ends a response, and the one that fills what follows."""
         return (_NEVER, 0) if self.tokenizer is None else (self.tokenizer.eos_id, self.tokenizer.pad_id)
 
+    def _speculation(self, tokens: int) -> Speculation | None:
+        if not tokens:
+            return None
+        if tokens < 0 or not isinstance(self.config, DecoderConfig):
+            raise ConfigError(
+                f"speculate: expected a decoder, and 0 tokens or more, got {self.config.family}, {tokens}"
+            )
+        return Speculation("heads" if self.config.mtp_heads >= tokens else "ngram", tokens)
+
     def _completions(self, rollout: Rollout) -> list[Completion]:
         made, t = jax.device_get(rollout), self.tokenizer
-        rows = zip(made.response, made.response_mask, made.sampled_log_probs, made.finished, strict=True)
         completions = []
-        for response, kept, log_probs, finished in rows:
-            ids = response[kept].tolist()
-            reason = "stop" if finished else "length"
-            completions.append(Completion("" if t is None else t.decode(ids), ids, log_probs[kept].tolist(), reason))
+        for row, (response, kept, log_probs) in enumerate(
+            zip(made.response, made.response_mask, made.sampled_log_probs, strict=True)
+        ):
+            ids, reason, top = response[kept].tolist(), "stop" if made.finished[row] else "length", ()
+            if made.top_ids is not None:
+                pairs = zip(made.top_ids[row][kept].tolist(), made.top_log_probs[row][kept].tolist(), strict=True)
+                top = tuple(dict(zip(*pair, strict=True)) for pair in pairs)
+            text = "" if t is None else t.decode(ids)
+            calls = None if made.counts is None else int(made.counts[row, 0])
+            completions.append(Completion(text, ids, log_probs[kept].tolist(), reason, top, calls))
         return completions
 
     def _tokenizer(self, what: str) -> AnyTokenizer:

@@ -149,6 +149,30 @@ def test_scores_are_read_at_the_end_of_each_response(reward, tokenizer):
     assert reward.score([], []).shape == (0,)
 
 
+def test_samples_depend_neither_on_how_many_prompts_nor_on_their_lengths(policy):
+    # fails when padding of rows or widths is answered, or shifts the noise: the programs differ, the tokens do not
+    ids = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [6, 5]]
+    together = policy.generate(ids, max_new_tokens=6, seed=3)
+    assert policy.generate(ids[:3], max_new_tokens=6, seed=3) == together[:3]
+    assert [c[0].tokens for c in policy.generate([*ids, [5] * 20], max_new_tokens=6, seed=3)[:4]] == [
+        c[0].tokens for c in together
+    ]
+
+
+def test_stop_ids_and_the_likeliest_tokens(policy):
+    [[free]] = policy.generate(["the"], max_new_tokens=8, temperature=0.0, top_log_probs=2)
+    assert [max(top, key=top.__getitem__) for top in free.top_log_probs] == free.tokens
+    for top, log_prob in zip(free.top_log_probs, free.log_probs, strict=True):
+        assert len(top) == 2
+        assert max(top.values()) == pytest.approx(log_prob, abs=1e-5)
+    end = free.tokens[3]
+    [[cut]] = policy.generate(["the"], max_new_tokens=8, temperature=0.0, stop_ids=[end])
+    assert cut.tokens == free.tokens[: free.tokens.index(end) + 1]
+    assert (cut.finish_reason, cut.top_log_probs) == ("stop", ())
+    [[likeliest]] = policy.generate(["the"], max_new_tokens=8, min_p=1.0)
+    assert likeliest.tokens == free.tokens
+
+
 def test_nothing_to_generate_is_nothing(policy):
     assert policy.generate([]) == []
 

@@ -153,8 +153,14 @@ def generate(
     temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")] = 1.0,
     top_k: Annotated[int, typer.Option(metavar="K", min=0, help="Only the K likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(metavar="P", min=0, max=1, help="Only the likeliest with sum P.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(metavar="P", min=0, max=1, help="Only those P times as likely as the likeliest; 0: all.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(metavar="S", min=0, help="Equal seeds draw equal responses.")] = 0,
     n: Annotated[int, typer.Option("--n", metavar="N", min=1, help="Responses to draw.")] = 1,
+    speculate: Annotated[
+        int, typer.Option(metavar="K", min=0, help="Guess K tokens ahead: the same answers, from fewer calls.")
+    ] = 0,
     beams: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Search for the best response, N open at a time.")
     ] = None,
@@ -168,7 +174,8 @@ def generate(
     Example:
       rlhfjax generate runs/quickstart --prompt "Review: the film is" --max-new-tokens 24 --n 3
     """
-    _one_way_to_generate(beams, length_penalty, (temperature, top_k, top_p, seed, n) != (1.0, 0, 1.0, 0, 1))
+    drawn = (temperature, top_k, top_p, min_p, seed, n, speculate)
+    _one_way_to_generate(beams, length_penalty, drawn != (1.0, 0, 1.0, 0.0, 0, 1, 0))
     import rlhfjax
     from rlhfjax.stages.compile_cache import use_compile_cache
 
@@ -179,15 +186,23 @@ def generate(
         typer.echo(printable(model.beam_search([prompt], beams, max_new_tokens, alpha)[0].text))
         return
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    settings |= {"min_p": min_p} if min_p else {}
+    settings |= {"speculate": speculate} if speculate else {}
     completions = model.generate([prompt], **settings, seed=seed, n=n)[0]
     for number, completion in enumerate(completions, 1):
         mark = f"[{number}] " if n > 1 else ""
         typer.echo(f"{mark}{printable(completion.text)}")
+    if speculate and (calls := sum(completion.calls or 0 for completion in completions)):
+        tokens = sum(len(completion.tokens) - 1 for completion in completions)
+        say(f"{tokens} tokens after the first, {tokens / calls:.2f} a call of the model")
 
 
 def _one_way_to_generate(beams: int | None, length_penalty: float | None, sampled: bool) -> None:
     if beams and sampled:
-        raise ConfigError("--beams: a search draws nothing; remove --temperature, --top-k, --top-p, --seed and --n")
+        raise ConfigError(
+            "--beams: a search draws nothing; remove --temperature, --top-k, --top-p, --min-p, --seed, --n and "
+            "--speculate"
+        )
     if length_penalty is not None and not beams:
         raise ConfigError("--length-penalty: expected --beams with it")
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.functional.masking import Scalar
-from rlhfjax.generation.engine import Sampler
+from rlhfjax.generation.sampling import Sampler
 from rlhfjax.types import Params, PromptBatch, Rollout
 
 
@@ -48,6 +48,7 @@ def beam_search(model: Sampler, params: Params, prompts: PromptBatch, search: Be
     cache of the model has a method `take`.
     """
     batch, length, beams = prompts.tokens.shape[0], search.max_new_tokens, search.beams
+    params = model.arrange(params)
     logits, cache = model.prefill(params, prompts.tokens, prompts.mask, length)
     logits, cache = jnp.repeat(logits, beams, axis=0), cache.take(jnp.repeat(jnp.arange(batch), beams))
     tokens = jnp.full((batch, beams, length), search.pad_id, jnp.int32)

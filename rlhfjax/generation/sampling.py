@@ -138,7 +138,5 @@ def _invert(u: Float[Array, "B"], weights: Float[Array, "B N"]) -> Int[Array, "B
 
 def stops(token: Int[Array, "B"], position: Array, sampling: SamplingParams) -> Bool[Array, "B"]:
     """Whether a token at this position of its response ends it."""
-    ends = token == sampling.stop_id
-    for other in sampling.stop_ids:
-        ends |= token == other
-    return ends & (position >= sampling.stop_after)
+    ids = jnp.asarray((sampling.stop_id, *sampling.stop_ids), jnp.int32)
+    return (token[:, None] == ids[None, :]).any(axis=1) & (position >= sampling.stop_after)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfjax.functional import apply_temperature, filter_logits, top_k, top_p
+from rlhfjax.functional.logits import min_p
 
 VOCABULARY = 8
 
@@ -81,3 +82,17 @@ def test_scalars_may_be_traced_or_one_per_row():
     per_row = jax.jit(filter_logits)(logits, jnp.array([1.0, 2.0]), jnp.array([1, 0]), jnp.array([1.0, 1.0]))
     assert kept(per_row) == [{2}, {0, 1, 2}]
     np.testing.assert_allclose(per_row[1], logits[1] / 2.0, rtol=1e-6)
+
+
+def test_min_p_hand_worked():
+    logits = jnp.log(jnp.array([[0.15, 0.5, 0.05, 0.3], [0.25, 0.25, 0.25, 0.25]]))
+    assert kept(min_p(logits, 0.2)) == [{0, 1, 3}, {0, 1, 2, 3}]  # at least 0.1 of the first, 0.05 of the second
+    assert kept(min_p(logits, 0.0)) == [{0, 1, 2, 3}] * 2
+    assert kept(filter_logits(logits, top_k=2, min_p=0.7)) == [{1}, {0, 1}]
+
+
+def test_a_known_top_k_keeps_what_a_traced_one_keeps():
+    # two ways: the k largest by selection, and by sorting everything
+    logits = jnp.asarray(np.random.default_rng(3).integers(0, 4, (6, VOCABULARY)), jnp.float32)  # with ties
+    for k in (1, 3, 7):
+        np.testing.assert_array_equal(filter_logits(logits, 1.0, k, 0.8), filter_logits(logits, 1.0, jnp.int32(k), 0.8))

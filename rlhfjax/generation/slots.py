@@ -1,0 +1,201 @@
+"""Sampling with continuous batching: a row that ends makes room for the next prompt, inside one compiled program.
+
+All prompts are read first, in groups of like length. Then `slots` rows decode, and one that ends takes the keys and
+values of the next response's prompt, which are a copy away. Samples of one prompt share what was read of it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhfjax.generation.sampling import Drawn, Sampler, SamplingParams, draw, stops, uniforms
+from rlhfjax.generation.speculative import speculate
+from rlhfjax.types import Params, PromptBatch, Rollout
+
+_WIDE = 64  # tokens from which on reading a prompt at half of the width saves more than it costs to compile
+
+
+class Made(NamedTuple):
+    """Responses so far: N rows of R tokens, and of what was reported of each token."""
+
+    drawn: Drawn  # [N R], [N R], [N R K], [N R K]
+    lengths: Int[Array, "N"]
+    finished: Bool[Array, "N"]
+
+
+class Slots(NamedTuple):
+    """What decodes: each slot's response (N and more: none), its next position, its last token, its cache."""
+
+    owner: Int[Array, "S"]
+    position: Int[Array, "S"]
+    token: Int[Array, "S"]
+    cache: Any
+
+
+def rollout(
+    model: Sampler,
+    params: Params,
+    prompts: PromptBatch,
+    key: jax.Array,
+    sampling: SamplingParams,
+    slots: int | None = None,
+    samples: int = 1,
+    asked: Int[Array, ""] | None = None,
+) -> Rollout:
+    """What `generate` returns, token for token, with at most `slots` rows decoding at a time (None: all of them).
+
+    With `samples` n, each prompt has n rows beside each other, and sample j of a prompt has the uid n · uid + j.
+    Only the first `asked` prompts are answered (None: all), so that one program serves any number of them.
+    """
+    if sampling.speculation:  # rows advance unevenly as it is, and none is read again
+        rows = None if asked is None else asked * samples
+        return speculate(model, params, _each(prompts, samples), key, sampling, sampling.speculation, rows)
+    params, count = model.arrange(params), len(prompts.tokens) * samples
+    slots = min(slots or count, count)
+    noise = uniforms(key, _uids(prompts, samples), sampling.max_new_tokens)
+    wanted = count if asked is None else asked * samples
+    logits, read = _read(model, params, prompts, slots, asked)
+    admitted = max(1, slots // 4) if slots < count else count
+
+    def fill(carry: tuple[Array, Slots, Made]) -> tuple[Array, Slots, Made]:
+        """Give free slots the next responses, and draw the first token of each."""
+        waiting, state, made = carry
+        free = jnp.argsort(state.owner < count, stable=True)[:admitted].astype(jnp.int32)
+        owner = waiting + jnp.arange(admitted, dtype=jnp.int32)
+        taken = (state.owner[free] >= count) & (owner < wanted)
+        place = jnp.where(taken, free, slots + jnp.arange(admitted, dtype=jnp.int32))
+        source = jnp.minimum(owner, count - 1) // samples
+        cache = state.cache.put(read.take(source), place)
+        owner = jnp.where(taken, owner, count + jnp.arange(admitted, dtype=jnp.int32))
+        position = jnp.zeros(admitted, jnp.int32)
+        drawn = draw(_noise_at(noise, owner, position), logits[source], sampling)
+        owner, made = _record(made, drawn, owner, position, sampling)
+
+        def put(mine: Array, theirs: Array) -> Array:
+            return mine.at[place].set(theirs, mode="drop", unique_indices=True)
+
+        state = Slots(put(state.owner, owner), put(state.position, position + 1), put(state.token, drawn.token), cache)
+        return waiting + taken.sum(dtype=jnp.int32), state, made
+
+    def step(carry: tuple[Slots, Made]) -> tuple[Slots, Made]:
+        state, made = carry
+        logits, cache = model.decode(params, state.cache, state.token)
+        drawn = draw(_noise_at(noise, state.owner, state.position), logits, sampling)
+        owner, made = _record(made, drawn, state.owner, state.position, sampling)
+        return Slots(owner, state.position + 1, drawn.token, cache), made
+
+    def fill_and_decode(carry: tuple[Array, Slots, Made]) -> tuple[Array, Slots, Made]:
+        waiting, state, made = fill(carry)
+
+        def goes_on(inner: tuple[Slots, Made]) -> Array:
+            active = inner[0].owner < count
+            return active.any() & (active.all() | (waiting >= wanted))
+
+        return waiting, *jax.lax.while_loop(goes_on, step, (state, made))
+
+    def unfinished(carry: tuple[Array, Slots, Made]) -> Array:
+        waiting, state, _ = carry
+        return (waiting < wanted) | (state.owner < count).any()
+
+    cache = model.empty_cache(slots, prompts.tokens.shape[1], sampling.max_new_tokens)
+    nobody = jnp.zeros(slots, jnp.int32)
+    start = jnp.int32(0), Slots(nobody + count, nobody, nobody, cache), _nothing(count, sampling)
+    _, _, made = jax.lax.while_loop(unfinished, fill_and_decode, start)
+    return _rollout(prompts, made, samples, sampling)
+
+
+def _uids(prompts: PromptBatch, samples: int) -> Int[Array, "N"]:
+    return (prompts.uid[:, None] * samples + jnp.arange(samples, dtype=jnp.int32)[None, :]).ravel()
+
+
+def _each(prompts: PromptBatch, samples: int) -> PromptBatch:
+    """A row for every sample of every prompt."""
+    tokens, mask = (jnp.repeat(x, samples, axis=0) for x in (prompts.tokens, prompts.mask))
+    return PromptBatch(tokens, mask, _uids(prompts, samples))
+
+
+def _read(model: Sampler, params: Any, prompts: PromptBatch, slots: int, asked: Array | None) -> tuple:
+    """Logits after each prompt, and the cache of them all, read `slots` at a time.
+
+    Prompts are taken by length, so that a group of short ones is read at half of the width.
+    """
+    count, width = prompts.tokens.shape
+    group = min(slots, count)
+    wanted = count if asked is None else asked
+    lengths = jnp.where(
+        jnp.arange(count, dtype=jnp.int32) < wanted, prompts.mask.sum(axis=1, dtype=jnp.int32), width + 1
+    )
+    order = jnp.argsort(lengths, stable=True).astype(jnp.int32)
+    widths = (width // 2, width) if width >= _WIDE else (width,)
+    if group == count and len(widths) == 1:
+        logits, read = model.prefill(params, prompts.tokens, prompts.mask, 0)
+        return logits, read
+
+    def read_group(carry: tuple) -> tuple:
+        start, logits, read = carry
+        place = start + jnp.arange(group, dtype=jnp.int32)
+        chosen = order[jnp.minimum(place, count - 1)]
+        tokens, mask = prompts.tokens[chosen], prompts.mask[chosen]
+        place = jnp.where(place < count, chosen, place)
+
+        def within(size: int) -> Callable[[tuple], tuple]:
+            def run(kept: tuple) -> tuple:
+                made, part = model.prefill(params, tokens[:, width - size :], mask[:, width - size :], 0)
+                return kept[0].at[place].set(made, mode="drop", unique_indices=True), kept[1].put(part, place)
+
+            return run
+
+        longest = mask.sum(axis=1).max()
+        branch = sum(((longest > size).astype(jnp.int32) for size in widths[:-1]), jnp.int32(0))
+        logits, read = jax.lax.switch(branch, [within(size) for size in widths], (logits, read))
+        return start + group, logits, read
+
+    shapes = jax.eval_shape(lambda: model.prefill(params, prompts.tokens[:1], prompts.mask[:1], 0))
+    logits = jnp.zeros((count, shapes[0].shape[1]), jnp.float32)
+    start = jnp.int32(0), logits, model.empty_cache(count, width, 0)
+    return jax.lax.while_loop(lambda carry: carry[0] < wanted, read_group, start)[1:]
+
+
+def _noise_at(noise: Float[Array, "N R 2"], owner: Int[Array, "S"], position: Int[Array, "S"]) -> Float[Array, "S 2"]:
+    return noise.at[owner, position].get(mode="clip")
+
+
+def _nothing(count: int, sampling: SamplingParams) -> Made:
+    shape = (count, sampling.max_new_tokens)
+    top = (*shape, sampling.top_log_probs)
+    drawn = Drawn(
+        jnp.full(shape, sampling.pad_id, jnp.int32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros(top, jnp.int32),
+        jnp.zeros(top, jnp.float32),
+    )
+    return Made(drawn, jnp.zeros(count, jnp.int32), jnp.zeros(count, bool))
+
+
+def _record(
+    made: Made, drawn: Drawn, owner: Int[Array, "S"], position: Int[Array, "S"], sampling: SamplingParams
+) -> tuple[Int[Array, "S"], Made]:
+    """The responses with one token more in those that slots own, and who owns them after that."""
+    count = len(made.lengths)
+    nobody = count + jnp.arange(len(owner), dtype=jnp.int32)  # beyond the end, where nothing is written
+    owner = jnp.where(owner < count, owner, nobody)
+    written = jax.tree.map(
+        lambda rows, new: rows.at[owner, position].set(new, mode="drop", unique_indices=True), made.drawn, drawn
+    )
+    stopped = stops(drawn.token, position, sampling)
+    ends = stopped | (position + 1 >= sampling.max_new_tokens)
+    lengths = made.lengths.at[owner].set(position + 1, mode="drop", unique_indices=True)
+    finished = made.finished.at[owner].set(stopped, mode="drop", unique_indices=True)
+    return jnp.where(ends, nobody, owner), Made(written, lengths, finished)
+
+
+def _rollout(prompts: PromptBatch, made: Made, samples: int, sampling: SamplingParams) -> Rollout:
+    mask = jnp.arange(sampling.max_new_tokens, dtype=jnp.int32)[None, :] < made.lengths[:, None]
+    asked, asked_mask = (jnp.repeat(x, samples, axis=0) for x in (prompts.tokens, prompts.mask))
+    top = {}
+    if sampling.top_log_probs:
+        top = {"top_ids": made.drawn.top_ids, "top_log_probs": made.drawn.top_log_probs}
+    return Rollout(asked, asked_mask, made.drawn.token, mask, made.finished, made.drawn.log_prob, **top)
