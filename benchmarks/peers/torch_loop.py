@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from llama import Llama, random_tokens
+from llama import Block, Llama, random_tokens
 from torch import Tensor, nn
 from worker import Worker
 
+DEEP = 8  # layers from which on blocks are compiled, all as one, and not the whole step, which takes minutes
 Loss = Callable[[int], Tensor]
 
 
@@ -71,9 +72,14 @@ def dpo(work: dict[str, Any], compiled: Callable) -> tuple[nn.Module, Loss]:
 
 def main() -> None:
     worker = Worker()
-    work, compiled = worker.work, torch.compile if sys.argv[-1] == "--compile" else lambda function: function
+    work, wanted = worker.work, sys.argv[-1] == "--compile"
+    deep = work["shape"]["layers"] > DEEP
+    compiled = torch.compile if wanted and not deep else lambda function: function
     torch.manual_seed(work["seed"])
     model, loss = {"sft": sft, "reward": reward, "dpo": dpo}[work["task"]](work, compiled)
+    if wanted and deep:
+        for block in (module for module in model.modules() if isinstance(module, Block)):
+            block.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=work["lr"], weight_decay=work["weight_decay"], fused=True)
     for step in itertools.count():
         value = loss(step)
