@@ -44,7 +44,7 @@ class _State(NamedTuple):
 
     cache: Any
     context: Int[Array, "B S"]
-    log_probs: Float[Array, "B L"]
+    drawn: Drawn  # [B, L], [B, L], [B, L, K], [B, L, K]
     count: Int[Array, "B"]
     done: Bool[Array, "B"]
     ended: Bool[Array, "B"]
@@ -59,10 +59,12 @@ def speculate(
     key: jax.Array,
     sampling: SamplingParams,
     speculation: Speculation,
+    rows: Int[Array, ""] | int | None = None,
 ) -> Rollout:
     """The responses that `generate` gives at the same key, and what guessing did (`Rollout.counts`); one compiled loop.
 
-    Every row goes on by itself: slots of its cache beyond what it kept are written again by the next call.
+    Every row goes on by itself: slots of its cache beyond what it kept are written again by the next call. Only the
+    first `rows` are answered (None: all).
     """
     params = model.arrange(params)
     length, size = sampling.max_new_tokens, speculation.tokens
@@ -78,7 +80,7 @@ def speculate(
         read = jnp.concatenate([last, jnp.maximum(guesses, 0)], axis=1)
         hidden, cache = model.extend(params, state.cache, read, jnp.where(state.done, 0, size + 1))
         drawn = _draws(noise, state.count, model.unembed(params, hidden), sampling)
-        ends = stops(drawn.token, _from(state.count, size + 1), sampling)
+        ends = stops(drawn.token.ravel(), _from(state.count, size + 1).ravel(), sampling).reshape(drawn.token.shape)
         room = jnp.where(state.done, 0, length - state.count)
         kept, ended = verify(guesses, drawn.token, ends, room)
         count = state.count + kept
@@ -88,7 +90,7 @@ def speculate(
         return _State(
             replace(cache, lengths=state.cache.lengths + kept),
             _put(state.context, lengths, drawn.token),
-            _put(state.log_probs, state.count, drawn.log_prob),
+            Drawn(*(_put(mine, state.count, new) for mine, new in zip(state.drawn, drawn, strict=True))),
             count,
             state.done | ended | (count >= length),
             state.ended | ended,
@@ -97,13 +99,18 @@ def speculate(
         )
 
     start = _start(model, params, prompts, noise, sampling, speculation)
+    if rows is not None:
+        start = start._replace(done=start.done | (jnp.arange(len(asked), dtype=jnp.int32) >= rows))
     state = jax.lax.while_loop(lambda state: ~jnp.all(state.done), step, start)
-    slots = jnp.arange(length, dtype=jnp.int32)
-    mask = slots[None] < state.count[:, None]
-    response = jnp.take_along_axis(state.context, asked[:, None] + slots[None], axis=1)
-    response = jnp.where(mask, response, sampling.pad_id)
-    log_probs = jnp.where(mask, state.log_probs[:, :length], 0.0)
-    return Rollout(prompts.tokens, prompts.mask, response, mask, state.ended, log_probs, counts=state.counts)
+    return _rollout(prompts, state, sampling)
+
+
+def _rollout(prompts: PromptBatch, state: _State, sampling: SamplingParams) -> Rollout:
+    token, log_prob, top_ids, top_log_probs = (x[:, : sampling.max_new_tokens] for x in state.drawn)
+    mask = jnp.arange(sampling.max_new_tokens, dtype=jnp.int32)[None, :] < state.count[:, None]
+    token, log_prob = jnp.where(mask, token, sampling.pad_id), jnp.where(mask, log_prob, 0.0)
+    made = Rollout(prompts.tokens, prompts.mask, token, mask, state.ended, log_prob, counts=state.counts)
+    return replace(made, top_ids=top_ids, top_log_probs=top_log_probs) if sampling.top_log_probs else made
 
 
 def _from(start: Int[Array, "B"], size: int) -> Int[Array, "B N"]:
@@ -111,7 +118,7 @@ def _from(start: Int[Array, "B"], size: int) -> Int[Array, "B N"]:
 
 
 def _put(rows: Array, start: Int[Array, "B"], values: Array) -> Array:
-    return jax.vmap(lambda row, at, new: jax.lax.dynamic_update_slice(row, new, (at,)))(rows, start, values)
+    return jax.vmap(lambda row, at, new: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=0))(rows, start, values)
 
 
 def _draws(
@@ -171,7 +178,7 @@ def _start(
     return _State(
         cache,
         _put(context, asked, first.token),
-        jnp.pad(first.log_prob, ((0, 0), (0, length + size))),
+        Drawn(*(jnp.pad(x, ((0, 0), (0, length + size)) + ((0, 0),) * (x.ndim - 2)) for x in first)),
         nothing + 1,
         ended | (length == 1),
         ended,

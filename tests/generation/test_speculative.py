@@ -7,15 +7,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.stats
-from tiny import left_mask, params_of, random_tokens, tiny
+from tiny import left_mask, lenient, params_of, random_tokens, tiny
 
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.generation.sampling import Speculation
 from rlhfjax.generation.speculative import speculate, verify
 from rlhfjax.models import LanguageModel
-from rlhfjax.types import PromptBatch
+from rlhfjax.stages.offline import training_loss
+from rlhfjax.types import PromptBatch, TokenBatch
 
 STOP, PAD = 5, 0
 NGRAM = Speculation("ngram", tokens=3)
@@ -156,6 +158,19 @@ def test_rows_are_those_of_the_plain_sampler(speculation, changes):
         np.testing.assert_array_equal((drawn - 1).sum() - counts.calls.sum(), counts.kept.sum())
 
 
+def test_only_rows_that_were_asked_are_answered_and_likeliest_tokens_reported():
+    settings = sampling(top_log_probs=2, stop_after=9)
+    run = jax.jit(lambda p, b, k, rows: speculate(Bigram(), p, b, k, settings, NGRAM, rows))
+    drawn = run(tables(), prompts(5), jax.random.key(1), jnp.int32(3))
+    every = run(tables(), prompts(5), jax.random.key(1), jnp.int32(5))
+    np.testing.assert_array_equal(drawn.response[:3], every.response[:3])
+    assert drawn.counts[3:].sum() == 0
+    log_p = np.asarray(jax.nn.log_softmax(tables()[0]))
+    before = np.concatenate([np.zeros((5, 1), int), np.asarray(every.response)[:, :-1]], axis=1)
+    np.testing.assert_array_equal(every.top_ids, np.argsort(-log_p)[before][:, :, :2])
+    np.testing.assert_allclose(every.top_log_probs, -np.sort(-log_p)[before][:, :, :2], rtol=1e-4, atol=1e-5)
+
+
 def test_what_a_call_keeps():
     # meant to catch a guess kept after a wrong one or after the end, and rows that outgrow their room
     right = [1, 2, 3]
@@ -229,10 +244,51 @@ def four_prompts() -> PromptBatch:
 @pytest.mark.parametrize("style", ["gpt2", "llama-gqa", "mistral"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_decoders_answer_as_without(style, temperature):
-    """Learned and rotary positions, a window, prompts of several lengths, both ways of guessing."""
+    """Learned and rotary positions, a window, prompts of several lengths, both ways of guessing.
+
+    With the cache of the model, and with none at all.
+    """
     model = tiny(style, mtp_heads=2)
     params, settings = params_of(model, seed=5), sampling(stop_id=1, temperature=temperature, max_new_tokens=10)
     plain = jax.jit(lambda p, b, k: generate(model, p, b, k, settings))(params, four_prompts(), jax.random.key(9))
-    for speculation in (NGRAM, HEADS):
-        run = jax.jit(lambda p, b, k, s=speculation: speculate(Rereading(model), p, b, k, settings, s))
+    for sampler, speculation in ((model, NGRAM), (model, HEADS), (Rereading(model), HEADS)):
+        guessing = replace(settings, speculation=speculation)
+        run = jax.jit(lambda p, b, k, m=sampler, s=guessing: generate(m, p, b, k, s))
         assert_same(run(params, four_prompts(), jax.random.key(9)), plain)
+
+
+def test_guesses_at_int8_change_nothing_either():
+    model = replace(tiny("llama-gqa"), precision="int8")
+    params, settings = params_of(model, seed=8), sampling(stop_id=1, temperature=0.7, max_new_tokens=10)
+    batch, key = four_prompts(), jax.random.key(3)
+    guessing = replace(settings, speculation=NGRAM)
+    assert_same(generate(model, params, batch, key, guessing), generate(model, params, batch, key, settings))
+
+
+def test_heads_that_learned_to_count_save_most_calls():
+    """Trained on 0 1 2 … 9 0 1 …, with the loss of the stages: nearly every guess is kept, three a call."""
+    model = tiny("llama", layers=1, width=32, mtp_heads=3, mtp_coef=1.0)
+    algorithm, optimizer = training_loss(model, ahead=True), lenient(optax.adam(1e-2))
+    starts = jnp.arange(10, dtype=jnp.int32)
+    tokens = (starts[:, None] + jnp.arange(20, dtype=jnp.int32)[None]) % 10
+    positions = jnp.broadcast_to(jnp.arange(20, dtype=jnp.int32)[None], tokens.shape)
+    batch = TokenBatch(tokens, jnp.ones_like(tokens), positions, jnp.ones(tokens.shape, bool))
+    weight = algorithm.weight(batch)
+
+    def step(carry, _):
+        params, state = carry
+        grads, metrics = jax.grad(algorithm.loss, has_aux=True)(params, batch, weight)
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), metrics
+
+    params = jax.jit(model.init)(jax.random.key(0))
+    train = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, length=80))
+    (params, _), metrics = train(params)
+    assert min(float(metrics[f"mtp/hit_rate/{n}"][-1]) for n in (1, 2, 3)) > 0.95
+    asked = PromptBatch(tokens[:, :4], jnp.ones((10, 4), bool), starts)
+    settings = sampling(temperature=0.0, stop_id=-1, max_new_tokens=16, speculation=replace(HEADS, tokens=3))
+    drawn = jax.jit(lambda p, b, k: generate(model, p, b, k, settings))(params, asked, jax.random.key(1))
+    np.testing.assert_array_equal(drawn.response, tokens[:, 4:])
+    calls, guessed, kept = np.asarray(drawn.counts).sum(axis=0)
+    assert kept / guessed > 0.95
+    assert calls < 0.3 * np.asarray(drawn.response_mask)[:, 1:].sum()
