@@ -18,8 +18,7 @@ from rlhfjax.algorithms.grpo import Grpo
 from rlhfjax.algorithms.likelihood import token_log_probs
 from rlhfjax.config import schema
 from rlhfjax.config.sections import Optimizer, RolloutBatch, Sampling
-from rlhfjax.generation import SamplingParams
-from rlhfjax.generation.slots import rollout
+from rlhfjax.generation import SamplingParams, generate, rollout
 from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.heads import init_head, with_head
 from rlhfjax.sharding import batch_sharding, make_mesh, place_batch, state_shardings
@@ -84,7 +83,8 @@ def prompts_of(work: Work, step: int) -> PromptBatch:
 
 
 def sampling_of(work: Work) -> SamplingParams:
-    return SamplingParams(max_new_tokens=work["response"], stop_id=STOP if work["mean"] else NEVER, pad_id=PAD)
+    stop = STOP if work["mean"] else NEVER
+    return SamplingParams(max_new_tokens=work["response"], stop_id=stop, pad_id=PAD, slots=work["slots"] or None)
 
 
 class OfflineLoop:
@@ -176,7 +176,7 @@ class Texts:
     def __init__(self, work: Work):
         model, mesh, self._work = model_of(work), make_mesh(), work
         self._params = policy_of(work, mesh, model)
-        self._sample = jax.jit(partial(rollout, model, sampling=sampling_of(work), slots=work["slots"]))
+        self._sample = jax.jit(partial(generate, model, sampling=sampling_of(work)))
 
     def __call__(self, number: int) -> list[int]:
         """The lengths of the responses; ragged ones are the same in every step, since peers compile for each length."""
