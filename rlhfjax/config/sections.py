@@ -290,7 +290,7 @@ class RolloutBatch(Section):
 
 
 class Sampling(Section):
-    """How responses are drawn. In RL leave top_k and top_p off: log-probabilities are of the unfiltered policy.
+    """How responses are drawn. In RL leave top_k, top_p and min_p off: log-probabilities are of the unfiltered policy.
 
     `stop` ends a response at that single token (default: EOS) from position `stop_after` on.
     `old_log_probs: rollout` keeps the sampler's own; `recompute` takes them from one forward pass (exact ratio 1).
@@ -302,6 +302,7 @@ class Sampling(Section):
     temperature: NonNegative = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     stop: str | None = None
     stop_after: Annotated[int, Field(ge=0)] = 0
     old_log_probs: Literal["recompute", "rollout"] = "recompute"

@@ -20,7 +20,7 @@ def generate(model: Sampler, params: Params, prompts: PromptBatch, key: jax.Arra
     """
     if sampling.speculation:
         return speculate(model, params, prompts, key, sampling, sampling.speculation)
-    if sampling.slots or sampling.top_log_probs:
+    if sampling.top_log_probs or (sampling.slots or len(prompts.tokens)) < len(prompts.tokens):
         return rollout(model, params, prompts, key, sampling, sampling.slots)
     params = model.arrange(params)
     batch, length = prompts.tokens.shape[0], sampling.max_new_tokens

@@ -67,3 +67,8 @@ class ShardedSampler:
             return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, cache_spec(self.mesh, x.shape)))
 
         return jax.tree.map(put, cache)
+
+
+def split_caches(mesh: Mesh, model: Any) -> Any:
+    """The model as a sampler of this mesh; on one device, the model."""
+    return ShardedSampler(model, mesh) if mesh.size > 1 else model

@@ -27,9 +27,10 @@ from rlhfjax.functional import entropy, token_log_probs
 from rlhfjax.generation import generate
 from rlhfjax.models import SequenceModel
 from rlhfjax.sharding import place_batch
+from rlhfjax.sharding.sampling import split_caches
 from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.exact_match import exact_match
-from rlhfjax.stages.job import Job, sampling_params
+from rlhfjax.stages.job import Job, sampler_of, sampling_params
 from rlhfjax.stages.offline import Facts, loss_meter
 from rlhfjax.text.chat import beginning, encode_prompt
 from rlhfjax.training.checkpoint import COMPLETE
@@ -133,10 +134,11 @@ def _sampler(job: Job, compared: dict[str, tuple[SequenceModel, Params]], stage:
     reference_model, reference = compared.get("sft", compared[stage])
     reward_model, reward = job.load("reward") if job.run.stages.reward else (model, None)
     settings = sampling_params(job.config.sampling, job.tokenizer)
+    sampler = split_caches(job.mesh, sampler_of(model, job.config.sampling))
 
     @jax.jit
     def sample(params, reference, reward, batch, key):
-        made = generate(model, params, batch, key, settings)
+        made = generate(sampler, params, batch, key, settings)
         parts = (made.prompt, made.prompt_mask, made.response, made.response_mask)
         logits = model.response_logits(params, *parts)
         ref_log_probs = token_log_probs(reference_model.response_logits(reference, *parts), made.response)

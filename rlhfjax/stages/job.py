@@ -10,7 +10,7 @@ import jax
 from rlhfjax.config import schema
 from rlhfjax.data.pipeline import Reader
 from rlhfjax.errors import ConfigError
-from rlhfjax.generation import SamplingParams
+from rlhfjax.generation import SamplingParams, Speculation
 from rlhfjax.models import LanguageModel, SequenceModel, compute_dtype, decoder_config, model_of
 from rlhfjax.models.lora import has_adapters, init_lora, join, merge
 from rlhfjax.sharding import place_batch
@@ -19,7 +19,7 @@ from rlhfjax.training.checkpoint import Bases, find_checkpoint, load_model, meta
 from rlhfjax.training.state import place
 from rlhfjax.types import Params
 
-NAMES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
+NAMES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate", "dpo")  # the place of a stage is its key
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,9 @@ def sampling_params(sampling: schema.Sampling, tokenizer: AnyTokenizer) -> Sampl
             f"sampling.stop: expected text of one token, got {sampling.stop!r}, which is {len(stop)}; give a shorter "
             "text, or leave it out to stop at EOS"
         )
+    speculation = None
+    if sampling.speculate != "none":
+        speculation = Speculation(sampling.speculate, sampling.speculate_tokens, sampling.speculate_ngram)
     return SamplingParams(
         max_new_tokens=sampling.max_new_tokens,
         stop_id=stop[0],
@@ -152,4 +155,26 @@ def sampling_params(sampling: schema.Sampling, tokenizer: AnyTokenizer) -> Sampl
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         stop_after=sampling.stop_after,
+        speculation=speculation,
+        min_p=sampling.min_p,
+        slots=default_slots(),
     )
+
+
+def default_slots() -> int:
+    """Rows that decode at a time. A step costs a CPU as much as it has rows; on accelerators more are almost free."""
+    return (16 if jax.default_backend() == "cpu" else 256) * jax.device_count()
+
+
+def sampler_of(model: SequenceModel, sampling: schema.Sampling) -> SequenceModel:
+    """The model at the precision of sampling; raises ConfigError when it has not the heads that shall guess."""
+    if isinstance(model, LanguageModel):
+        if sampling.speculate == "heads" and model.config.mtp_heads < sampling.speculate_tokens:
+            raise ConfigError(
+                f"sampling.speculate_tokens {sampling.speculate_tokens}: expected as many heads, got a model with "
+                f"{model.config.mtp_heads}; guess fewer tokens, or by ngram"
+            )
+        return replace(model, precision=sampling.precision)
+    if (sampling.precision, sampling.speculate) != ("full", "none"):
+        raise ConfigError("sampling: precision and speculate are for decoders, got an encoder–decoder; remove them")
+    return model

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhfjax.algorithms import LanguageModelling, RewardModelling, RoutedLanguageModelling, restrict
+from rlhfjax.algorithms import Dpo, LanguageModelling, RewardModelling, RoutedLanguageModelling, restrict
 from rlhfjax.algorithms.language_modelling import predicted
 from rlhfjax.algorithms.likelihood import cross_entropy
 from rlhfjax.algorithms.multi_token import MultiTokenPrediction, Sums, head_sums
@@ -27,7 +27,7 @@ from rlhfjax.models.lora import join, split
 from rlhfjax.sharding import place_batch, state_shardings
 from rlhfjax.stages.compilation import Ahead, peek
 from rlhfjax.stages.data import held_out, open_batches
-from rlhfjax.stages.job import Job
+from rlhfjax.stages.job import Job, default_slots
 from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.text.tokenizer import Tokenizer
 from rlhfjax.training.checkpoint import Checkpoints, find_checkpoint, load_model, meta_of, read_meta, tokenizer_of
@@ -86,9 +86,9 @@ def reward(job: Job) -> Facts:
     measure = accuracy_meter(job, reward_modelling(model, c.loss))
 
     def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:
-        return _named("eval/rm/accuracy", {name: measure(params, data) for name, data in held_out(opened).items()})
+        return named("eval/rm/accuracy", {name: measure(params, data) for name, data in held_out(opened).items()})
 
-    return _train(
+    return train_stage(
         job,
         reward_modelling(model, c.loss, c.dropout),
         model,
@@ -205,7 +205,7 @@ def _sampled(job: Job, prompts: list[list[int]], length: int) -> list[tuple[list
     model, policy = job.policy_from("sft", "pretrain")
     tokens, mask = left_padded(prompts, job.tokenizer.pad_id)
     t = job.tokenizer
-    settings = SamplingParams(max_new_tokens=length - tokens.shape[1], stop_id=t.eos_id, pad_id=t.pad_id)
+    settings = SamplingParams(length - tokens.shape[1], t.eos_id, t.pad_id, slots=default_slots())
     batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
     rollout = jax.device_get(jax.jit(partial(generate, model, sampling=settings))(policy, batch, job.key("samples")))
     return [
@@ -254,7 +254,7 @@ def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[P
     pairs = job.reader.demonstration_ids(c.validation, c.batch.length, count)
     tokens, mask = left_padded([prompt for prompt, _ in pairs], job.tokenizer.pad_id)
     t = job.tokenizer
-    settings = SamplingParams(max_new_tokens=c.batch.length - tokens.shape[1], stop_id=t.eos_id, pad_id=t.pad_id)
+    settings = SamplingParams(c.batch.length - tokens.shape[1], t.eos_id, t.pad_id, slots=default_slots())
     batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
 
     @jax.jit
@@ -266,20 +266,20 @@ def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[P
     return lambda params: {"eval/reward_score": float(mean_score(params, job.key("samples")))}
 
 
-def accuracy_meter(job: Job, algorithm: RewardModelling) -> Meter:
-    """Share of the ranked pairs of a data set that the scores order as people did."""
+def accuracy_meter(job: Job, algorithm: RewardModelling | Dpo, metric: str = "train/rm/accuracy") -> Meter:
+    """Share of the ranked pairs of a data set that the scores, or implicit rewards, order as people did."""
 
     @jax.jit
     def total(params, batch, rows):
         counted = jnp.arange(batch.ranks.shape[0]) < rows
         batch = replace(batch, mask=batch.mask & counted[:, None])
         weight = algorithm.weight(batch)
-        return algorithm.loss(params, batch, weight)[1]["train/rm/accuracy"] * weight["pairs"], weight["pairs"]
+        return algorithm.loss(params, batch, weight)[1][metric] * weight["pairs"], weight["pairs"]
 
     return Meter(total, job.mesh)
 
 
-def _named(metric: str, values: dict[str, float]) -> dict[str, float]:
+def named(metric: str, values: dict[str, float]) -> dict[str, float]:
     """One metric a data set, and their mean under the plain name."""
     if not values:
         return {}
@@ -292,13 +292,13 @@ def _train_policy(job: Job, model: SequenceModel, params: Params) -> Facts:
 
     def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:
         losses = {name: measure(params, data) for name, data in held_out(opened).items()}
-        return _named("loss/validation", losses) | (reward_score(params) if reward_score else {})
+        return named("loss/validation", losses) | (reward_score(params) if reward_score else {})
 
     smoothing = job.config.loss.label_smoothing if job.stage == "sft" else 0.0
     reward_score = None
     if getattr(job.config, "select_by", "last") == "reward_score":
         reward_score = reward_meter(job, model)
-    return _train(
+    return train_stage(
         job,
         training_loss(
             model,
@@ -316,7 +316,7 @@ def _train_policy(job: Job, model: SequenceModel, params: Params) -> Facts:
     )
 
 
-def _train(
+def train_stage(
     job: Job,
     algorithm: Any,
     model: SequenceModel,
@@ -327,8 +327,12 @@ def _train(
     validate: Validate,
     shown: tuple[str, ...],
     finish: Callable[[Params], tuple[Params, Facts]] = lambda params: (params, {}),
+    beside: Params | None = None,
 ) -> Facts:
-    """Train from the stage's last checkpoint on, and save what `finish` makes of the result."""
+    """Train from the stage's last checkpoint on, and save what `finish` makes of the result.
+
+    The algorithm and `validate` find `beside`, which nothing trains, next to the parameters.
+    """
     c, b = job.config, job.config.batch
     opened = open_batches(job)
     batches = opened["train"]
@@ -336,6 +340,7 @@ def _train(
     optimizer = make_optimizer(c.optimizer, steps, width=model.config.width)
     follow = (lambda params: params) if c.optimizer.ema_decay is not None else None
     frozen, trained = split(params)
+    fixed = frozen | (beside or {})
     state = init_state(job.mesh, trained, optimizer, follow)
     meta = meta_of(role, model, job.tokenizer, averaged=bool(follow), stage=job.stage, **job.lineage())
     select = getattr(c, "select_by", "last")
@@ -354,7 +359,7 @@ def _train(
     last_measured: dict[str, float] = {}
 
     def measure(state: TrainState, step: int) -> dict[str, float]:
-        measured = validate(join(frozen, state.params), opened) if step % c.validate_every == 0 or step == steps else {}
+        measured = validate(join(fixed, state.params), opened) if step % c.validate_every == 0 or step == steps else {}
         last_measured.update(measured)
         return measured
 
@@ -378,9 +383,9 @@ def _train(
     )
     first, stream = peek(job.put(batches.iterate(int(state.step))))
     ahead = Ahead(job)
-    step = ahead.program(partial(step_fn, frozen), state, first, job.key("steps"))
+    step = ahead.program(partial(step_fn, fixed), state, first, job.key("steps"))
     for data in list(held_out(opened).values())[:1]:  # all of them have batches of one shape
-        ahead.afterwards(meter.total, *meter.shapes(join(frozen, state.params), data))
+        ahead.afterwards(meter.total, *meter.shapes(join(fixed, state.params), data))
     writer = MetricsWriter(job.dir, int(state.step), job.run.logging.tensorboard)
     with closing(checkpoints), closing(writer):  # a stage that is interrupted still finishes the save that is under way
         state = train_offline(

@@ -22,6 +22,7 @@ from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.heads import with_head, zero_head
 from rlhfjax.models.lora import has_adapters, join, split
 from rlhfjax.sharding import batch_sharding, constrain_parts, replicated, row_shards, state_shardings
+from rlhfjax.sharding.sampling import split_caches
 from rlhfjax.stages.compilation import Ahead, peek
 from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.job import Job, sampler_of, sampling_params
@@ -194,7 +195,7 @@ def compiled_steps(
     estimator = algorithm.first if isinstance(algorithm, Mix) else algorithm
     rows, layout = batch_sharding(job.mesh), state_shardings(job.mesh, state)
     minibatch = c.batch.minibatch or c.batch.size
-    sampler = sampler_of(policy_model, c.sampling)
+    sampler = split_caches(job.mesh, sampler_of(policy_model, c.sampling))
     part, place = rows_at_a_time(c, job.mesh), partial(constrain_parts, job.mesh)
 
     def rollout(base: Params, trained: Params, prompts: PromptBatch, key: jax.Array) -> Rollout:
