@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from rlhfjax.config.schema import Mesh, Optimizer, RolloutBatch, Run, Sampling
 from rlhfjax.config.shape import Shape, linears, model_shape
@@ -86,7 +87,7 @@ def _lengths(run: Run, mesh: dict[str, int]) -> Iterator[str]:
 def sequence_lengths(run: Run) -> Iterator[tuple[str, int]]:
     """Every length in tokens that the model's context must hold, with the name of its key."""
     stages = run.stages
-    for name, section in (("pretrain", stages.pretrain), ("sft", stages.sft), ("reward", stages.reward)):
+    for name, section in _offline(run):
         if section:
             yield f"stages.{name}.batch.length", section.batch.length
     for name, section in (("ppo", stages.ppo), ("evaluate", stages.evaluate)):
@@ -96,6 +97,10 @@ def sequence_lengths(run: Run) -> Iterator[tuple[str, int]]:
         yield "stages.ppo.ptx.length", stages.ppo.ptx.length
     if stages.evaluate and stages.evaluate.losses and not run.model.checkpoint:
         yield "model.context (the length of stages.evaluate.losses)", run.model.context
+
+
+def _offline(run: Run) -> list[tuple[str, Any]]:
+    return [(name, getattr(run.stages, name)) for name in ("pretrain", "sft", "reward", "dpo")]
 
 
 def _rollout_length(stage: str, batch: RolloutBatch, sampling: Sampling) -> tuple[str, int]:
@@ -196,6 +201,8 @@ def _inputs(run: Run) -> Iterator[str]:
         yield "stages.reward starts from pretrain; add stages.pretrain or model.checkpoint"
     if stages.reward and stages.reward.normalize.on == "samples" and not start:
         yield "stages.reward.normalize.on: samples needs a policy to sample; add stages.sft or model.checkpoint"
+    if stages.dpo and not start:
+        yield "stages.dpo needs a policy to start from; add stages.sft or model.checkpoint"
     if stages.ppo and not start:
         yield "stages.ppo needs a policy to start from; add stages.sft or model.checkpoint"
     if stages.ppo and not stages.reward:
@@ -208,7 +215,7 @@ def _inputs(run: Run) -> Iterator[str]:
 
 def _schedules(run: Run) -> Iterator[str]:
     stages = run.stages
-    for name, section in (("pretrain", stages.pretrain), ("sft", stages.sft), ("reward", stages.reward)):
+    for name, section in _offline(run):
         if section and section.steps:
             yield from _warmup(name, section.optimizer, section.steps)
     if stages.ppo:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from rlhfjax.config.arithmetic import least_devices, mesh_shape, updates_per_step
-from rlhfjax.config.schema import Evaluate, Optimizer, Ppo, Pretrain, Reward, Run, Sft
+from rlhfjax.config.schema import Dpo, Evaluate, Optimizer, Ppo, Pretrain, Reward, Run, Sft
 from rlhfjax.config.shape import Shape, active_count, adapter_count, model_shape, parameter_count
 
 
@@ -66,7 +66,9 @@ def _stages(run: Run) -> Iterator[tuple[str, str]]:
         mix = stages.sft.pretraining
         yield "sft", _token_stage(stages.sft) + (f"; {mix.fraction:.0%} pretraining sequences mixed in" if mix else "")
     if stages.reward:
-        yield "reward", _reward(stages.reward)
+        yield "reward", _rankings(stages.reward)
+    if stages.dpo:
+        yield "dpo", _rankings(stages.dpo)
     if stages.ppo:
         yield "ppo", _ppo(stages.ppo)
         if stages.ppo.ptx:
@@ -84,7 +86,7 @@ def _token_stage(stage: Pretrain | Sft) -> str:
     )
 
 
-def _reward(stage: Reward) -> str:
+def _rankings(stage: Reward | Dpo) -> str:
     batch, pairs = stage.batch, stage.batch.candidates * (stage.batch.candidates - 1) // 2
     return (
         f"{_duration(stage)} of {batch.size:,} prompts x up to {batch.candidates} responses of up to {batch.length:,} "
@@ -116,7 +118,7 @@ def _evaluate(stage: Evaluate) -> str:
     return f"{stage.samples:,} samples in {_count(batches, 'batch')} of {stage.batch.size:,}"
 
 
-def _duration(stage: Pretrain | Sft | Reward) -> str:
+def _duration(stage: Pretrain | Sft | Reward | Dpo) -> str:
     return f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epoch{'' if stage.epochs == 1 else 's'}"
 
 

@@ -131,6 +131,34 @@ class Reward(Section):
         return check_steps(self)
 
 
+class PreferenceLoss(Section):
+    """Loss of a pair: -log σ(beta h) (Rafailov et al. 2023, eq. 7), hinge or ipo.
+
+    `label_smoothing` is the share of the labels taken to be wrong.
+    """
+
+    kind: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+
+
+class Dpo(Section):
+    """Direct preference optimisation of the SFT policy on K-way rankings, each prompt's pairs weighing 1/C(K,2)."""
+
+    data: Sources
+    validation: list[Data] = []
+    steps: Count | None = None
+    epochs: Positive | None = None
+    batch: RankedBatch
+    optimizer: Optimizer
+    loss: PreferenceLoss = PreferenceLoss()
+    validate_every: Count = 100
+
+    @model_validator(mode="after")
+    def _length(self):
+        return check_steps(self)
+
+
 class MissingEos(Section):
     """What a response without EOS scores: `value` itself (replace) or its score minus `value` (subtract)."""
 
@@ -244,6 +272,7 @@ class Stages(Section):
     pretrain: Pretrain | None = None
     sft: Sft | None = None
     reward: Reward | None = None
+    dpo: Dpo | None = None
     ppo: Ppo | None = None
     evaluate: Evaluate | None = None
 

@@ -12,7 +12,15 @@ def open_batches(job: Job) -> dict[str, Batches]:
 
     Raises DataError for records that are wrong, missing or too long, before anything is compiled.
     """
-    return {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "ppo": _ppo, "evaluate": _evaluate}[job.stage](job)
+    kinds = {
+        "pretrain": _pretrain,
+        "sft": _sft,
+        "reward": _rankings,
+        "dpo": _rankings,
+        "ppo": _ppo,
+        "evaluate": _evaluate,
+    }
+    return kinds[job.stage](job)
 
 
 def _pretrain(job: Job) -> dict[str, Batches]:
@@ -30,8 +38,8 @@ def _sft(job: Job) -> dict[str, Batches]:
     return {"train": job.reader.demonstrations(c.data, c.batch, c.loss.train_on, c.pretraining)} | held_out
 
 
-def _reward(job: Job) -> dict[str, Batches]:
-    c: schema.Reward = job.config
+def _rankings(job: Job) -> dict[str, Batches]:
+    c: schema.Reward | schema.Dpo = job.config
     held_out = {name: job.reader.comparisons([entry], c.batch, shuffle=False) for name, entry in _named(c.validation)}
     return {"train": job.reader.comparisons(c.data, c.batch)} | held_out
 

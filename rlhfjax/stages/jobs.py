@@ -16,6 +16,7 @@ from rlhfjax.models.lora import linears, targeted
 from rlhfjax.sharding import make_mesh
 from rlhfjax.sharding.per_device import by_rows_and_heads
 from rlhfjax.stages.data import open_batches
+from rlhfjax.stages.dpo import dpo
 from rlhfjax.stages.exact_match import pairs_of
 from rlhfjax.stages.job import Job, sampling_params
 from rlhfjax.stages.offline import pretrain, reward, sft, tokenizer
@@ -59,7 +60,7 @@ def execute(job: Job) -> dict[str, Any]:
             from rlhfjax.stages.evaluate import evaluate  # and with it matplotlib, which takes a third of all imports
 
             return evaluate(job)
-        stages = {f.__name__: f for f in (tokenizer, pretrain, sft, reward, ppo)}
+        stages = {f.__name__: f for f in (tokenizer, pretrain, sft, reward, dpo, ppo)}
         return stages[job.stage](job)
 
 
@@ -126,6 +127,8 @@ def _entries(run: Run, stages: list[str]) -> list[tuple[Any, str]]:
     if s.reward:
         found += [(entry, "comparison") for entry in s.reward.data + s.reward.validation]
         found += [(entry, "demonstration") for entry in s.reward.normalize.data]
+    if s.dpo:
+        found += [(entry, "comparison") for entry in s.dpo.data + s.dpo.validation]
     if s.ppo:
         found += [(entry, "prompt") for entry in s.ppo.data]
         found += [(entry, "document") for entry in (s.ppo.ptx.data if s.ppo.ptx else [])]

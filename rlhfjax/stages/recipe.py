@@ -121,7 +121,7 @@ def _free(begun: list[str]) -> tuple[str, ...]:
     if not begun:
         return ("",)
     others = [f"stages.{stage}." for stage in ALL_STAGES if stage not in begun]
-    if not {"sft", "reward", "ppo"} & set(begun):
+    if not {"sft", "reward", "dpo", "ppo"} & set(begun):
         others.append("model.lora")
     return (*others, "description", "logging.", "checkpoints.", "profile", "mesh.")
 

@@ -33,7 +33,7 @@ from rlhfjax.text.loading import AnyTokenizer, tokenizer_from
 from rlhfjax.text.tokenizer import Tokenizer
 from rlhfjax.types import Params
 
-STAGES = ("ppo", "sft", "pretrain")  # which stage of a run holds its last policy, newest first
+STAGES = ("ppo", "dpo", "sft", "pretrain")  # which stage of a run holds its last policy, newest first
 SCALAR = ("reward", "value")  # items with a scalar head
 COMPLETE = "complete.json"
 

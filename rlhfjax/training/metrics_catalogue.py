@@ -46,6 +46,21 @@ _ROUTERS = (
            "assignments beyond an expert's capacity"),
 )  # fmt: skip
 
+_PREFERENCES = (
+    Metric("rewards/chosen", "score", "pairs without ties", "mean over pairs",
+           "DPO's implicit reward of the better response: beta x (log-probability - the reference's)"),
+    Metric("rewards/rejected", "score", "pairs without ties", "mean over pairs", "the same of the worse one"),
+    Metric("rewards/margins", "score", "pairs without ties", "mean over pairs", "chosen - rejected"),
+    Metric("rewards/accuracies", "fraction", "pairs without ties", "mean over pairs",
+           "pairs whose better response has the higher implicit reward"),
+    Metric("logps/chosen", "nats", "pairs without ties", "sum over tokens, mean over pairs",
+           "log-probability of the better response"),
+    Metric("logps/rejected", "nats", "pairs without ties", "sum over tokens, mean over pairs", "of the worse one"),
+    Metric("eval/dpo/accuracy", "fraction", "pairs without ties", "mean over pairs, then data sets",
+           "rewards/accuracies of held-out rankings"),
+    Metric("eval/dpo/accuracy/NAME", "fraction", "pairs without ties", "mean over pairs", "the same on NAME alone"),
+)  # fmt: skip
+
 _REWARD_MODEL = (
     Metric("train/rm/loss", "nats", "pairs without ties", "1/C(K,2) a prompt, mean over prompts", "ranking loss"),
     Metric("train/rm/accuracy", "fraction", "pairs without ties", "mean over pairs",
@@ -131,7 +146,8 @@ _SPEED = (
 )  # fmt: skip
 
 METRICS: dict[str, Metric] = {
-    metric.name: metric for metric in (*_LEARNING, *_ROUTERS, *_REWARD_MODEL, *_OBJECTIVE, *_UPDATE, *_GUESSES, *_SPEED)
+    metric.name: metric
+    for metric in (*_LEARNING, *_ROUTERS, *_REWARD_MODEL, *_PREFERENCES, *_OBJECTIVE, *_UPDATE, *_GUESSES, *_SPEED)
 }
 
 

@@ -1,0 +1,73 @@
+"""The stage of direct preference optimisation, through the command line, and its rows against a sum by hand."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import params_of, ranked_batch, tiny
+
+from rlhfjax.config import schema
+from rlhfjax.stages.dpo import joined_rows, preference_optimisation
+from rlhfjax.training.checkpoint import find_checkpoint, load_model
+from stages.tiny_recipe import recipe
+
+
+def test_log_probs_are_sums_over_responses_and_the_reference_stands_beside_the_policy():
+    # meant to catch prompts in the sum, or padding
+    model, batch = tiny(), ranked_batch(3, 4, 6, seed=1)
+    params, reference = params_of(model), params_of(model, seed=5)
+    algorithm = preference_optimisation(model, schema.PreferenceLoss())
+    rows = batch.tokens.reshape(-1, 6), batch.token_mask.reshape(-1, 6)
+    both = params | {"reference": reference}
+    got = jax.jit(algorithm.log_probs)(both, batch, None), jax.jit(algorithm.reference)(both, batch)
+    for mine, weights in zip(got, (params, reference), strict=True):
+        log_p = np.asarray(jax.nn.log_softmax(jax.jit(model.logits)(weights, *rows)))
+        wanted = np.zeros(12)
+        for row in range(12):
+            prompt, length = int(batch.prompt_lengths[row // 4]), int(rows[1][row].sum())
+            for t in range(prompt, length):
+                wanted[row] += log_p[row, t - 1, int(rows[0][row, t])]
+        there = np.asarray(batch.mask)
+        np.testing.assert_allclose(np.asarray(mine)[there], wanted.reshape(3, 4)[there], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_hold_nothing_of_absent_candidates():
+    batch = ranked_batch(3, 4, 6, seed=1)
+    rows = joined_rows(batch)
+    assert not np.asarray(batch.mask).all()
+    absent = ~np.asarray(batch.mask).reshape(-1)
+    assert not np.asarray(rows.segments)[absent].any()
+    assert not np.asarray(rows.loss_mask)[absent].any()
+
+
+@pytest.fixture(scope="module")
+def finished(files, command, tmp_path_factory):
+    """A run of tokenizer, sft and dpo."""
+    tree, folder = recipe(files), tmp_path_factory.mktemp("dpo")
+    sft, reward = tree["stages"]["sft"], tree["stages"]["reward"]
+    offline = {key: reward[key] for key in ("data", "validation", "batch", "steps", "validate_every")}
+    dpo = offline | {"optimizer": {"lr": 3e-3}, "loss": {"beta": 0.5}}
+    tree["stages"] = {"sft": sft | {"steps": 2}, "dpo": dpo}
+    (folder / "dpo.yaml").write_text(json.dumps(tree), encoding="utf-8")
+    code, _, err = command("run", folder / "dpo.yaml", "--run-dir", folder / "run")
+    assert code == 0, err
+    return folder / "run"
+
+
+def test_a_run_starts_at_its_reference_and_learns_what_people_prefer(finished):
+    rows = [json.loads(line) for line in (finished / "dpo" / "metrics.jsonl").read_text().splitlines()]
+    assert 0.3 < rows[0]["loss/train"] < np.log(2)  # some pairs are ties, which count among C(K,2)
+    assert (rows[0]["rewards/margins"], rows[0]["rewards/accuracies"]) == (pytest.approx(0, abs=1e-5), 0.5)
+    assert rows[-1]["rewards/margins"] > 0.01
+    assert 0.5 < rows[-1]["eval/dpo/accuracy"] <= 1
+
+
+def test_what_is_left_is_a_policy_and_the_last_of_the_run(finished):
+    path = find_checkpoint(finished)
+    assert path.parent.parent == finished / "dpo"
+    params = load_model(path)[1]
+    assert set(params) == {"embed", "blocks", "final_norm"}  # no reference among them
+    before = load_model(find_checkpoint(finished / "sft"))[1]
+    assert max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (params, before)), strict=True)) > 1e-4
