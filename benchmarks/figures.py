@@ -65,8 +65,9 @@ def rows_of(timed: Timed, peaks: dict[str, float]) -> list[Row]:
     for phase in timed.steps[0].get("phases") or {}:
         spent = statistics.median(step["phases"][phase] for step in timed.steps)
         found.append(row(name, system, f"{phase}_seconds", spent, "s"))
-    if "peak_memory_bytes" in timed.end:
-        found.append(row(name, system, "peak_memory", timed.end["peak_memory_bytes"], "bytes"))
+    memory = timed.steps[-1].get("device_bytes") or timed.end.get("peak_memory_bytes")
+    if memory:
+        found.append(row(name, system, "peak_memory", memory, "bytes"))
     if timed.error:
         found.append(row(name, system, "failed", timed.error, ""))
     return found

@@ -55,6 +55,12 @@ def _counted(texts: product.Texts) -> Step:
     return step
 
 
+def device_bytes() -> int | None:
+    """The most that the accelerator's memory has held; None where the device is the host."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else None
+
+
 def main() -> None:
     """Steps until nobody asks for one."""
     worker = Worker()
@@ -65,7 +71,8 @@ def main() -> None:
         traced = trace and number == worker.work["warmup"] - 1
         with jax.profiler.trace(trace) if traced else nullcontext():
             facts = step(number)
-        worker.lap(**facts, compilations=compilations.count - before, compile_seconds=compilations.seconds)
+        counted = {"compilations": compilations.count - before, "compile_seconds": compilations.seconds}
+        worker.lap(**facts, **counted, device_bytes=device_bytes())
 
 
 if __name__ == "__main__":
