@@ -1,5 +1,7 @@
 """What heads learn: which tokens are their targets, and what the loss says of them."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,8 @@ def test_targets_stay_in_their_document():
     ):
         tokens, mask = targets_ahead(ROW, distance)
         assert jnp.where(mask, tokens, 0)[0].tolist() == wanted
+    one = replace(ROW, segments=jnp.ones_like(ROW.segments), loss_mask=jnp.ones_like(ROW.loss_mask))
+    assert targets_ahead(one, 3)[1][0].tolist() == [True] * 5 + [False] * 3
 
 
 def test_every_term_has_its_own_mean():
