@@ -3,13 +3,16 @@
 from functools import partial
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
+
+from rlhfjax.models.remat import PRODUCT
 
 
 def dot_general(inputs: Array, kernel: Array, dimension_numbers, precision=None, preferred_element_type=None) -> Array:
     """`jax.lax.dot_general` of the last axes of `inputs` with the first of `kernel`; nothing else is a linear layer."""
     (axes, _), _ = dimension_numbers
-    return _product(len(axes), inputs, kernel)
+    return checkpoint_name(_product(len(axes), inputs, kernel), PRODUCT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

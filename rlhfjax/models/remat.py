@@ -5,11 +5,15 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+PRODUCT = "product"  # what a linear layer gives, which a rule of its own for gradients hides from jax
 _KEPT = "attention"
 
 POLICIES: dict[str, Any] = {
     "full": None,  # nothing but the layer's input
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
+    "dots": jax.checkpoint_policies.save_from_both_policies(  # products with weights
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
     # Queries, keys, values and what attention gives: norms and the feed-forward block, the largest part, come twice.
     "attention": jax.checkpoint_policies.save_only_these_names(_KEPT),
     # The same, kept in the host's memory until the backward pass.
