@@ -38,6 +38,8 @@ def gradients(
     if pack is None:
         inputs = jax.tree.map(lambda x: _split(x, parts), batch)
     inputs = inputs, jax.random.split(key, len(jax.tree.leaves(inputs)[0]))
+    if len(inputs[1]) == 1:
+        return part_gradients(*jax.tree.map(lambda x: x[0], inputs))
     if survey := getattr(algorithm, "survey", None):  # with the same keys, it sees what the losses will see
         weight |= _summed(partial(survey, params), (inputs[0], jax.random.clone(inputs[1])), used)
     return _summed(part_gradients, inputs, used)
