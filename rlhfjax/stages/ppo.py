@@ -111,13 +111,13 @@ def iteration_flops(c: schema.Ppo, policy: Any, value: Any, reward: Any, mixed: 
     """
     if any(isinstance(model, EncoderDecoder) for model, _ in (policy, value, reward)):
         return None
-    each = [forward_flops(model.config, params) for model, params in (policy, value, reward)]
+    of_policy, of_value, of_reward = (forward_flops(model.config, params) for model, params in (policy, value, reward))
     counts = (0.0, 0.0)
     if mixed is not None:
         real = mixed.segments > 0
         counts = float(real.sum()) / c.batch.epochs, float(attended(mixed.positions, real)) / c.batch.epochs
     adapted, passes = has_adapters(policy[1]), 1 + (c.sampling.old_log_probs == "recompute")
-    return OnlineFlops(*each, adapted, passes, *counts)
+    return OnlineFlops(of_policy, of_value, of_reward, adapted, passes, *counts)
 
 
 def ppo_algorithm(
