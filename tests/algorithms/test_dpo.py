@@ -67,7 +67,7 @@ HARD = [[1, 2, 3, 4], [1, 1, 2, 9], [3, 1, 2, 9], [1, 9, 9, 9]]
 THERE = [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
 
 
-# fails with pairs instead of prompts that weigh alike, a tie that counts, absent candidates in C(K,2): seen
+# fails with a tie that counts, and absent candidates in C(K,2): seen
 @pytest.mark.parametrize(("kind", "smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("hinge", 0.0), ("ipo", 0.1)])
 def test_more_candidates_equal_the_loop_over_pairs(kind, smoothing):
     rng, beta = np.random.default_rng(1), 0.4
@@ -111,7 +111,7 @@ def test_parts_of_a_batch_add_up():
 
 def test_preferences_of_a_bradley_terry_judge_lead_to_the_reference_times_exp_reward_over_beta():
     # A judge prefers i to j with w_i / (w_i + w_j), reward log w_i: the optimum is π_ref · w^(1/β) / Z (Rafailov et al.
-    # 2023, eq. 4 and 6). fails with half or twice β, and without the reference: seen
+    # 2023, eq. 4 and 6). meant to catch half or twice β, and a reference that is left out
     weights, beta = [1, 2, 3, 5], 0.5
     reference = np.log([0.4, 0.3, 0.2, 0.1])
     rows = [(i, j) for i in range(4) for j in range(4) if i != j for _ in range(weights[i])]  # i was preferred

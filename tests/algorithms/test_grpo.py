@@ -97,7 +97,7 @@ def test_groups_of_equal_scores_teach_nothing(average):
     assert (loss, np.abs(gradient).max()) == (0, 0)
 
 
-# fails with a mean over padding, the other average, k3 of the wrong sign: seen
+# fails with k3 of the wrong sign: seen; meant to catch a mean over padding and the other average
 @pytest.mark.parametrize("average", ["sequence", "token"])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_the_first_gradient_is_that_of_reinforce(average, beta):
@@ -165,7 +165,7 @@ def test_another_average_is_refused():
 
 
 def test_the_policy_becomes_the_reference_times_exp_reward_over_beta():
-    # fails with half or twice the penalty, and groups that mix prompts: seen
+    # meant to catch half or twice the penalty, and groups that mix prompts
     reference, rewards = world()
     tokens = np.zeros((len(RESPONSES), LENGTH), np.int32)
     mask = np.asarray([[t < len(y) for t in range(LENGTH)] for y in RESPONSES])

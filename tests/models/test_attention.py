@@ -79,8 +79,7 @@ def computed(program, tensors, segments, local=True, dtype=jnp.float32, **how):
     return value_and_gradients(jnp.asarray(segments), local)
 
 
-# fails with a window one token too wide, keys after the query in a block, segments that are not compared, the cap left
-# out of the gradient: seen
+# fails with a window one token too wide, a block that begins one too late, and segments that are not compared: seen
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("program", ["xla", "blocked", "splash"])
 def test_every_program_equals_the_loops(program, case):
