@@ -22,7 +22,7 @@ def generate(model: Sampler, params: Params, prompts: PromptBatch, key: jax.Arra
         return speculate(model, params, prompts, key, sampling, sampling.speculation)
     if sampling.top_log_probs or (sampling.slots or len(prompts.tokens)) < len(prompts.tokens):
         return rollout(model, params, prompts, key, sampling, sampling.slots)
-    params = model.arrange(params)
+    params = model.arrange(params, len(prompts.tokens))
     batch, length = prompts.tokens.shape[0], sampling.max_new_tokens
     noise = uniforms(key, prompts.uid, length)
     logits, cache = model.prefill(params, prompts.tokens, prompts.mask, length)

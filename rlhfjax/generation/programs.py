@@ -12,13 +12,14 @@ from rlhfjax.types import Params, PromptBatch, Rollout
 
 
 class Programs:
-    """A model with weights that are arranged once. Rows and widths are padded to powers of two, one program each.
+    """A model with weights that stay arranged. Rows and widths are padded to powers of two, one program each.
 
     Padding is never sampled: the number of prompts is an argument of the program.
     """
 
     def __init__(self, model: Sampler, params: Params, slots: int = 64, narrowest: int = 16):
-        self.weights = jax.jit(model.arrange)(params)
+        self.arrange = jax.jit(model.arrange, static_argnums=1)
+        self.params, self.weights = params, {}
         self.slots, self.narrowest = slots, narrowest
 
         def run(weights, prompts, key, asked, sampling: SamplingParams, samples: int) -> Rollout:
@@ -37,7 +38,10 @@ class Programs:
         for row, prompt in enumerate(prompts):
             tokens[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, True
         batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(rows, dtype=jnp.int32))
-        made = self.run(self.weights, batch, key, jnp.int32(len(prompts)), sampling=sampling, samples=samples)
+        alone = rows * samples == 1
+        if alone not in self.weights:
+            self.weights = {alone: self.arrange(self.params, 1 if alone else None)}  # one copy at a time
+        made = self.run(self.weights[alone], batch, key, jnp.int32(len(prompts)), sampling=sampling, samples=samples)
         return jax.tree.map(lambda x: np.asarray(x)[: len(prompts) * samples], made)
 
 

@@ -15,10 +15,11 @@ from rlhfjax.types import Params
 class Sampler(Protocol):
     """What can be sampled from: a decoder, or anything else with these functions.
 
-    `arrange` puts parameters into the order in which the others read them; it is called once, outside of the loop.
+    `arrange` puts parameters into the order in which the others read them; it is called once, outside of the loop,
+    with the number of rows that will decode.
     """
 
-    def arrange(self, params: Params) -> Any: ...
+    def arrange(self, params: Params, rows: int | None = None) -> Any: ...
 
     def prefill(self, params: Any, prompt: Array, prompt_mask: Array, new_tokens: int) -> tuple[Array, Any]: ...
 

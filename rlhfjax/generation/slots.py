@@ -53,8 +53,9 @@ def rollout(
     if sampling.speculation:  # rows advance unevenly as it is, and none is read again
         rows = None if asked is None else asked * samples
         return speculate(model, params, _each(prompts, samples), key, sampling, sampling.speculation, rows)
-    params, count = model.arrange(params), len(prompts.tokens) * samples
+    count = len(prompts.tokens) * samples
     slots = min(slots or count, count)
+    params = model.arrange(params, slots)
     noise = uniforms(key, _uids(prompts, samples), sampling.max_new_tokens)
     wanted = count if asked is None else asked * samples
     logits, read = _read(model, params, prompts, slots, asked)

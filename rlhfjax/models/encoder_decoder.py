@@ -178,7 +178,7 @@ class EncoderDecoder:
         last = response_mask.sum(axis=1)
         return apply_head(params["head"], jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
 
-    def arrange(self, params: Params, parts: int | None = None, fused: bool = True) -> Params:
+    def arrange(self, params: Params, rows: int | None = None, parts: int | None = None, fused: bool = True) -> Params:
         """The parameters as sampling reads them: as they are."""
         return params
 

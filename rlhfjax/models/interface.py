@@ -170,11 +170,13 @@ class LanguageModel:
         last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
         return apply_head(params["head"], jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
 
-    def arrange(self, params: Params | Weights, parts: int | None = None, fused: bool = True) -> Weights:
+    def arrange(
+        self, params: Params | Weights, rows: int | None = None, parts: int | None = None, fused: bool = True
+    ) -> Weights:
         """The weights as sampling reads them (`decoding.arrange`); what takes parameters below takes these too."""
         if self.precision in ("int8", "int8_weights") and not isinstance(params, Weights) and not is_quantized(params):
             params = quantize(merge(params, self.config.lora_alpha))
-        return decoding.arrange(self.config, params, parts, fused)
+        return decoding.arrange(self.config, params, parts, fused, rows)
 
     def empty_cache(self, rows: int, prompt: int, new_tokens: int) -> Cache:
         """A cache for prompts of up to `prompt` tokens and responses of up to `new_tokens`, without a token."""

@@ -35,8 +35,9 @@ class ShardedSampler:
     model: Any
     mesh: Mesh
 
-    def arrange(self, params: Any) -> Any:
-        return self.model.arrange(params, 1, False) if self.mesh.shape["tensor"] > 1 else self.model.arrange(params)
+    def arrange(self, params: Any, rows: int | None = None) -> Any:
+        apart = {"parts": 1, "fused": False} if self.mesh.shape["tensor"] > 1 else {}
+        return self.model.arrange(params, rows, **apart)
 
     def empty_cache(self, rows: int, prompt: int, new_tokens: int) -> Any:
         return self._split(self.model.empty_cache(rows, prompt, new_tokens))

@@ -35,7 +35,7 @@ class Seen:
 class Table:
     """Logits of the next token are a row of the parameters for each response so far: any distribution there is."""
 
-    def arrange(self, params):
+    def arrange(self, params, rows=None):
         return params
 
     def prefill(self, params, prompt, prompt_mask, new_tokens):

@@ -46,7 +46,7 @@ class Rereading:
         hidden, cache = self._read(params, tokens, lengths)
         return jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0], cache
 
-    def arrange(self, params):
+    def arrange(self, params, rows=None):
         return params
 
     def extend(self, params, cache, tokens, counts):
@@ -73,7 +73,7 @@ class Bigram:
     def start(self, params, prompt, mask, room):
         return jax.nn.one_hot(prompt[:, -1], 6), Read(prompt, mask.sum(axis=1, dtype=jnp.int32))
 
-    def arrange(self, params):
+    def arrange(self, params, rows=None):
         return params
 
     def extend(self, params, cache, tokens, counts):
@@ -93,7 +93,7 @@ class Bigram:
 class Plain:
     """The same table for the plain sampler."""
 
-    def arrange(self, params):
+    def arrange(self, params, rows=None):
         return params
 
     def prefill(self, params, prompt, prompt_mask, new_tokens):
