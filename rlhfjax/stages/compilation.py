@@ -65,7 +65,7 @@ class Ahead:
         return self._later(function, lambda: arguments)
 
     def afterwards(self, function: Any, *arguments: Any) -> None:
-        """A program that is needed later, such as one that validates: compiled while the first steps are taken."""
+        """A program that is needed later, such as one that validates: compiled while the device takes the first steps."""
         self._afterwards.append((function, arguments))
 
     def online(self, steps: OnlineSteps, state: Any, frozen: Any, prompts: Any, pretraining: Any) -> OnlineSteps:
@@ -94,7 +94,8 @@ class Ahead:
         now = time.monotonic()
         compiled = max((program.ready.result() for program in self._programs), default=now) - self._began
         first = now - self._job.shared.get("began", self._began)
-        for function, arguments in self._afterwards:
+        # On a CPU the compiler would take the cores from the steps.
+        for function, arguments in self._afterwards if jax.default_backend() != "cpu" else ():
             Program(self._pool, self._tracing, function, lambda arguments=arguments: arguments)
         self._pool.shutdown(wait=False)
         self.facts = {"timing/compile_s": round(compiled, 2), "timing/first_step_s": round(first, 2)}
