@@ -65,7 +65,7 @@ class Ahead:
         return self._later(function, lambda: arguments)
 
     def afterwards(self, function: Any, *arguments: Any) -> None:
-        """A program that is needed later, such as one that validates: compiled while the device takes the first steps."""
+        """A program needed later, as one that validates, compiled while a device takes the first steps."""
         self._afterwards.append((function, arguments))
 
     def online(self, steps: OnlineSteps, state: Any, frozen: Any, prompts: Any, pretraining: Any) -> OnlineSteps:
