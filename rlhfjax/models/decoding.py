@@ -91,8 +91,8 @@ def arrange(
 
     Adapters are merged, unless what is below them is quantised. With `fused`, matrices that read the same input become
     one; on a mesh that splits heads they had better stay apart. Each is cut into `parts` blocks of outputs (None: one a
-    core): XLA multiplies few rows by one matrix on a single core of a CPU, and by several on several. Where only one of
-    `rows` decodes, a CPU reads a matrix of [outputs, in] at 1.5 times the speed; parts 0 asks for that.
+    core), which XLA can multiply beside each other on a CPU. Where only one of `rows` decodes, a CPU reads a matrix of
+    [outputs, in] faster; parts 0 asks for that.
     """
     if isinstance(params, Weights):
         return params
@@ -105,7 +105,7 @@ def arrange(
     ends = {name: params[name] for name in ("embed", "positions", "final_norm", "mtp_heads") if name in params}
     if config.tied:
         table, scale = _cast(config, params["embed"]["embedding"]), params["embed"].get("embedding_scale")
-        # Few rows by a transposed matrix take three times as long on CPUs; accelerators need no copy of it.
+        # CPUs multiply several rows by a transposed matrix more slowly; accelerators need no copy of it.
         unembed: Params = {"rows": table} if parts < 2 else {"kernel": _blocks(table.T, parts, axis=1)}
         unembed |= {} if scale is None else {"scale": scale[:, 0]}
     else:
