@@ -36,9 +36,10 @@ class Grpo:
     missing_eos: str = "replace"  # replace | subtract | keep
     missing_eos_value: float = -1.0
 
-    def values(self, params: Params, rows: Any) -> Array:
-        """There is no value model: 0 everywhere."""
-        return jnp.zeros(rows.batch.tokens.shape, jnp.float32)
+    def predict(self, params: Params, rows: Any) -> tuple[Array, Array, Array]:
+        """Log-probabilities, entropies, and 0 for state values: there is no value model."""
+        log_probs, entropies = self.log_probs(params, rows)
+        return log_probs, entropies, jnp.zeros_like(log_probs)
 
     def estimate(self, rollout: Rollout, kl_coef: Float[Array, ""]) -> tuple[Experience, dict[str, Array]]:
         """Scores, less kl_coef x KL, compared within each group."""

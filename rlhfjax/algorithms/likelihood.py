@@ -60,6 +60,26 @@ def token_log_probs(
     `gather` as in `vocabulary_log_probs`: False where rows lie on several devices.
     """
     hidden = model.batch_hidden(params, batch)
+    return _log_probs(model, params, batch, hidden, temperature, entropy_gradient, gather)
+
+
+def log_probs_and_values(
+    model: Predictor,
+    params: Params,
+    head: Params,
+    batch: TokenBatch,
+    temperature: float = 1.0,
+    *,
+    entropy_gradient: bool = False,
+    gather: bool = True,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
+    """`token_log_probs` of a policy and `token_values` of a head on its trunk, from one forward pass."""
+    hidden = model.batch_hidden(params, batch)
+    made = _log_probs(model, params, batch, hidden, temperature, entropy_gradient, gather)
+    return *made, _before(model.scalar({"head": head}, hidden))
+
+
+def _log_probs(model, params, batch, hidden, temperature, entropy_gradient, gather):
     tokens, mask = next_targets(batch)
     table, form = model.unembedding(params)
     form |= {"chunk": chunk_tokens(model.config.vocab_size), "gather": gather, "entropy_gradient": entropy_gradient}
@@ -86,7 +106,10 @@ def cross_entropy(
 
 def token_values(model: Predictor, params: Params, batch: TokenBatch) -> Float[Array, "B T"]:
     """The scalar head before each token is chosen: V(s_t), the state that holds what is before it; 0 at the first."""
-    values = model.scalar(params, model.batch_hidden(params["decoder"], batch))
+    return _before(model.scalar(params, model.batch_hidden(params["decoder"], batch)))
+
+
+def _before(values: Float[Array, "B T"]) -> Float[Array, "B T"]:
     return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 
 

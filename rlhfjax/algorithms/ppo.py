@@ -35,6 +35,7 @@ class Ppo:
 
     log_probs: Callable[[Params, Any], tuple[Array, Array]]
     values: Callable[[Params, Any], Array]
+    both: Callable[[Params, Any], tuple[Array, Array, Array]] | None = None  # where one pass gives them
     clip: float = 0.2
     value_clip: float = 0.2
     value_coef: float = 0.1
@@ -62,6 +63,10 @@ class Ppo:
         metrics = measured(rollout, scores, non_score.sum(axis=1), kl_coef) | {"val/explained_variance": explained}
         return Experience(rollout, advantages, returns), metrics | _speculation(rollout)
 
+    def predict(self, params: Params, rows: Any) -> tuple[Array, Array, Array]:
+        """Log-probabilities, entropies and state values of the response tokens."""
+        return self.both(params, rows) if self.both else (*self.log_probs(params, rows), self.values(params, rows))
+
     def weight(self, experience: Experience | TokenExperience) -> Float[Array, ""]:
         """Response tokens in the batch."""
         return experience.mask.sum().astype(jnp.float32)
@@ -78,9 +83,8 @@ class Ppo:
         Sums over tokens, so that it does not matter how they lie in rows.
         """
         old, mask = experience.log_probs, experience.mask
-        log_probs, entropies = self.log_probs(params, experience)
+        log_probs, entropies, values = self.predict(params, experience)
         spread = masked_sum(entropies, mask) / weight
-        values = self.values(params, experience)
         policy = clipped_surrogate(log_probs, old, experience.advantages, mask, self.clip, normalizer=weight)
         value = clipped_value_loss(
             values, experience.values, experience.returns, mask, self.value_clip, normalizer=weight

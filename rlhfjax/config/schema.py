@@ -186,9 +186,14 @@ class Returns(Section):
 
 
 class Value(Section):
-    """The value model, a copy of the reward model (or of the policy, with a zero head) with its own learning rate."""
+    """The value model, a copy of the reward model (or of the policy, with a zero head) with its own learning rate.
+
+    With `trunk: policy` there is no such model: a head, 0 at first, reads what the policy's last layer gives, and both
+    losses train that trunk. One forward and one backward pass less, but another algorithm.
+    """
 
     start_from: Literal["reward", "policy"] = "reward"
+    trunk: Literal["own", "policy"] = "own"
     lr: Positive | None = None
     clip: Positive = 0.2
     coef: NonNegative = 0.1

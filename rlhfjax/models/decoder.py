@@ -69,6 +69,14 @@ def decoder_config(
     )
 
 
+def _unroll(layers: int) -> int:
+    """How many layers of the loop over layers are written out.
+
+    On a CPU a short loop is: what the backward pass reads is then not copied into stacked arrays and out of them.
+    """
+    return layers if jax.default_backend() == "cpu" and layers <= 8 else 1
+
+
 def compute_dtype(wanted: str = "auto") -> str:
     """bfloat16 on accelerators; float32 on CPUs, where bfloat16 decoding is many times slower."""
     if wanted != "auto":
@@ -97,6 +105,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
+            unroll=_unroll(c.layers),
         )(c, self.dropout)
         if c.norm_place != "post":
             self.final_norm = norm(c, "final_norm")

@@ -38,8 +38,8 @@ class Weights:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys [B, kv_heads, head_dim, S] and values [B, kv_heads, S, head_dim] of every layer; a token's slot is its
-    position. Each is an array, or integers and scales (`quantized.Int8Vectors`).
+    """Keys and values of every layer, [B, kv_heads, S, head_dim]; a token's slot is its position. Each is an array, or
+    integers and scales (`quantized.Int8Vectors`).
 
     The first `lengths` slots of a row are its own. What the others hold is never read.
     """
@@ -71,8 +71,8 @@ class Cache:
 def empty_cache(config: DecoderConfig, rows: int, slots: int, int8: bool = False) -> Cache:
     """A cache of so many rows without a token."""
     c, lengths = config, jnp.zeros((rows,), jnp.int32)
-    shapes = ((rows, c.kv_heads, c.head_dim, slots), 2), ((rows, c.kv_heads, slots, c.head_dim), 3)
-    keys, values = (tuple(empty_vectors(*each, c.compute_dtype, int8) for _ in range(c.layers)) for each in shapes)
+    shape = rows, c.kv_heads, slots, c.head_dim
+    keys, values = (tuple(empty_vectors(shape, 3, c.compute_dtype, int8) for _ in range(c.layers)) for _ in range(2))
     return Cache(keys, values, lengths)
 
 
@@ -206,9 +206,9 @@ def _attention(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: 
     keys, values = store(key.astype(c.compute_dtype), value.astype(c.compute_dtype))
     grouped = query.reshape(batch, length, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
     numbers, scales = read_vectors(keys, query.dtype)
-    scores = jnp.einsum("btkgd,bkds->bkgts", grouped, numbers, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, numbers, preferred_element_type=jnp.float32)
     if scales is not None:
-        scores = scores * scales[:, :, :, None, :]
+        scores = scores * scales[:, :, None, None, :, 0]
     scores = scores * (c.query_scalar or c.head_dim) ** -0.5
     if cap := c.attention_softcap:
         scores = cap * jnp.tanh(scores / cap)
@@ -301,16 +301,10 @@ def extend(
         keys, values = cache.keys[layer], cache.values[layer]
         int8 = isinstance(keys, Int8Vectors)
 
-        def put_key(mine: Array, new: Array) -> Array:
-            return mine.at[rows, :, :, slots].set(new, mode="drop", unique_indices=True)
-
-        def put_value(mine: Array, new: Array) -> Array:
+        def put(mine: Array, new: Array) -> Array:
             return mine.at[rows, :, slots].set(new, mode="drop", unique_indices=True)
 
-        return (
-            jax.tree.map(put_key, keys, vectors(key, int8)),
-            jax.tree.map(put_value, values, vectors(value, int8)),
-        )
+        return jax.tree.map(put, keys, vectors(key, int8)), jax.tree.map(put, values, vectors(value, int8))
 
     hidden, keys, values = _forward(config, weights, tokens, positions, cache.slots, store)
     return hidden, Cache(keys, values, cache.lengths + counts)
@@ -324,8 +318,8 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
 
     def store(_: int, key: Array, value: Array) -> Any:
-        keys = jax.tree.map(lambda x: x.transpose(0, 2, 3, 1), vectors(key, int8))
-        return keys, jax.tree.map(lambda x: x.transpose(0, 2, 1, 3), vectors(value, int8))
+        kept = vectors(key, int8), vectors(value, int8)
+        return jax.tree.map(lambda x: x.transpose(0, 2, 1, 3), kept)
 
     hidden, keys, values = _forward(config, weights, tokens, positions, length, store)
     return hidden, Cache(keys, values, lengths)

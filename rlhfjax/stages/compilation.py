@@ -17,6 +17,15 @@ from rlhfjax.stages.job import Job
 from rlhfjax.training.online import OnlineSteps
 
 
+def training_options() -> dict[str, str] | None:
+    """Compiler options of programs that run whole models over whole batches.
+
+    On GPUs they are not recorded as CUDA graphs: cuDNN's attention inside a recorded loop ended with a launch failure
+    (jax 0.11.2, H100), and such programs do not wait for launches.
+    """
+    return {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else None
+
+
 class Program:
     """A jitted function that is traced and compiled in threads; a call waits for that once.
 

@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhfjax.algorithms.likelihood import token_log_probs, token_scores
+from rlhfjax.algorithms.packing import on_packed
 from rlhfjax.config import schema
 from rlhfjax.data.batches import right_padded
 from rlhfjax.data.datasets import open_source
@@ -23,18 +26,20 @@ from rlhfjax.evaluation.report import write_report
 from rlhfjax.evaluation.results import AccuracyRow, Calibration, Evaluation, PolicyRow, Response, Sample
 from rlhfjax.evaluation.rows import REWARD_MODEL, accuracy_row, comparison_row, human_row, policy_row, win_row
 from rlhfjax.evaluation.run_data import read_run
-from rlhfjax.functional import entropy, token_log_probs
+from rlhfjax.functional.masking import at_last
 from rlhfjax.generation import generate
 from rlhfjax.models import SequenceModel
-from rlhfjax.sharding import place_batch
+from rlhfjax.sharding import constrain_parts, place_batch
 from rlhfjax.sharding.sampling import split_caches
+from rlhfjax.stages.compilation import training_options
 from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.exact_match import exact_match
 from rlhfjax.stages.job import Job, sampler_of, sampling_params
 from rlhfjax.stages.offline import Facts, loss_meter
+from rlhfjax.stages.parts import rows_at_a_time
 from rlhfjax.text.chat import beginning, encode_prompt
 from rlhfjax.training.checkpoint import COMPLETE
-from rlhfjax.types import Params
+from rlhfjax.types import Params, TokenBatch
 
 POLICIES = ("pretrain", "sft", "ppo")
 SHOWN_SAMPLES = 24
@@ -136,16 +141,20 @@ def _sampler(job: Job, compared: dict[str, tuple[SequenceModel, Params]], stage:
     settings = sampling_params(job.config.sampling, job.tokenizer)
     sampler = split_caches(job.mesh, sampler_of(model, job.config.sampling))
 
-    @jax.jit
+    part, gather = rows_at_a_time(job.config, job.mesh), job.mesh.size == 1
+
+    @partial(jax.jit, compiler_options=training_options())
     def sample(params, reference, reward, batch, key):
         made = generate(sampler, params, batch, key, settings)
-        parts = (made.prompt, made.prompt_mask, made.response, made.response_mask)
-        logits = model.response_logits(params, *parts)
-        ref_log_probs = token_log_probs(reference_model.response_logits(reference, *parts), made.response)
-        kl = jnp.where(made.response_mask, token_log_probs(logits, made.response) - ref_log_probs, 0.0)
-        spread = jnp.where(made.response_mask, entropy(logits), 0.0)
-        scores = jnp.zeros(kl.shape[0]) if reward is None else reward_model.response_scores(reward, *parts)
-        return made, kl.sum(axis=1), spread.sum(axis=1), scores
+
+        def of_rows(rows: TokenBatch) -> tuple[jax.Array, ...]:
+            log_probs, entropies = token_log_probs(model, params, rows, gather=gather)
+            kl = log_probs - token_log_probs(reference_model, reference, rows, gather=gather)[0]
+            scores = jnp.zeros_like(kl) if reward is None else token_scores(reward_model, reward, rows)
+            return kl, entropies, scores
+
+        kl, entropies, scores = on_packed(part, made, of_rows, partial(constrain_parts, job.mesh))
+        return made, kl.sum(axis=1), entropies.sum(axis=1), at_last(scores, made.response_mask)
 
     return lambda batch, key: sample(params, reference, reward, batch, key)
 

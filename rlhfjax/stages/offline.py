@@ -25,7 +25,7 @@ from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.heads import init_head, rescale_head, with_head
 from rlhfjax.models.lora import join, split
 from rlhfjax.sharding import place_batch, state_shardings
-from rlhfjax.stages.compilation import Ahead, peek
+from rlhfjax.stages.compilation import Ahead, peek, training_options
 from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.job import Job, default_slots
 from rlhfjax.text.loading import load_tokenizer
@@ -372,7 +372,9 @@ def train_stage(
 
     parts = b.size // (b.micro or b.size)
 
-    @partial(jax.jit, donate_argnums=1, out_shardings=(state_shardings(job.mesh, state), None))
+    layout = state_shardings(job.mesh, state)
+
+    @partial(jax.jit, donate_argnums=1, out_shardings=(layout, None), compiler_options=training_options())
     def step_fn(frozen: Params, state: TrainState, batch: Any, key: jax.Array):
         restricted = restrict(algorithm, partial(join, frozen))
         state, metrics = offline_step(restricted, optimizer, state, batch, key, parts, c.optimizer.ema_decay)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhfjax.algorithms import Mix, Ppo, restrict
-from rlhfjax.algorithms.likelihood import token_log_probs, token_scores, token_values
+from rlhfjax.algorithms.likelihood import log_probs_and_values, token_log_probs, token_scores, token_values
 from rlhfjax.algorithms.packing import on_packed, packed_experience
 from rlhfjax.config import schema
 from rlhfjax.functional import adaptive_kl, kl_estimate
@@ -21,12 +21,13 @@ from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.heads import with_head, zero_head
 from rlhfjax.models.lora import has_adapters, join, split
-from rlhfjax.sharding import batch_sharding, constrain_parts, replicated, row_shards, state_shardings
+from rlhfjax.sharding import batch_sharding, constrain_parts, replicated, state_shardings
 from rlhfjax.sharding.sampling import split_caches
-from rlhfjax.stages.compilation import Ahead, peek
+from rlhfjax.stages.compilation import Ahead, peek, training_options
 from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.job import Job, sampler_of, sampling_params
 from rlhfjax.stages.offline import Facts, training_loss
+from rlhfjax.stages.parts import rows_at_a_time
 from rlhfjax.training.checkpoint import Checkpoints, meta_of
 from rlhfjax.training.flops import OnlineFlops, attended, forward_flops, seen_by
 from rlhfjax.training.metrics import MetricsWriter
@@ -43,9 +44,11 @@ def ppo(job: Job) -> Facts:
     c: schema.Ppo = job.config
     policy_model, policy = job.policy_from("sft", "pretrain")
     reward_model, reward = job.load("reward")
-    from_reward = c.value.start_from == "reward"
+    from_reward, head = c.value.start_from == "reward", zero_head(policy_model.config.width)
     value_model = reward_model if from_reward else policy_model
-    value = reward if from_reward else with_head(policy, zero_head(policy_model.config.width))
+    value = reward if from_reward else with_head(policy, head)
+    if c.value.trunk == "policy":
+        value_model, value = policy_model, {"head": head}
     sampling = sampling_params(c.sampling, job.tokenizer)
     algorithm = ppo_algorithm(c, policy_model, value_model, gather=job.mesh.size == 1)
     optimizer = ppo_optimizer(c, policy_model.config.width)
@@ -70,7 +73,7 @@ def ppo(job: Job) -> Facts:
     def save(state: OnlineState, iteration: int) -> None:
         average = {} if state.train.average is None else {"average": state.train.average}
         training = (state.train.optimizer, state.train.step, state.kl_coef, state.iteration)
-        checkpoints.save(iteration, state.train.params | average, training, meta)
+        checkpoints.save(iteration, _stored(state.train.params) | average, training, meta)
 
     with closing(checkpoints), closing(writer):  # a stage that is interrupted still finishes the save that is under way
         state = train_online(
@@ -132,9 +135,15 @@ def ppo_algorithm(
         settings = {"entropy_gradient": c.entropy_coef > 0, "gather": gather}
         return token_log_probs(policy_model, params["policy"], rows.batch, c.sampling.temperature, **settings)
 
+    def both(params: Params, rows: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        settings = {"entropy_gradient": c.entropy_coef > 0, "gather": gather}
+        parts = params["policy"], params["value"]["head"], rows.batch
+        return log_probs_and_values(policy_model, *parts, c.sampling.temperature, **settings)
+
     algorithm = Ppo(
         log_probs=log_probs,
         values=lambda params, rows: token_values(value_model, params["value"], rows.batch),
+        both=both if c.value.trunk == "policy" else None,
         clip=c.clip,
         value_clip=c.value.clip,
         value_coef=c.value.coef,
@@ -158,16 +167,6 @@ def ppo_optimizer(c: schema.Ppo, width: int | None = None) -> optax.GradientTran
         "value": make_optimizer(c.optimizer, total, peak=c.value.lr, width=width),
     }
     return optax.partition(each, {"policy": "policy", "value": "value"})
-
-
-def rows_at_a_time(c: schema.Ppo, mesh: jax.sharding.Mesh) -> int:
-    """Packed rows that go through the models together: `batch.micro`, or a quarter of a minibatch.
-
-    Smaller parts skip more of what short responses leave empty. Every device has rows of a part.
-    """
-    shards = row_shards(mesh)
-    rows = c.batch.micro or -(-(c.batch.minibatch or c.batch.size) // 4)
-    return -(-rows // shards) * shards
 
 
 @dataclass(frozen=True)
@@ -207,9 +206,8 @@ def compiled_steps(
         def of_rows(batch: TokenBatch) -> tuple[jax.Array, ...]:
             rows = _Rows(batch)
             reference = estimator.log_probs({"policy": frozen["reference"]}, rows)[0]
-            own = estimator.log_probs(params, rows)[0] if c.sampling.old_log_probs == "recompute" else reference
-            scores = token_scores(reward_model, frozen["reward"], batch)
-            return own, reference, estimator.values(params, rows), scores
+            own, _, values = estimator.predict(params, rows)
+            return own, reference, values, token_scores(reward_model, frozen["reward"], batch)
 
         own, reference, values, scores = on_packed(part, rollout, of_rows, place)
         log_probs = own if c.sampling.old_log_probs == "recompute" else rollout.sampled_log_probs
@@ -240,12 +238,13 @@ def compiled_steps(
             kl_coef = adaptive_kl(kl_coef, kl, target=c.kl.target, horizon=c.kl.horizon, episodes=c.batch.size)
         return OnlineState(train, kl_coef, state.iteration + 1), metrics
 
+    learn = jax.jit(update, donate_argnums=1, out_shardings=(layout, None), compiler_options=training_options())
     # The base is an argument of the compiled programs like any other: they share its arrays, and none is copied.
     return OnlineSteps(
         rollout=partial(jax.jit(rollout, out_shardings=rows), base or {}),
-        score=partial(jax.jit(score, out_shardings=rows), base or {}),
+        score=partial(jax.jit(score, out_shardings=rows, compiler_options=training_options()), base or {}),
         estimate=jax.jit(estimate, out_shardings=(rows, replicated(job.mesh))),
-        update=partial(jax.jit(update, donate_argnums=1, out_shardings=(layout, None)), base or {}),
+        update=partial(learn, base or {}),
     )
 
 
@@ -267,6 +266,13 @@ def sample_rows(job: Job, rollout: Rollout) -> list[dict[str, Any]]:
     ]
 
 
+def _stored(params: Params) -> Params:
+    """Policy and value model as they are saved: a value head on the policy's trunk as a model of its own."""
+    if set(params["value"]) != {"head"}:
+        return params
+    return params | {"value": with_head(params["policy"], params["value"]["head"])}
+
+
 def _restore(checkpoints: Checkpoints, state: OnlineState) -> OnlineState:
     """The state at the last checkpoint, if there is one."""
     latest = checkpoints.latest()
@@ -276,7 +282,7 @@ def _restore(checkpoints: Checkpoints, state: OnlineState) -> OnlineState:
     average = {} if train.average is None else {"average": abstract(train.average)}
     training = abstract((train.optimizer, train.step, state.kl_coef, state.iteration))
     models, (optimizer, step, kl_coef, iteration), _ = checkpoints.restore(
-        latest, abstract(train.params) | average, training
+        latest, abstract(_stored(train.params)) | average, training
     )
-    params = {name: models[name] for name in train.params}
+    params = {"policy": models["policy"], "value": {name: models["value"][name] for name in train.params["value"]}}
     return OnlineState(TrainState(params, optimizer, step, models.get("average")), kl_coef, iteration)
