@@ -26,7 +26,7 @@ BUDGET = 460.0  # seconds after which nothing new is started
 
 def gpu_workloads(quick: bool) -> list[Workload]:
     """In the order of what matters most, since a run may be stopped."""
-    g = Workload("sft", "G", rows=4, length=2048, repeats=8, dtype="bfloat16")
+    g = Workload("sft", "G", rows=8, length=2048, repeats=8, dtype="bfloat16")
     text = Workload("decode", "G", rows=1, prompt=64, response=128, slots=1, dtype="bfloat16")
     found = [
         g,

@@ -37,7 +37,7 @@ class Compilations:
 
 def step_of(work: dict[str, Any]) -> Step:
     """A function of the step's number that does one step and says how many tokens count for it."""
-    if work["task"] in ("ppo", "ppo_ragged"):
+    if work["task"].startswith("ppo"):
         return product.PpoLoop(work)
     if work["task"] == "grpo":
         return product.GrpoLoop(work)

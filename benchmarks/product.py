@@ -22,7 +22,7 @@ from rlhfjax.generation import SamplingParams, generate, rollout
 from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.heads import init_head, with_head
 from rlhfjax.sharding import batch_sharding, make_mesh, place_batch, state_shardings
-from rlhfjax.stages.compilation import Ahead
+from rlhfjax.stages.compilation import Ahead, training_options
 from rlhfjax.stages.offline import reward_modelling, training_loss
 from rlhfjax.stages.ppo import compiled_steps, ppo_algorithm, ppo_optimizer
 from rlhfjax.training.optimizer import make_optimizer
@@ -105,7 +105,9 @@ class OfflineLoop:
         optimizer = make_optimizer(optimizer_section(work), STEPS)
         self._state: TrainState = init_state(self._mesh, params, optimizer)
 
-        @partial(jax.jit, donate_argnums=1, out_shardings=(state_shardings(self._mesh, self._state), None))
+        layout = state_shardings(self._mesh, self._state)
+
+        @partial(jax.jit, donate_argnums=1, out_shardings=(layout, None), compiler_options=training_options())
         def step(frozen: Any, state: TrainState, batch: Any, key: jax.Array):
             return offline_step(algorithm(frozen), optimizer, state, batch, key)
 
@@ -192,7 +194,8 @@ def lengths_of(made: Rollout) -> list[int]:
 class PpoLoop:
     """One iteration after the other: the four compiled steps of `rlhfjax.stages.ppo`, compiled ahead as the stage does.
 
-    Policy, value, reference and reward model have the same shape; the value model starts from the reward model.
+    Policy, value, reference and reward model have the same shape; the value model starts from the reward model. With a
+    shared trunk a head on the policy's own takes its place.
     """
 
     def __init__(self, work: Work):
@@ -201,7 +204,8 @@ class PpoLoop:
         policy, judge = policy_of(work, self._mesh, model), fresh(self._mesh, model, work["seed"] + 1)
         reward = with_head(judge, init_head(jax.random.key(1), model.config.width))
         algorithm, optimizer = ppo_algorithm(c, model, model), ppo_optimizer(c, model.config.width)
-        train = init_state(self._mesh, {"policy": policy, "value": reward}, optimizer)
+        value = reward if c.value.trunk == "own" else {"head": reward["head"]}
+        train = init_state(self._mesh, {"policy": policy, "value": value}, optimizer)
         state = OnlineState(train, jnp.float32(c.kl.coef), jnp.int32(0))
         self._state = jax.device_put(state, state_shardings(self._mesh, state))
         self._frozen = {"reference": policy, "reward": reward}
@@ -301,5 +305,6 @@ def ppo_section(work: Work, old_log_probs: Literal["recompute", "rollout"] = "re
             prompt_length=work["prompt"],
         ),
         sampling=Sampling(max_new_tokens=work["response"], old_log_probs=old_log_probs),
+        value=schema.Value(trunk="policy" if work["task"] == "ppo_shared_trunk" else "own"),
         optimizer=optimizer_section(work),
     )

@@ -33,7 +33,11 @@ def speed_tables(folder: Path) -> str:
 def caption(rows: Sequence[Row], name: str) -> str:
     """Command, hardware, date, versions, load and peaks, as the file has them."""
     found = {item["metric"]: item["value"] for item in rows if item["workload"] == "environment"}
-    versions = ", ".join(f"{package} {found['versions'][package]}" for package in ("rlhfjax", "jax", "python"))
+    versions = ", ".join(
+        f"{package} {found['versions'][package]}"
+        for package in ("rlhfjax", "jax", "python")
+        if package in found["versions"]
+    )
     peers = sorted({package for packages in found["peers"].values() for package in packages})
     against = f"; peers: {', '.join(peers)}" if peers else ""
     peaks = [

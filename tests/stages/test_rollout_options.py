@@ -1,4 +1,4 @@
-"""Int8 sampling, guesses and heads through a whole recipe: what is trained, carried, measured and left out."""
+"""Int8 sampling, guesses, heads and a shared trunk through a whole recipe: what is trained, measured and left out."""
 
 import json
 
@@ -23,6 +23,7 @@ def run(files, command, tmp_path_factory):
     settings["model"]["architecture"] = {"embedding": {"mtp_heads": 2}}
     stages = settings["stages"]
     stages["ppo"]["sampling"] |= {"precision": "int8", "speculate": "heads", "speculate_tokens": 2}
+    stages["ppo"]["value"] = {"trunk": "policy"}
     stages["evaluate"]["sampling"] |= {"speculate": "ngram", "speculate_tokens": 3}
     (folder / "options.yaml").write_text(json.dumps(settings), encoding="utf-8")
     code, _, err = command("run", folder / "options.yaml", "--run-dir", folder / "run")
@@ -51,6 +52,17 @@ def test_what_sampling_added_is_measured(run):
         assert 0 <= row["speculation/kept"] <= 1
         assert 1 <= row["speculation/tokens_per_call"] <= 3
         assert row["policy/first_minibatch_ratio_err"] < 1e-5  # old log-probabilities are those of training
+
+
+def test_a_value_head_on_the_trunk_is_saved_as_a_model_of_its_own(run):
+    model, value = load_model(find_checkpoint(run / "ppo"), item="value")
+    _, policy = load_model(find_checkpoint(run / "ppo"), item="policy")
+    assert np.abs(value["head"]["kernel"]).max() > 0  # it was 0 at first
+    for mine, theirs in zip(
+        jax.tree.leaves(value["decoder"]["blocks"]), jax.tree.leaves(policy["blocks"]), strict=True
+    ):
+        np.testing.assert_array_equal(mine, theirs)
+    assert model.config.vocab_size == rlhfjax.load(run).config.vocab_size
 
 
 def test_scalar_models_have_no_heads_and_the_policy_answers_faster(run):
