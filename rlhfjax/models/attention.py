@@ -21,9 +21,9 @@ _spread: list[Spread] = [lambda program: program]  # of the process: programs ma
 
 @contextmanager
 def spread_by(wrapper: Spread) -> Iterator[None]:
-    """Within, `attend` runs wrapper(program): the composition root splits rows and heads over devices with it.
+    """Within, `attend` runs wrapper(kernel): the composition root splits rows and heads over devices with it.
 
-    XLA can't split a kernel by itself, and would repeat the loops of `blocked` on every device.
+    XLA can't split a kernel by itself; what it compiles from the equations it lays out like everything else.
     """
     _spread.append(wrapper)
     try:
@@ -54,12 +54,15 @@ def attend(
     program = _program(implementation, query, key, softcap)
     everything = partial(program, window=None, scale=scale, softcap=softcap)
     nearby = partial(program, window=window, scale=scale, softcap=softcap)
+    # On several CPU devices `blocked` stays out: around its loops their collectives began in different orders.
+    if program in (cudnn_attention, splash_attention):
+        everything, nearby = _spread[-1](everything), _spread[-1](nearby)
     arrays = (query, key, value, segments)
     if window is None or window >= query.shape[1]:
-        return _spread[-1](everything)(*arrays)
+        return everything(*arrays)
     if isinstance(local, bool):
-        return _spread[-1](nearby if local else everything)(*arrays)
-    return jax.lax.cond(local, _spread[-1](nearby), _spread[-1](everything), *arrays)
+        return (nearby if local else everything)(*arrays)
+    return jax.lax.cond(local, nearby, everything, *arrays)
 
 
 def _program(wanted: str, query: Array, key: Array, softcap: float | None) -> Callable[..., Array]:
