@@ -114,7 +114,8 @@ def resolved(run: Run) -> dict[str, Any]:
     """Every key with its value, as plain data. A model from a checkpoint has no shape of its own to show."""
     tree = run.model_dump(mode="json")
     if run.model.checkpoint:
-        tree["model"] = {key: tree["model"][key] for key in ("checkpoint", "remat", "dtype")}
+        kept = ("checkpoint", "remat", "dtype", *(("lora",) if run.model.lora else ()))
+        tree["model"] = {key: tree["model"][key] for key in kept}
         if run.model.attention != "auto":
             tree["model"]["architecture"] = {"attention": {"implementation": run.model.attention}}
     return tree

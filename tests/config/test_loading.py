@@ -180,7 +180,8 @@ def test_names_of_shipped_configurations(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [*shipped(), "small", "checkpoint"])
 def test_what_show_prints_loads_equal(name, small, tmp_path):
-    changes = ["model={checkpoint: a, dtype: bfloat16}", "tokenizer={}"] if name == "checkpoint" else []
+    settings = "{checkpoint: a, dtype: bfloat16, lora: {rank: 2}}"
+    changes = [f"model={settings}", "tokenizer={}"] if name == "checkpoint" else []
     run = load_config(small if name in ("small", "checkpoint") else name, changes)
     path = tmp_path / "again.yaml"
     path.write_text(resolved_yaml(run), encoding="utf-8")
