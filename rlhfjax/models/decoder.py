@@ -69,12 +69,14 @@ def decoder_config(
     )
 
 
-def _unroll(layers: int) -> int:
+def _unroll(config: DecoderConfig) -> int:
     """How many layers of the loop over layers are written out.
 
-    On a CPU a short loop is: what the backward pass reads is then not copied into stacked arrays and out of them.
+    On a CPU a short loop is: what the backward pass reads is then not copied into stacked arrays and out of them. What
+    is to be computed twice stays in a loop, where XLA does not see that it is the same.
     """
-    return layers if jax.default_backend() == "cpu" and layers <= 8 else 1
+    short = jax.default_backend() == "cpu" and config.layers <= 8 and config.remat == "none"
+    return config.layers if short else 1
 
 
 def compute_dtype(wanted: str = "auto") -> str:
@@ -105,7 +107,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
-            unroll=_unroll(c.layers),
+            unroll=_unroll(c),
         )(c, self.dropout)
         if c.norm_place != "post":
             self.final_norm = norm(c, "final_norm")

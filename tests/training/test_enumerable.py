@@ -48,6 +48,9 @@ def node_of(tokens) -> int:
 class Table:
     """Logits by prompt and by what has been said."""
 
+    def arrange(self, params, rows=None):
+        return params
+
     def prefill(self, params, prompt, prompt_mask, new_tokens):
         state = prompt[:, -1], jnp.zeros_like(prompt[:, -1])
         return params[state], state
