@@ -128,34 +128,92 @@ def reference(query, key, value, segments, *, window, scale, softcap):
 
 
 def blocked(query, key, value, segments, *, window, scale, softcap):
-    """Row by row and block of queries by block, each against the keys that it may see.
+    """Block of queries by block, each against the keys that it may see.
 
-    Half of the scores of causal attention are never computed, and those of a block fit in a CPU's cache. The backward
-    pass computes them again, so that what is kept is linear in T (Dao 2024, section 3.1, without its running softmax).
+    Half of the scores of causal attention are never computed, and those of a block are few. The backward pass computes
+    them again from their logarithmic sums, so that what is kept is linear in T (Dao 2024, section 3.1).
     """
-    batch, length, heads, size = query.shape
-    groups = heads // key.shape[2]
+    return _blocked((window, scale, softcap), query, key, value, segments)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocked(static, query, key, value, segments):
+    return _blocked_forward(static, query, key, value, segments)[0]
+
+
+def _blocked_forward(static, query, key, value, segments):
+    queries, keys, values = _by_head(query, key), _by_head(key, key)[:, :, 0], _by_head(value, key)[:, :, 0]
+    outs, log_sums = [], []
+    for rows, seen in _blocks(query.shape[1], static[0]):
+        scores, _ = _scores(static, queries[..., rows, :], keys[..., seen, :], segments, rows, seen)
+        top = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        mixed = jnp.einsum(
+            "bkgts,bksd->bkgtd", weights.astype(value.dtype), values[..., seen, :], preferred_element_type=jnp.float32
+        )
+        outs.append((mixed / total).astype(query.dtype))
+        log_sums.append(top + jnp.log(total))
+    out, log_sum = jnp.concatenate(outs, axis=3), jnp.concatenate(log_sums, axis=3)
+    return _by_token(out, query.shape), (query, key, value, segments, out, log_sum)
+
+
+def _blocked_backward(static, residuals, g):
+    query, key, value, segments, out, log_sum = residuals
+    window, scale, softcap = static
+    queries, gs = _by_head(query, key), _by_head(g, key)
+    keys, values = _by_head(key, key)[:, :, 0], _by_head(value, key)[:, :, 0]
+    inner = (gs.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    of_queries, of_keys, of_values = [], *(jnp.zeros(keys.shape, jnp.float32) for _ in range(2))
+    for rows, seen in _blocks(query.shape[1], window):
+        some, taught = queries[..., rows, :], gs[..., rows, :]
+        scores, mask = _scores(static, some, keys[..., seen, :], segments, rows, seen)
+        weights = jnp.where(mask, jnp.exp(scores - log_sum[..., rows, :]), 0.0)
+        of_weights = _product("bkgtd,bksd->bkgts", taught, values[..., seen, :])
+        of_scores = scale * weights * (of_weights - inner[..., rows, :])
+        if softcap is not None:
+            of_scores = of_scores * jnp.where(mask, 1.0 - jnp.square(scores / softcap), 0.0)
+        of_scores, weights = of_scores.astype(query.dtype), weights.astype(query.dtype)
+        of_queries.append(_product("bkgts,bksd->bkgtd", of_scores, keys[..., seen, :]))
+        of_keys = of_keys.at[..., seen, :].add(_product("bkgts,bkgtd->bksd", of_scores, some))
+        of_values = of_values.at[..., seen, :].add(_product("bkgts,bkgtd->bksd", weights, taught))
+    of_query = _by_token(jnp.concatenate(of_queries, axis=3), query.shape).astype(query.dtype)
+    of_key, of_value = (_by_token(x[:, :, None], key.shape).astype(key.dtype) for x in (of_keys, of_values))
+    return of_query, of_key, of_value, None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Queries, and the keys that one of them may see."""
     block = max(64, -(-length // 16))  # at most 16 blocks to compile
-
-    def row(arrays):
-        query, key, value, segments = arrays  # [G, T, D], [T, D], [T, D], [T]
-        one = jax.checkpoint(partial(_block, window=window, scale=scale, softcap=softcap))
-        outputs = []
-        for start in range(0, length, block):
-            stop = min(start + block, length)
-            seen = slice(0 if window is None else max(0, start - window + 1), stop)
-            outputs.append(one(query[:, start:stop], key[seen], value[seen], segments[start:stop], segments[seen]))
-        return jnp.concatenate(outputs, axis=1)
-
-    query = jnp.moveaxis(query.reshape(batch, length, -1, groups, size), 1, 3).reshape(-1, groups, length, size)
-    key, value = (jnp.moveaxis(x, 1, 2).reshape(-1, length, size) for x in (key, value))
-    segments = jnp.repeat(segments, query.shape[0] // batch, axis=0)
-    out = jax.lax.map(row, (query, key, value, segments)).reshape(batch, -1, groups, length, size)
-    return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, size)
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        yield slice(start, stop), slice(0 if window is None else max(0, start - window + 1), stop)
 
 
-def _block(query, key, value, query_segments, key_segments, *, window, scale, softcap):
-    """Attention of the queries [G, T, D] of the last T of the S tokens that the keys are of."""
-    scores = jnp.einsum("gtd,sd->gts", query, key, preferred_element_type=jnp.float32)
-    mask = attention_mask(query_segments[None], key_segments[None], key.shape[0] - query.shape[1], window)
-    return jnp.einsum("gts,sd->gtd", _weights(scores, mask, scale, softcap).astype(value.dtype), value)
+def _scores(static, query, key, segments, rows, seen):
+    """Scores [B, K, G, T, S] of a block, the least number where a key is not seen, and where it is."""
+    window, scale, softcap = static
+    scores = scale * _product("bkgtd,bksd->bkgts", query, key)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    mask = attention_mask(segments[:, rows], segments[:, seen], rows.start - seen.start, window)[:, None, None]
+    return jnp.where(mask, scores, jnp.finfo(jnp.float32).min), mask
+
+
+def _product(equation, a, b):
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _by_head(x, key):
+    """[B, T, H, D] to [B, K, G, T, D]."""
+    batch, length, heads, size = x.shape
+    kinds = key.shape[2]
+    return jnp.moveaxis(x.reshape(batch, length, kinds, heads // kinds, size), 1, 3)
+
+
+def _by_token(x, shape):
+    """[B, K, G, T, D] to [B, T, H, D]."""
+    return jnp.moveaxis(x, 3, 1).reshape(shape)
