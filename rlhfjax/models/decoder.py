@@ -4,7 +4,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhfjax.models.attention import attention_mask
 from rlhfjax.models.layers import Block, DecoderConfig, Linear, Sight, norm
 from rlhfjax.models.quantized import int8_dot
 from rlhfjax.models.remat import POLICIES
@@ -105,7 +104,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0, "routing": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
             unroll=_unroll(c),
         )(c, self.dropout)
@@ -114,8 +113,8 @@ class Decoder(nn.Module):
         if not c.tied:
             self.unembed = Linear(c.vocab_size, use_bias=False, dtype=jnp.float32, kernel_init=normal)
 
-    def hidden(self, tokens, positions, segments, key_segments=None, cache=None, index=0):
-        """[B, T] tokens to [B, T, width]; with a cache also the cache with these tokens in slots index … index+T-1."""
+    def hidden(self, tokens, positions, segments):
+        """[B, T] tokens to [B, T, width]. Sampling has a forward pass of its own (`rlhfjax.models.decoding`)."""
         c = self.config
         x = self.embed(tokens)
         if self.embed.has_variable("params", "embedding_scale"):
@@ -124,15 +123,10 @@ class Decoder(nn.Module):
             x = x * c.width**0.5
         if c.positions == "learned":
             x = x + self.positions(jnp.minimum(positions, c.context - 1))
-        mask = near = None
-        if cache is not None:
-            mask = attention_mask(segments, key_segments, index)
-            near = attention_mask(segments, key_segments, index, c.window) if c.window else mask
         # Layers of two kinds in one scan: what differs is chosen by an array over the layers, which is no parameter.
         local = jnp.asarray(c.local_layers) if len(set(c.local_layers)) == 2 else None
-        sight = Sight(positions, segments, mask, near, index)
-        x, cache = self.blocks(x.astype(c.compute_dtype), cache, local, sight)
-        return (x if c.norm_place == "post" else self.final_norm(x)), cache
+        x, _ = self.blocks(x.astype(c.compute_dtype), local, Sight(positions, segments))
+        return x if c.norm_place == "post" else self.final_norm(x)
 
     def logits(self, hidden):
         """[..., width] to [..., vocabulary], float32."""
@@ -147,4 +141,4 @@ class Decoder(nn.Module):
         return cap * jnp.tanh(logits / cap) if cap else logits
 
     def __call__(self, tokens, positions, segments):
-        return self.logits(self.hidden(tokens, positions, segments)[0])
+        return self.logits(self.hidden(tokens, positions, segments))

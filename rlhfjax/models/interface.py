@@ -70,7 +70,7 @@ class LanguageModel:
         """Final hidden states; tokens attend to earlier tokens of the same segment. Dropout needs a key."""
         rngs = None if key is None else {"dropout": key}
         rate = dropout if key is not None else 0.0
-        return self._apply("hidden", params, tokens, positions, segments, dropout=rate, rngs=rngs)[0]
+        return self._apply("hidden", params, tokens, positions, segments, dropout=rate, rngs=rngs)
 
     def batch_hidden(
         self, params: Params, batch: TokenBatch, dropout: float = 0.0, key: jax.Array | None = None
@@ -101,7 +101,7 @@ class LanguageModel:
         """`hidden` of a mixture of experts in training: within the experts' capacity, with what the routers did."""
         rngs = None if key is None else {"dropout": key}
         decoder = Decoder(self.config, dropout if key is not None else 0.0)
-        (hidden, _), sown = decoder.apply(
+        hidden, sown = decoder.apply(
             {"params": params}, tokens, positions, segments, method="hidden", rngs=rngs, mutable=["routing"]
         )
         return hidden, sown["routing"]["blocks"]["experts"]["of"]  # pyright: ignore[reportReturnType]

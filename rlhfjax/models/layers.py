@@ -1,14 +1,14 @@
 """Layers of the decoder: norms, rotary positions, attention with an explicit cache, feed-forward blocks."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhfjax.models.attention import attend, masked_attention
+from rlhfjax.models.attention import attend
 from rlhfjax.models.experts import Experts
 from rlhfjax.models.products import dot_general
 from rlhfjax.models.quantized import int8_dot
@@ -100,9 +100,6 @@ class Sight(NamedTuple):
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"]  # 0 is padding
-    mask: Any  # [B, T, S] with a cache: of layers without a window
-    local_mask: Any  # and of layers with one
-    index: Any  # the first slot of the cache that these tokens take
 
 
 def rope_frequencies(config: DecoderConfig, local: bool = False) -> Float[Array, "D/2"]:
@@ -203,7 +200,7 @@ def _linear(
 
 
 class Attention(nn.Module):
-    """Multi-head or grouped-query attention; keys and values go to slot `index` of the cache when there is one.
+    """Multi-head or grouped-query attention within segments.
 
     `local` says whether this layer has the window: a bool, or a traced one where layers of a scan differ.
     """
@@ -211,7 +208,7 @@ class Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, sight: Sight, local, cache):
+    def __call__(self, x, sight: Sight, local):
         c = self.config
         query = _linear(c, (c.heads, c.head_dim), "query", bias=c.qkv_biases)(x)
         key = _linear(c, (c.kv_heads, c.head_dim), "key", bias=c.qkv_biases)(x)
@@ -221,20 +218,12 @@ class Attention(nn.Module):
         if c.positions == "rope":
             frequency = _either(local, rope_frequencies(c, local=True), rope_frequencies(c))
             query, key = rotate(query, sight.positions, frequency), rotate(key, sight.positions, frequency)
-        if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key.astype(cache[0].dtype), sight.index, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value.astype(cache[1].dtype), sight.index, axis=1)
-            cache = (key, value)
         scale = None if c.query_scalar is None else c.query_scalar**-0.5
-        if cache is None:
-            how = {"window": c.window, "softcap": c.attention_softcap, "implementation": c.attention}
-            query, key, value = keep(query, key, value)
-            out = keep(attend(query, key, value, sight.segments, local, scale=scale, **how))
-        else:
-            mask = _either(local, sight.local_mask, sight.mask)
-            out = masked_attention(query, key, value, mask, scale, c.attention_softcap)
+        how = {"window": c.window, "softcap": c.attention_softcap, "implementation": c.attention}
+        query, key, value = keep(query, key, value)
+        out = keep(attend(query, key, value, sight.segments, local, scale=scale, **how))
         # GPT-2's residual scaling: outputs of both blocks start smaller by 1/sqrt(2 x layers).
-        return _linear(c, c.width, "out", axis=(-2, -1), std=c.init_std / (2 * c.layers) ** 0.5)(out), cache
+        return _linear(c, c.width, "out", axis=(-2, -1), std=c.init_std / (2 * c.layers) ** 0.5)(out)
 
 
 def _either(local, chosen, other):
@@ -268,7 +257,7 @@ class Block(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, x, cache, local, sight: Sight):
+    def __call__(self, x, local, sight: Sight):
         c = self.config
         dropout = nn.Dropout(self.dropout, deterministic=self.dropout == 0.0)
         before = (lambda y, name: y) if c.norm_place == "post" else (lambda y, name: norm(c, name)(y))
@@ -276,8 +265,8 @@ class Block(nn.Module):
         total = (lambda y, name: norm(c, name)(y)) if c.norm_place == "post" else (lambda y, name: y)
 
         local = all(c.local_layers) if local is None else local
-        attended, cache = Attention(c, name="attention")(before(x, "attention_norm"), sight, local, cache)
+        attended = Attention(c, name="attention")(before(x, "attention_norm"), sight, local)
         x = total(x + dropout(after(attended, "attention_post_norm")), "attention_norm")
         read = before(x, "mlp_norm")
         fed = Experts(c, name="experts")(read, sight.segments > 0) if c.experts else FeedForward(c, name="mlp")(read)
-        return total(x + dropout(after(fed, "mlp_post_norm")), "mlp_norm"), cache
+        return total(x + dropout(after(fed, "mlp_post_norm")), "mlp_norm"), None
