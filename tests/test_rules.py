@@ -303,7 +303,8 @@ def test_each_step_is_compiled_once(run):
     # meant to catch a state that leaves the update in another layout than it came in
     steps = run.steps
     compiled = (steps.rollout.func, steps.score.func, steps.estimate, steps.update.func)
-    assert [step._cache_size() for step in compiled] == [1, 1, 1, 1]
+    # 0 where programs of other tests have driven it out of the cache that all share
+    assert all(step._cache_size() <= 1 for step in compiled)
 
 
 def test_the_state_keeps_its_layout_and_counts(run):

@@ -183,4 +183,5 @@ def test_the_policy_becomes_the_reference_times_exp_reward_over_beta(tmp_path, w
     assert rows[-1]["objective/kl"] == pytest.approx(np.mean(expected_kl), abs=0.1)
     assert rows[-1]["objective/scores"] == pytest.approx(np.mean(expected_reward), abs=0.1)
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-6)
-    assert [step._cache_size() for step in (steps.rollout, steps.score, steps.estimate, steps.update)] == [1, 1, 1, 1]
+    # 0 where programs of other tests have driven it out of the cache that all share
+    assert all(step._cache_size() <= 1 for step in (steps.rollout, steps.score, steps.estimate, steps.update))
