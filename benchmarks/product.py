@@ -23,7 +23,7 @@ from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.heads import init_head, with_head
 from rlhfjax.sharding import batch_sharding, make_mesh, place_batch, state_shardings
 from rlhfjax.stages.compilation import Ahead, training_options
-from rlhfjax.stages.offline import reward_modelling, training_loss
+from rlhfjax.stages.losses import reward_modelling, training_loss
 from rlhfjax.stages.ppo import compiled_steps, ppo_algorithm, ppo_optimizer
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.state import init_state, place

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhfjax.functional import dpo_loss, masked_mean, pairwise_accuracy, ranked_pairs, ranked_prompts
+from rlhfjax.algorithms.reward_modelling import ranked_counts
+from rlhfjax.functional import dpo_loss, masked_mean, pairwise_accuracy
 from rlhfjax.functional.preference import better, mean_of_pairs
 from rlhfjax.types import Params, RankedBatch
 
@@ -30,10 +31,7 @@ class Dpo:
 
     def weight(self, batch: RankedBatch) -> dict[str, Array]:
         """Prompts with at least two candidates, and the pairs among them that people told apart."""
-        return {
-            "prompts": jnp.maximum(ranked_prompts(batch.ranks, batch.mask), 1.0),
-            "pairs": jnp.maximum(ranked_pairs(batch.ranks, batch.mask), 1.0),
-        }
+        return ranked_counts(batch)
 
     def loss(
         self, params: Params, batch: RankedBatch, weight: dict[str, Array], key: jax.Array | None = None

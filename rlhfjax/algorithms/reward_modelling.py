@@ -11,6 +11,14 @@ from rlhfjax.functional import pairwise_accuracy, ranked_pairs, ranked_prompts, 
 from rlhfjax.types import Params, RankedBatch
 
 
+def ranked_counts(batch: RankedBatch) -> dict[str, Array]:
+    """Prompts with at least two candidates, and the pairs among them that people told apart; 1 where there is none."""
+    return {
+        "prompts": jnp.maximum(ranked_prompts(batch.ranks, batch.mask), 1.0),
+        "pairs": jnp.maximum(ranked_pairs(batch.ranks, batch.mask), 1.0),
+    }
+
+
 @dataclass(frozen=True)
 class RewardModelling:
     """Mean over prompts of 1/C(K,2) Σ over ordered pairs of -log σ(r_w - r_l) (Ouyang et al. 2022, eq. 1).
@@ -24,10 +32,7 @@ class RewardModelling:
 
     def weight(self, batch: RankedBatch) -> dict[str, Array]:
         """Prompts with at least two candidates, and the pairs among them that people told apart."""
-        return {
-            "prompts": jnp.maximum(ranked_prompts(batch.ranks, batch.mask), 1.0),
-            "pairs": jnp.maximum(ranked_pairs(batch.ranks, batch.mask), 1.0),
-        }
+        return ranked_counts(batch)
 
     def loss(
         self, params: Params, batch: RankedBatch, weight: dict[str, Array], key: jax.Array | None = None

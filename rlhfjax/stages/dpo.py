@@ -10,7 +10,8 @@ from rlhfjax.data.pipeline import Batches
 from rlhfjax.models import SequenceModel
 from rlhfjax.stages.data import held_out
 from rlhfjax.stages.job import Job
-from rlhfjax.stages.offline import Facts, accuracy_meter, named, train_stage
+from rlhfjax.stages.meters import accuracy_meter, named
+from rlhfjax.stages.offline import Facts, train_stage
 from rlhfjax.types import Params, RankedBatch, TokenBatch
 
 

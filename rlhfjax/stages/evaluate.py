@@ -35,7 +35,8 @@ from rlhfjax.stages.compilation import training_options
 from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.exact_match import exact_match
 from rlhfjax.stages.job import Job, sampler_of, sampling_params
-from rlhfjax.stages.offline import Facts, loss_meter
+from rlhfjax.stages.meters import loss_meter
+from rlhfjax.stages.offline import Facts
 from rlhfjax.stages.parts import rows_at_a_time
 from rlhfjax.text.chat import beginning, encode_prompt
 from rlhfjax.training.checkpoint import COMPLETE

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhfjax.algorithms import Dpo, LanguageModelling, RewardModelling, RoutedLanguageModelling, restrict
-from rlhfjax.algorithms.language_modelling import predicted
-from rlhfjax.algorithms.likelihood import cross_entropy
-from rlhfjax.algorithms.multi_token import MultiTokenPrediction, Sums, head_sums
+from rlhfjax.algorithms import restrict
 from rlhfjax.config import schema
 from rlhfjax.data.batches import left_padded, right_padded
 from rlhfjax.data.datasets import open_source
@@ -24,13 +21,15 @@ from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.heads import init_head, rescale_head, with_head
 from rlhfjax.models.lora import join, split
-from rlhfjax.sharding import place_batch, state_shardings
+from rlhfjax.sharding import state_shardings
 from rlhfjax.stages.compilation import Ahead, peek, training_options
 from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.job import Job, default_slots
+from rlhfjax.stages.losses import reward_modelling, training_loss
+from rlhfjax.stages.meters import Meter, accuracy_meter, loss_meter, named, reward_meter
 from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.text.tokenizer import Tokenizer
-from rlhfjax.training.checkpoint import Checkpoints, find_checkpoint, load_model, meta_of, read_meta, tokenizer_of
+from rlhfjax.training.checkpoint import Checkpoints, find_checkpoint, meta_of, read_meta, tokenizer_of
 from rlhfjax.training.flops import OfflineFlops, forward_flops, seen_by
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.offline import train_offline
@@ -38,7 +37,7 @@ from rlhfjax.training.optimizer import learning_rate, make_optimizer
 from rlhfjax.training.profiling import Trace
 from rlhfjax.training.state import abstract, init_state
 from rlhfjax.training.update import offline_step
-from rlhfjax.types import Params, PromptBatch, RankedBatch, TrainState
+from rlhfjax.types import Params, PromptBatch, TrainState
 
 Facts = dict[str, Any]
 Validate = Callable[[Params, dict[str, Batches]], dict[str, float]]
@@ -101,75 +100,6 @@ def reward(job: Job) -> Facts:
     )
 
 
-def language_modelling(
-    model: SequenceModel,
-    dropout: float = 0.0,
-    decoder: Callable[[Params], Params] = lambda params: params,
-    label_smoothing: float = 0.0,
-    gather: bool = True,
-) -> LanguageModelling:
-    """The language-modelling loss of a decoder; of responses given their prompts for an encoder–decoder.
-
-    `decoder` picks the parameters of the model out of those that are trained. `gather` is for one device.
-    """
-
-    def total(params, batch, key):
-        params = decoder(params)
-        hidden = model.batch_hidden(params, batch, dropout, key)
-        return cross_entropy(model, params, batch, hidden, label_smoothing, gather=gather)
-
-    return LanguageModelling(total)
-
-
-def training_loss(
-    model: SequenceModel,
-    dropout: float = 0.0,
-    decoder: Callable[[Params], Params] = lambda params: params,
-    label_smoothing: float = 0.0,
-    gather: bool = True,
-    ahead: bool = False,
-) -> LanguageModelling | RoutedLanguageModelling | MultiTokenPrediction:
-    """What a policy is trained on: the language-modelling loss and, with experts, the losses of their routers.
-
-    With `ahead` also the loss of the heads that predict further ahead; the model has some, and no experts.
-    """
-    if ahead:
-        return _multi_token(model, dropout, decoder, label_smoothing, gather)
-    if isinstance(model, EncoderDecoder) or not model.config.experts:
-        return language_modelling(model, dropout, decoder, label_smoothing, gather)
-
-    def total(params, batch, key):
-        params = decoder(params)
-        inputs = batch.tokens, batch.positions, batch.segments
-        hidden, routing = model.hidden_and_routing(params, *inputs, dropout, key)
-        return cross_entropy(model, params, batch, hidden, label_smoothing, gather=gather), routing
-
-    c = model.config
-    return RoutedLanguageModelling(total, c.load_balancing_coef, c.router_z_coef)
-
-
-def _multi_token(model: Any, dropout: float, decoder: Callable, smoothing: float, gather: bool) -> MultiTokenPrediction:
-    def sums(params, batch, key):
-        params = decoder(params)
-        hidden = model.batch_hidden(params, batch, dropout, key)
-        next_token = cross_entropy(model, params, batch, hidden, smoothing, gather=gather)
-        return Sums(next_token, *head_sums(model, params, batch, hidden, gather=gather))
-
-    return MultiTokenPrediction(sums, model.config.mtp_heads, model.config.mtp_coef)
-
-
-def reward_modelling(model: SequenceModel, loss: schema.RankingLoss, dropout: float = 0.0) -> RewardModelling:
-    """The ranking loss of a scalar model: one forward pass a candidate."""
-
-    def scores(params, batch: RankedBatch, key):
-        flat = (-1, batch.tokens.shape[-1])
-        prompts = jnp.repeat(batch.prompt_lengths, batch.ranks.shape[1])
-        rows = model.scores(params, batch.tokens.reshape(flat), batch.token_mask.reshape(flat), prompts, dropout, key)
-        return rows.reshape(batch.ranks.shape)
-
-    return RewardModelling(scores, loss.kind, loss.margin)
-
-
 def normalize_scores(job: Job, model: SequenceModel, params: Params) -> tuple[Params, Facts]:
     """Shift (and scale) the head so that the scores of reference responses have mean 0 (and deviation 1).
 
@@ -212,79 +142,6 @@ def _sampled(job: Job, prompts: list[list[int]], length: int) -> list[tuple[list
         (prompt, response[kept].tolist())
         for prompt, response, kept in zip(prompts, rollout.response, rollout.response_mask, strict=True)
     ]
-
-
-@dataclass(frozen=True)
-class Meter:
-    """The mean over a data set of what `total(params, batch, rows)` gives the sum and the count of, batch by batch."""
-
-    total: Any
-    mesh: jax.sharding.Mesh
-
-    def __call__(self, params: Params, batches: Batches) -> float:
-        sums = [self.total(params, place_batch(self.mesh, batch), rows) for batch, rows in batches.once()]
-        return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
-
-    def shapes(self, params: Params, batches: Batches) -> tuple:
-        """What `total` is called with."""
-        batch, rows = next(iter(batches.once()))
-        return abstract(params), abstract(place_batch(self.mesh, batch)), rows
-
-
-def loss_meter(job: Job, model: SequenceModel) -> Meter:
-    """Mean loss over every target token of a data set, nats per token."""
-    algorithm = language_modelling(model, gather=job.mesh.size == 1)
-
-    @jax.jit
-    def total(params, batch, rows):
-        counted = jnp.arange(batch.tokens.shape[0]) < rows
-        batch = replace(batch, loss_mask=batch.loss_mask & counted[:, None])
-        return algorithm.loss(params, batch, jnp.float32(1.0))[0], predicted(batch).sum()
-
-    return Meter(total, job.mesh)
-
-
-def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[Params], dict[str, float]]:
-    """Mean score that the reward model at `reward_model` gives samples for validation prompts.
-
-    InstructGPT chose its SFT checkpoint by this, not by validation loss (Ouyang et al. 2022, C.1).
-    """
-    c: schema.Sft = job.config
-    scorer, reward = load_model(find_checkpoint(str(c.reward_model)), job.mesh)
-    pairs = job.reader.demonstration_ids(c.validation, c.batch.length, count)
-    tokens, mask = left_padded([prompt for prompt, _ in pairs], job.tokenizer.pad_id)
-    t = job.tokenizer
-    settings = SamplingParams(c.batch.length - tokens.shape[1], t.eos_id, t.pad_id, slots=default_slots())
-    batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
-
-    @jax.jit
-    def mean_score(params, key):
-        made = generate(model, params, batch, key, settings)
-        parts = (made.prompt, made.prompt_mask, made.response, made.response_mask)
-        return scorer.response_scores(reward, *parts).mean()
-
-    return lambda params: {"eval/reward_score": float(mean_score(params, job.key("samples")))}
-
-
-def accuracy_meter(job: Job, algorithm: RewardModelling | Dpo, metric: str = "train/rm/accuracy") -> Meter:
-    """Share of the ranked pairs of a data set that the scores, or implicit rewards, order as people did."""
-
-    @jax.jit
-    def total(params, batch, rows):
-        counted = jnp.arange(batch.ranks.shape[0]) < rows
-        batch = replace(batch, mask=batch.mask & counted[:, None])
-        weight = algorithm.weight(batch)
-        return algorithm.loss(params, batch, weight)[1][metric] * weight["pairs"], weight["pairs"]
-
-    return Meter(total, job.mesh)
-
-
-def named(metric: str, values: dict[str, float]) -> dict[str, float]:
-    """One metric a data set, and their mean under the plain name."""
-    if not values:
-        return {}
-    each = {f"{metric}/{name}": value for name, value in values.items()}
-    return each | {metric: float(np.mean(list(values.values())))}
 
 
 def _train_policy(job: Job, model: SequenceModel, params: Params) -> Facts:

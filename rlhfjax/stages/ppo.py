@@ -26,7 +26,8 @@ from rlhfjax.sharding.sampling import split_caches
 from rlhfjax.stages.compilation import Ahead, peek, training_options
 from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.job import Job, sampler_of, sampling_params
-from rlhfjax.stages.offline import Facts, training_loss
+from rlhfjax.stages.losses import training_loss
+from rlhfjax.stages.offline import Facts
 from rlhfjax.stages.parts import rows_at_a_time
 from rlhfjax.training.checkpoint import Checkpoints, meta_of
 from rlhfjax.training.flops import OnlineFlops, attended, forward_flops, seen_by

@@ -12,7 +12,8 @@ from tiny import random_tokens, ranked_batch, scalar_params_of, tiny
 from rlhfjax.config import schema
 from rlhfjax.models import LanguageModel
 from rlhfjax.models.heads import apply_head
-from rlhfjax.stages.offline import normalize_scores, reward_modelling
+from rlhfjax.stages.losses import reward_modelling
+from rlhfjax.stages.offline import normalize_scores
 
 MODEL = tiny("gpt2")
 BATCH = ranked_batch(3, 4, 6, seed=1)

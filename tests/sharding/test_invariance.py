@@ -25,7 +25,7 @@ from rlhfjax.algorithms.mix import MixedBatch
 from rlhfjax.algorithms.packing import packed_experience
 from rlhfjax.config import schema
 from rlhfjax.sharding import batch_sharding, constrain_parts, make_mesh, place_batch, state_shardings
-from rlhfjax.stages.offline import language_modelling, reward_modelling
+from rlhfjax.stages.losses import language_modelling, reward_modelling
 from rlhfjax.stages.ppo import ppo_algorithm
 from rlhfjax.training.update import gradients
 

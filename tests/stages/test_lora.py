@@ -25,7 +25,7 @@ from rlhfjax.sharding import make_mesh
 from rlhfjax.sharding.rules import path_name
 from rlhfjax.stages import ppo, run_recipe
 from rlhfjax.stages.job import Job
-from rlhfjax.stages.offline import language_modelling
+from rlhfjax.stages.losses import language_modelling
 from rlhfjax.training.checkpoint import find_checkpoint, load_model, read_meta
 from rlhfjax.training.update import offline_step
 from rlhfjax.types import TokenBatch, TrainState

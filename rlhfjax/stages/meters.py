@@ -1,0 +1,96 @@
+"""What validation measures: held-out loss, ranked pairs in their order, the reward model's score of samples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhfjax.algorithms import Dpo, RewardModelling
+from rlhfjax.algorithms.language_modelling import predicted
+from rlhfjax.config import schema
+from rlhfjax.data.batches import left_padded
+from rlhfjax.data.pipeline import Batches
+from rlhfjax.generation import SamplingParams, generate
+from rlhfjax.models import SequenceModel
+from rlhfjax.sharding import place_batch
+from rlhfjax.stages.job import Job, default_slots
+from rlhfjax.stages.losses import language_modelling
+from rlhfjax.training.checkpoint import find_checkpoint, load_model
+from rlhfjax.training.state import abstract
+from rlhfjax.types import Params, PromptBatch
+
+
+@dataclass(frozen=True)
+class Meter:
+    """The mean over a data set of what `total(params, batch, rows)` gives the sum and the count of, batch by batch."""
+
+    total: Any
+    mesh: jax.sharding.Mesh
+
+    def __call__(self, params: Params, batches: Batches) -> float:
+        sums = [self.total(params, place_batch(self.mesh, batch), rows) for batch, rows in batches.once()]
+        return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
+
+    def shapes(self, params: Params, batches: Batches) -> tuple:
+        """What `total` is called with."""
+        batch, rows = next(iter(batches.once()))
+        return abstract(params), abstract(place_batch(self.mesh, batch)), rows
+
+
+def loss_meter(job: Job, model: SequenceModel) -> Meter:
+    """Mean loss over every target token of a data set, nats per token."""
+    algorithm = language_modelling(model, gather=job.mesh.size == 1)
+
+    @jax.jit
+    def total(params, batch, rows):
+        counted = jnp.arange(batch.tokens.shape[0]) < rows
+        batch = replace(batch, loss_mask=batch.loss_mask & counted[:, None])
+        return algorithm.loss(params, batch, jnp.float32(1.0))[0], predicted(batch).sum()
+
+    return Meter(total, job.mesh)
+
+
+def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[Params], dict[str, float]]:
+    """Mean score that the reward model at `reward_model` gives samples for validation prompts.
+
+    InstructGPT chose its SFT checkpoint by this, not by validation loss (Ouyang et al. 2022, C.1).
+    """
+    c: schema.Sft = job.config
+    scorer, reward = load_model(find_checkpoint(str(c.reward_model)), job.mesh)
+    pairs = job.reader.demonstration_ids(c.validation, c.batch.length, count)
+    tokens, mask = left_padded([prompt for prompt, _ in pairs], job.tokenizer.pad_id)
+    t = job.tokenizer
+    settings = SamplingParams(c.batch.length - tokens.shape[1], t.eos_id, t.pad_id, slots=default_slots())
+    batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
+
+    @jax.jit
+    def mean_score(params, key):
+        made = generate(model, params, batch, key, settings)
+        parts = (made.prompt, made.prompt_mask, made.response, made.response_mask)
+        return scorer.response_scores(reward, *parts).mean()
+
+    return lambda params: {"eval/reward_score": float(mean_score(params, job.key("samples")))}
+
+
+def accuracy_meter(job: Job, algorithm: RewardModelling | Dpo, metric: str = "train/rm/accuracy") -> Meter:
+    """Share of the ranked pairs of a data set that the scores, or implicit rewards, order as people did."""
+
+    @jax.jit
+    def total(params, batch, rows):
+        counted = jnp.arange(batch.ranks.shape[0]) < rows
+        batch = replace(batch, mask=batch.mask & counted[:, None])
+        weight = algorithm.weight(batch)
+        return algorithm.loss(params, batch, weight)[1][metric] * weight["pairs"], weight["pairs"]
+
+    return Meter(total, job.mesh)
+
+
+def named(metric: str, values: dict[str, float]) -> dict[str, float]:
+    """One metric a data set, and their mean under the plain name."""
+    if not values:
+        return {}
+    each = {f"{metric}/{name}": value for name, value in values.items()}
+    return each | {metric: float(np.mean(list(values.values())))}
