@@ -40,7 +40,7 @@ def alone(model, params, row, at):
 @pytest.mark.parametrize("gather", [True, False])
 @pytest.mark.parametrize("style", MODELS)
 def test_log_probs_entropies_and_cross_entropy(style, gather):
-    # fails when a result is one place off, and when a document's first token counts: seen
+    # meant to catch a result one place off, and a document's first token that counts
     family, changes = MODELS[style]
     model = tiny(family, **changes)
     params = params_of(model)

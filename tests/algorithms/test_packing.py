@@ -23,7 +23,7 @@ def sequences():
 
 @pytest.mark.parametrize("part", [1, 3, 5, 12])
 def test_every_sequence_is_there_once_in_one_piece(part):
-    # fails when a prompt loses its first token, and when positions go on from the sequence before: seen
+    # meant to catch a prompt that loses its first token, and positions that go on from the sequence before
     packing = jax.jit(pack, static_argnums=1)(ROLLOUT, part)
     batch = packing.tokens(ROLLOUT)
     assert batch.tokens.shape == (-(-ROWS // part), part, PROMPT + RESPONSE)

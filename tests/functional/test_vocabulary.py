@@ -36,7 +36,7 @@ FORMS = [(True, None), (False, None), (True, 1.5)]
 @pytest.mark.parametrize("chunk", [1, 4, 6, 100])
 @pytest.mark.parametrize(("tied", "softcap"), FORMS)
 def test_log_probs_entropies_and_their_gradients(tied, softcap, chunk, gather):
-    # fails when a chunk is left out, when an entropy has no gradient, and when the soft cap's slope is missing: seen
+    # meant to catch a chunk left out, an entropy without a gradient, and a soft cap without its slope
     def whole(table, hidden):
         z = logits(table, hidden, softcap)
         made = token_log_probs(z, TOKENS, TEMPERATURE), entropy(z, TEMPERATURE)

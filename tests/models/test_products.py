@@ -13,7 +13,7 @@ CASES = {"plain": ((2, 3, 4), (4, 5), (2,), (0,)), "to heads": ((2, 3, 4), (4, 2
 
 @pytest.mark.parametrize("name", CASES)
 def test_product_and_gradients(name):
-    # fails when the kernel's gradient contracts an axis too few: seen
+    # meant to catch a kernel's gradient that contracts an axis too few
     inputs_shape, kernel_shape, axes, kernel_axes = CASES[name]
     rng = np.random.default_rng(0)
     inputs, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (inputs_shape, kernel_shape))
