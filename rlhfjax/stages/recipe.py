@@ -123,7 +123,7 @@ def _free(begun: list[str]) -> tuple[str, ...]:
     others = [f"stages.{stage}." for stage in ALL_STAGES if stage not in begun]
     if not {"sft", "reward", "dpo", "ppo"} & set(begun):
         others.append("model.lora")
-    return (*others, "description", "logging.", "checkpoints.", "profile", "mesh.")
+    return (*others, "description", "logging.", "checkpoints.", "reliability.", "profile", "mesh.")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
