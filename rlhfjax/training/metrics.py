@@ -11,59 +11,80 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from tensorboardX import SummaryWriter
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.training.sinks import Board, Report, Sink, to_stderr
 
 
 class MetricsWriter:
     """Appends one JSON object a step to DIRECTORY/metrics.jsonl; numbers on the device are fetched here.
 
-    Opening it drops what an interrupted run wrote after `start_step`, so that no step appears twice.
+    Opening it drops what an interrupted run wrote after `start_step`, so that no step appears twice, and reports steps
+    that are missing. What cannot be written later waits in memory (`rlhfjax.training.sinks`), and training goes on.
+    Raises ConfigError when the files cannot be written to begin with.
     """
 
-    def __init__(self, directory: Path, start_step: int, tensorboard: bool = True):
-        directory.mkdir(parents=True, exist_ok=True)
+    def __init__(self, directory: Path, start_step: int, tensorboard: bool = True, report: Report = to_stderr):
+        path, samples = directory / "metrics.jsonl", directory / "samples.jsonl"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            kept = _keep_until(path, start_step)
+            _keep_until(samples, start_step)
+            self._file, self._samples = Sink(path, report), Sink(samples, report)
+            self._board = Board(directory / "tensorboard", start_step, report) if tensorboard else None
+        except OSError as error:
+            raise ConfigError(f"{error.filename or directory}: cannot be written: {error.strerror}") from None
         self.directory = directory
-        self._file = _open_from(directory / "metrics.jsonl", start_step)
-        self._samples = _open_from(directory / "samples.jsonl", start_step)
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step) if tensorboard else None
+        if missing := sorted(set(range(1, start_step + 1)) - kept):
+            report(f"{path} lacks {len(missing)} steps of the {start_step} before, the first is {missing[0]}")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Write the metrics of one step; returns them as floats."""
         row = {name: float(np.asarray(value)) for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step} | row) + "\n")
-        self._file.flush()
+        self._file.append(_line({"step": step} | row))
         if self._board:
-            for name, value in row.items():
-                self._board.add_scalar(name, value, step)
+            self._board.write(step, row)
         return row
 
     def write_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Append sample rows (prompt, response, score, kl, …)."""
-        self._samples.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
-        self._samples.flush()
+        for row in rows:
+            self._samples.append(_line({"step": step} | row))
+
+    def gaps(self) -> dict[str, Any]:
+        """For what a stage says of itself: how many rows of which file could not be written; nothing if all were."""
+        waiting = {"metrics.jsonl": self._file.flush(), "samples.jsonl": self._samples.flush()}
+        lost = {name: count for name, count in waiting.items() if count}
+        return {"rows_not_written": lost} if lost else {}
 
     def close(self) -> None:
-        self._file.close()
-        self._samples.close()
-        if self._board:
-            self._board.close()
+        for sink in (self._file, self._samples, self._board):
+            if sink:
+                sink.close()
 
 
-def _open_from(path: Path, start_step: int):
-    """Open for appending, without the rows after `start_step` and without a torn last line."""
-    kept = []
+def _line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+
+def _keep_until(path: Path, last: int) -> set[int]:
+    """Drop the rows after step `last` and a torn last line; the steps that are left."""
+    kept, steps = [], set()
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # Not splitlines, which also cuts where a text holds U+2028.
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                if json.loads(line)["step"] <= start_step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
+                step = json.loads(line)["step"]
+            except (json.JSONDecodeError, KeyError, TypeError):
                 continue
+            if step <= last:
+                kept.append(line + "\n")
+                steps.add(step)
     part = path.with_suffix(".part")
     part.write_text("".join(kept), encoding="utf-8")
     os.chmod(part, 0o600)
     part.replace(path)
-    return path.open("a", encoding="utf-8")
+    return steps
 
 
 class ProgressLine:

@@ -1,12 +1,17 @@
 """metrics.jsonl and samples.jsonl: one row a step, also after an interruption."""
 
 import json
+import resource
 import stat
+import struct
 
 import jax.numpy as jnp
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
+from rlhfjax.errors import ConfigError
 from rlhfjax.training.metrics import MetricsWriter, ProgressLine
+from rlhfjax.training.sinks import Sink
 
 
 def rows(path):
@@ -51,6 +56,141 @@ def test_what_was_written_after_the_checkpoint_is_dropped(tmp_path):
     again.close()
     assert [(row["step"], row["lr"]) for row in rows(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 2), (3, 3), (4, -4)]
     assert [row["score"] for row in rows(tmp_path / "samples.jsonl")] == [1, 2, 3]
+
+
+def test_a_text_with_other_line_ends_stays_one_row(tmp_path):
+    # fails when lines are cut with splitlines: seen (the row was dropped on resuming)
+    text = "a\u2028b\u0085c\x0bd"
+    writer = MetricsWriter(tmp_path, 0, tensorboard=False)
+    writer.write_samples(1, [{"response": text}])
+    writer.close()
+    MetricsWriter(tmp_path, 1, tensorboard=False, report=lambda _: None).close()
+    [row] = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text("utf-8").split("\n") if line]
+    assert row["response"] == text
+
+
+def test_steps_that_an_earlier_run_did_not_write_are_said(tmp_path):
+    writer = MetricsWriter(tmp_path, 0, tensorboard=False)
+    for step in (1, 2, 5):
+        writer.write(step, {"lr": step})
+    writer.close()
+    said = []
+    MetricsWriter(tmp_path, 5, tensorboard=False, report=said.append).close()
+    assert said == [f"{tmp_path / 'metrics.jsonl'} lacks 2 steps of the 5 before, the first is 3"]
+
+
+# A disk that is full -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def largest():
+    """Sets the size that no file may grow beyond, as a full disk would; None takes the limit away."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before[1] if size is None else size, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_rows_that_do_not_fit_are_written_when_there_is_room(tmp_path, largest, tensorboard):
+    # fails when a part of a row stays (a torn line), and when the waiting rows are dropped: both seen
+    said = []
+    writer = MetricsWriter(tmp_path, 0, tensorboard, report=said.append)
+    writer.write(1, {"lr": 0.5})
+    largest((tmp_path / "metrics.jsonl").stat().st_size + 5)
+    for step in (2, 3):
+        assert writer.write(step, {"lr": 0.5}) == {"lr": 0.5}
+        writer.write_samples(step, [{"prompt": "long" * 40}])
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1]
+    assert writer.gaps() == {"rows_not_written": {"metrics.jsonl": 2, "samples.jsonl": 2}}
+    largest(None)
+    writer.write(4, {"lr": 0.5})
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert writer.gaps() == {}
+    writer.close()
+    assert [row["step"] for row in rows(tmp_path / "samples.jsonl")] == [2, 3]
+    about = [text.removeprefix(str(tmp_path)) for text in said if "metrics.jsonl" in text]
+    assert about == [
+        "/metrics.jsonl cannot be written: File too large; its rows are kept and tried again",
+        "/metrics.jsonl can be written again; no row is missing",
+    ]
+    if tensorboard:
+        assert [event.step for event in events(tmp_path)[2:]] == [1, 2, 3, 4]
+
+
+def test_what_is_never_written_is_counted_at_the_end(tmp_path, largest):
+    said = []
+    sink = Sink(tmp_path / "rows", said.append)
+    largest(10)
+    for _ in range(3):
+        sink.append(b"a row of 20 letters\n")
+    sink.close()
+    assert said[1:] == [f"{tmp_path / 'rows'}: the last 3 rows could not be written and are lost"]
+    assert (tmp_path / "rows").read_bytes() == b""
+
+
+def test_files_that_cannot_be_written_to_begin_with_are_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: cannot be written: Is a directory"):
+        MetricsWriter(tmp_path, 0, tensorboard=False)
+
+
+# TensorBoard ---------------------------------------------------------------------------------------------------------
+
+
+def crc32c(data):
+    """CRC-32C bit by bit (Castagnoli polynomial, reflected), masked as event files want it."""
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+    value ^= 0xFFFFFFFF
+    return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def events(folder):
+    """The events of all files in DIRECTORY/tensorboard, their checksums compared."""
+    found = []
+    for path in sorted((folder / "tensorboard").glob("events.*")):
+        data = path.read_bytes()
+        while data:
+            (length,), start = struct.unpack("<Q", data[:8]), 12
+            assert struct.unpack("<I", data[8:12]) == (crc32c(data[:8]),)
+            assert struct.unpack("<I", data[12 + length : 16 + length]) == (crc32c(data[start : start + length]),)
+            found.append(Event.FromString(data[start : start + length]))
+            data = data[16 + length :]
+    return found
+
+
+def test_event_files_hold_a_step_as_soon_as_it_is_written(tmp_path):
+    # with tensorboardX's own writer a killed process lost up to two minutes of them
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(1, {"lr": 0.5, "objective/kl": 0.25})
+    [version, begin, event] = events(tmp_path)
+    assert (version.file_version, begin.session_log.status, begin.step) == ("brain.Event:2", 1, 1)
+    assert {value.tag: value.simple_value for value in event.summary.value} == {"lr": 0.5, "objective/kl": 0.25}
+    assert event.step == 1
+    writer.close()
+
+
+def test_a_run_that_continues_hides_what_comes_after_its_checkpoint_and_nothing_before(tmp_path):
+    # TensorBoard drops events of earlier files from the step of a START on; fails when that is the saved step: seen
+    writer = MetricsWriter(tmp_path, 0)
+    for step in (1, 2, 3):
+        writer.write(step, {"lr": step})
+    writer.close()
+    [path] = (tmp_path / "tensorboard").iterdir()
+    path.rename(path.with_name("events.out.tfevents.0"))  # sorts before the next one
+    again = MetricsWriter(tmp_path, 2)
+    again.write(3, {"lr": 30})
+    again.close()
+    [start] = [event.step for event in events(tmp_path)[5:] if event.session_log.status]
+    before = [event.step for event in events(tmp_path)[2:5]]
+    assert [step for step in before if step < start] == [1, 2]
 
 
 def test_prompts_are_private(tmp_path):
