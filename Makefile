@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: quickstart test lint lock clean
+.PHONY: quickstart test faults lint lock clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/rlhfjax data prepare movies
@@ -12,6 +12,10 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Every fault: what `make test` leaves out because it waits for deadlines and heartbeats.
+faults: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n auto --dist loadfile -m faults
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,0 +1,97 @@
+"""Faults on purpose, so that tests can see what a run does when it is killed, hangs or computes nonsense.
+
+`RLHFJAX_FAULT=KIND@POINT:STEP[:PROCESS]` asks for one (`STEP+`: from there on), and is an error unless
+`RLHFJAX_ALLOW_FAULTS=1` allows it. Without the first variable everything here is a comparison with None.
+"""
+
+import ctypes
+import os
+import signal
+import time
+from dataclasses import dataclass
+
+from rlhfjax.errors import ConfigError
+
+_SIGNALS = {name: getattr(signal, name.upper()) for name in ("sigkill", "sigterm", "sigint", "sigstop", "sigsegv")}
+KINDS = (*_SIGNALS, "abort", "exception", "hang", "lock_gil", "nan", "inf")
+_FOREVER = 3600  # seconds; whoever waits for a hang has a shorter deadline
+
+
+class InjectedFault(RuntimeError):
+    """What `exception` raises: a bug, as far as anybody can tell."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`kind` happens when this process (any, where `process` is None) reaches `point` at `step`, or `onwards`."""
+
+    kind: str
+    point: str
+    step: int
+    process: int | None = None
+    onwards: bool = False
+
+
+def read_fault(text: str | None, allowed: bool) -> Fault | None:
+    """The fault that a text like `sigkill@save:2:1` asks for.
+
+    Raises ConfigError when it cannot be read, or is not allowed.
+    """
+    if not text:
+        return None
+    if not allowed:
+        raise ConfigError(
+            f"RLHFJAX_FAULT={text} asks for a fault; expected RLHFJAX_ALLOW_FAULTS=1 with it, or neither of them"
+        )
+    kind, _, place = text.partition("@")
+    words = place.split(":")
+    onwards = place.removesuffix("+") != place or "+:" in place
+    numbers = [word.removeprefix("proc").removesuffix("+") for word in words[1:]]
+    if kind not in KINDS or len(words) not in (2, 3) or not all(number.isdigit() for number in numbers):
+        raise ConfigError(
+            f"RLHFJAX_FAULT: expected KIND@POINT:STEP[:PROCESS] with KIND one of {', '.join(KINDS)}, got {text!r}"
+        )
+    return Fault(kind, words[0], int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else None, onwards)
+
+
+_fault = read_fault(os.environ.get("RLHFJAX_FAULT"), os.environ.get("RLHFJAX_ALLOW_FAULTS") == "1")
+
+
+def reach(point: str, step: int) -> None:
+    """Called where a fault may be wanted; it happens here when this is the place, and once."""
+    global _fault
+    if _fault is None or not _here(_fault, point, step) or _fault.kind in ("nan", "inf"):
+        return
+    fault, _fault = _fault, None
+    if fault.kind in _SIGNALS:
+        os.kill(os.getpid(), _SIGNALS[fault.kind])
+    elif fault.kind == "abort":
+        os.abort()
+    elif fault.kind == "hang":
+        time.sleep(_FOREVER)
+    elif fault.kind == "lock_gil":
+        ctypes.PyDLL(None).sleep(_FOREVER)  # a PyDLL keeps the interpreter's lock while it is in C
+    else:
+        raise InjectedFault(f"{fault.kind} at {point}:{step}, as RLHFJAX_FAULT asked")
+
+
+def factor(point: str, step: int) -> float:
+    """What numbers at `point` are multiplied with: NaN or infinity when that is the fault that is wanted, else 1."""
+    if _fault is None or _fault.kind not in ("nan", "inf") or not _here(_fault, point, step):
+        return 1.0
+    return float(_fault.kind)
+
+
+def wanted(point: str) -> bool:
+    """Whether numbers at `point` are to be multiplied at any step, for programs that must be compiled with that."""
+    return _fault is not None and _fault.kind in ("nan", "inf") and _fault.point == point
+
+
+def _here(fault: Fault, point: str, step: int) -> bool:
+    if fault.point != point or step < fault.step or (step > fault.step and not fault.onwards):
+        return False
+    if fault.process is None:
+        return True
+    import jax
+
+    return jax.process_index() == fault.process
