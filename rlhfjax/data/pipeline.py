@@ -5,7 +5,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,19 @@ _ROWS = 2**44
 
 @dataclass(frozen=True)
 class Batches:
-    """Infinite batches by step. `rows` is how many rows one epoch has, before batching."""
+    """Infinite batches of `size` rows by step, of which `local` are made here (None: all).
+
+    `dataset` gives rows by their place in the order; `rows` is how many one epoch has.
+    """
 
     dataset: Any
     make: Callable[..., Any]
     rows: int
     size: int
+    local: Any = None
 
     def __getitem__(self, step: int) -> Any:
-        return self.make(**self.dataset[step])
+        return self.make(**_Steps(self.dataset, self.size, self.local)[step])
 
     def steps(self, epochs: float) -> int:
         """Steps in so many epochs, rounded up."""
@@ -47,18 +51,38 @@ class Batches:
     def iterate(self, start: int) -> Iterator[Any]:
         """Batches from `start` on, read ahead by threads."""
         read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-        for item in self.dataset[start : 2**31].to_iter_dataset(read):
+        steps = grain.MapDataset.source(_Steps(self.dataset, self.size, self.local))
+        for item in steps[start:].to_iter_dataset(read):
             yield self.make(**item)
+
+
+class _Steps:
+    """What a batch is made of, by step: its rows stacked, or those of them that this process wants."""
+
+    def __init__(self, dataset: Any, size: int, local: Any):
+        self._dataset, self._size = dataset, size
+        self._rows = range(size) if local is None else [int(row) for row in local]
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rows = [self._dataset[index * self._size + row] for row in self._rows]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What every stage needs to open data: the tokenizer, the directory of prepared data, the seed, where to report."""
+    """What every stage needs to open data: the tokenizer, the directory of prepared data, the seed, where to report.
+
+    One of several processes makes of each batch only its own rows; the order is that of all of them together.
+    """
 
     tokenizer: AnyTokenizer
     data_dir: Path
     seed: int
     report: Report = lambda text: None
+    local: Callable[[int], Any] = lambda size: None  # which rows of a batch of so many this process makes
     _rows: dict[Any, Any] = field(default_factory=dict)  # what was tokenised already, for all stages of a run
 
     def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
@@ -94,7 +118,7 @@ class Reader:
             weights += [share * entry.weight / total for entry in mix.data]
         made = self._batches(sources, weights, batch.size, TokenBatch, shuffle)
         # An epoch is one pass over the demonstrations, whatever is mixed in.
-        return Batches(made.dataset, made.make, round(own / (1 - mix.fraction)) if mix else own, made.size)
+        return replace(made, rows=round(own / (1 - mix.fraction)) if mix else own)
 
     def _demonstration_source(self, entry, batch, train_on: str):
         def make():
@@ -166,4 +190,4 @@ class Reader:
         # Without end for any run; the length of a mixture of truly endless ones does not fit an index.
         datasets = [(data.shuffle() if shuffle else data).repeat(_ROWS // len(data) + 1) for data in datasets]
         mixed = grain.MapDataset.mix(datasets, weights) if len(datasets) > 1 else datasets[0]
-        return Batches(mixed.batch(size), make, sum(len(source) for source in sources), size)
+        return Batches(mixed, make, sum(len(source) for source in sources), size, self.local(size))

@@ -4,7 +4,10 @@ from rlhfjax.sharding.mesh import make_mesh
 from rlhfjax.sharding.rules import (
     batch_sharding,
     constrain_parts,
+    local_rows,
     place_batch,
+    place_share,
+    put,
     replicated,
     row_shards,
     state_shardings,
@@ -13,8 +16,11 @@ from rlhfjax.sharding.rules import (
 __all__ = [
     "batch_sharding",
     "constrain_parts",
+    "local_rows",
     "make_mesh",
     "place_batch",
+    "place_share",
+    "put",
     "replicated",
     "row_shards",
     "state_shardings",

@@ -2,9 +2,11 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax.errors import ConfigError
@@ -112,15 +114,54 @@ def place_batch(mesh: Mesh, batch: Any) -> Any:
 
     Prompts stay whole: sampling appends to them one token at a time.
     """
+    return _laid_out(mesh, batch, put)
+
+
+def place_share(mesh: Mesh, share: Any) -> Any:
+    """The same for a batch of which every process has only the rows that its devices hold, as `local_rows` says."""
+    if not mesh.is_multi_process:
+        return place_batch(mesh, share)
+    have = jax.tree.leaves(share)[0].shape[0]
+    size = have * row_shards(mesh) // len(_local_parts(mesh, row_shards(mesh)))
+    rows = local_rows(mesh, size)
+
+    def put_share(leaf: Any, layout: NamedSharding) -> jax.Array:
+        def part(index: Any) -> Any:
+            first, last, _ = index[0].indices(size)
+            return leaf[(np.searchsorted(rows, np.arange(first, last)), *index[1:])]
+
+        return jax.make_array_from_callback((size, *leaf.shape[1:]), layout, part)
+
+    return _laid_out(mesh, share, put_share)
+
+
+def local_rows(mesh: Mesh, size: int) -> np.ndarray:
+    """Which rows of a batch of `size` the devices of this process hold, in order."""
+    return np.unique(np.concatenate([np.arange(size)[first:last] for first, last in _local_parts(mesh, size)]))
+
+
+def _local_parts(mesh: Mesh, size: int) -> set[tuple[int, int]]:
+    parts = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    return {part[0].indices(size)[:2] for part in parts if part}
+
+
+def _laid_out(mesh: Mesh, batch: Any, put_leaf: Callable[[Any, NamedSharding], jax.Array]) -> Any:
     split_tokens = not isinstance(batch, PromptBatch)
 
-    def put(path: tuple, leaf: Any) -> jax.Array:
+    def lay(path: tuple, leaf: Any) -> jax.Array:
         axes: list[Any] = [MESH_AXES["batch"]] + [None] * (leaf.ndim - 1)
         if split_tokens and leaf.ndim > 1 and path_name(path) in TOKEN_AXIS_LAST:
             axes[-1] = MESH_AXES["token"]
-        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
+        return put_leaf(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
 
-    return jax.tree_util.tree_map_with_path(put, batch)
+    return jax.tree_util.tree_map_with_path(lay, batch)
+
+
+def put(leaf: Any, layout: NamedSharding) -> jax.Array:
+    """An array that every process has whole, laid out; each puts what its own devices hold."""
+    if layout.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return jax.device_put(leaf, layout)
+    return jax.make_array_from_callback(leaf.shape, layout, lambda index: leaf[index])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rlhfjax.sharding import state_shardings
+from rlhfjax.sharding import put, state_shardings
 from rlhfjax.types import Params, TrainState
 
 
@@ -33,4 +33,4 @@ def abstract(tree: Any) -> Any:
 
 def place(mesh: Mesh, params: Params) -> Params:
     """Parameters laid out on the mesh by the rules table."""
-    return jax.device_put(params, state_shardings(mesh, params))
+    return jax.tree.map(put, params, state_shardings(mesh, params))
