@@ -28,6 +28,12 @@ class IntegrityError(RlhfjaxError):
     exit_code = 4
 
 
+class Diverged(RlhfjaxError):
+    """Training that a guard ended; the same command would end there again, so nothing repeats it (exit code 4)."""
+
+    exit_code = 4
+
+
 class Stopped(RlhfjaxError):
     """Stopped early with everything saved; the same command continues (exit code 42)."""
 

@@ -4,10 +4,11 @@ Prompt and response stay apart, so that no algorithm slices a sequence at an off
 are made from lengths, never from token ids.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Params = Any  # nested dicts of arrays
@@ -149,13 +150,32 @@ class TokenExperience:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Skipped:
+    """Updates that were left out because a number was not finite: in all, and the last steps that learned nothing."""
+
+    total: Int[Array, ""]
+    in_a_row: Int[Array, ""]
+
+
+def none_skipped() -> Skipped:
+    """At the start of a stage."""
+    return Skipped(jnp.int32(0), jnp.int32(0))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TrainState:
-    """Parameters, optimizer state and, where kept, their exponential moving average; `step` counts updates."""
+    """Parameters, optimizer state and, where kept, their exponential moving average.
+
+    `step` counts updates, those that were skipped too: batches and keys follow it. The learning rate follows the
+    optimizer's own count, `step - skipped.total`.
+    """
 
     params: Params
     optimizer: Any
     step: Int[Array, ""]
     average: Params | None = None
+    skipped: Skipped = field(default_factory=none_skipped)
 
 
 @jax.tree_util.register_dataclass

@@ -28,13 +28,24 @@ _UPDATE_MEAN = "mean over tokens, then over updates"
 _LEARNING = (
     Metric("step", "steps", "-", "count", "optimizer steps (offline stages) or PPO iterations so far"),
     Metric("episode", "episodes", "-", "count", "rollouts sampled so far"),
-    Metric("lr", "1/step", "-", "value", "learning rate of the last update"),
+    Metric("lr", "1/step", "-", "value", "learning rate of the (first) update; skipped ones do not move it"),
     Metric("loss/train", "nats", _TARGETS, _TOKEN_MEAN, "-log p of the next token"),
     Metric("loss/validation", "nats", _TARGETS, _TOKEN_MEAN, "the same on held-out data, dropout off"),
     Metric("loss/validation/NAME", "nats", _TARGETS, _TOKEN_MEAN, "the same on the data set NAME"),
     Metric("eval/reward_score", "score", "validation prompts", "mean", "reward model's score of samples (select_by)"),
     Metric("grad/norm", "-", "parameters", "L2 norm", "gradient before clipping (offline stages)"),
 )
+
+_GUARDS = (
+    Metric("loss/total", "-", "tokens of the batch", "as its terms, then over updates",
+           "what the gradient is of: all terms with their coefficients; reliability.guards.loss_spike watches it"),
+    Metric("guard/skipped_updates", "updates", "-", "count",
+           "updates of this step or iteration that were skipped because a number was not finite"),
+    Metric("guard/skipped_in_a_row", "steps", "-", "count",
+           "last steps (iterations) of which every update was skipped, this one included"),
+    Metric("guard/divergences", "steps", "-", "count", "steps so far at which a guard found a bound crossed"),
+    Metric("guard/rollbacks", "rollbacks", "-", "count", "returns of this stage to a checkpoint so far"),
+)  # fmt: skip
 
 _ROUTERS = (
     Metric("router/load_balancing", "-", "tokens of the batch", "mean over layers",
@@ -147,7 +158,8 @@ _SPEED = (
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
-    for metric in (*_LEARNING, *_ROUTERS, *_REWARD_MODEL, *_PREFERENCES, *_OBJECTIVE, *_UPDATE, *_GUESSES, *_SPEED)
+    for group in (_LEARNING, _GUARDS, _ROUTERS, _REWARD_MODEL, _PREFERENCES, _OBJECTIVE, _UPDATE, _GUESSES, _SPEED)
+    for metric in group
 }
 
 

@@ -1,16 +1,20 @@
-"""Gradients over micro batches, one optimizer step, and PPO's epochs x minibatches as one scan."""
+"""Gradients over micro batches, one optimizer step, and PPO's epochs x minibatches as one scan.
+
+An update in which a number is not finite is skipped: parameters, moments, schedule and average keep their bits.
+"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from rlhfjax.algorithms.mix import Mix, MixedBatch
-from rlhfjax.types import Params, TrainState
+from rlhfjax.types import Params, Skipped, TrainState
 
 Pack = Callable[[Any], tuple[Any, Array]]
 
@@ -22,7 +26,7 @@ def gradients(
     """Gradient of the loss over `batch`, taken in `parts` equal parts one after the other.
 
     `pack(batch)` gives the parts of an experience instead, stacked, and how many of them hold anything. The loss is
-    normalised by the count of the whole batch, so the result does not depend on either.
+    normalised by the count of the whole batch, so the result does not depend on either. `loss/total` is that loss.
     """
     if isinstance(algorithm, Mix):
         return _mixed_gradients(algorithm, params, batch, key, parts, pack)
@@ -30,8 +34,8 @@ def gradients(
     weight = algorithm.weight(inputs)
 
     def part_gradients(part, key):
-        (_, metrics), grads = jax.value_and_grad(algorithm.loss, has_aux=True)(params, part, weight, key)
-        return grads, metrics
+        (loss, metrics), grads = jax.value_and_grad(algorithm.loss, has_aux=True)(params, part, weight, key)
+        return grads, metrics | {"loss/total": loss}
 
     if pack is None and parts == 1:
         return part_gradients(batch, key)
@@ -69,7 +73,9 @@ def _mixed_gradients(
     second, second_metrics = gradients(algorithm.second, params, batch.second, second_key, parts)
     second = jax.tree.map(lambda g: algorithm.coef * g, second)
     ratio = optax.tree.norm(second) / jnp.maximum(optax.tree.norm(first.get("policy", first)), 1e-12)
-    metrics = metrics | {"loss/ptx": second_metrics["loss/train"], "grad/ptx_to_ppo_norm_ratio": ratio}
+    total = metrics["loss/total"] + algorithm.coef * second_metrics["loss/total"]
+    mixed = {"loss/ptx": second_metrics["loss/train"], "grad/ptx_to_ppo_norm_ratio": ratio, "loss/total": total}
+    metrics = metrics | mixed
     return jax.tree.map(jnp.add, first, second), metrics
 
 
@@ -84,7 +90,39 @@ def apply_gradients(
     if average is not None and ema_decay is not None:
         tracked = params.get("policy", params)
         average = optax.incremental_update(tracked, average, 1.0 - ema_decay)
-    return TrainState(params, opt_state, state.step + 1, average)
+    return replace(state, params=params, optimizer=opt_state, step=state.step + 1, average=average)
+
+
+def apply_if_finite(
+    finite: Bool[Array, ""],
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads: Params,
+    ema_decay: float | None = None,
+) -> TrainState:
+    """`apply_gradients`, or the state with one more `step` and `skipped.total` and every other bit as it was.
+
+    The branch is taken on the device. A select over the tree took AdamW on a CPU twice the time: the moments were
+    computed in two loops.
+    """
+
+    def skip() -> TrainState:
+        return replace(state, step=state.step + 1, skipped=replace(state.skipped, total=state.skipped.total + 1))
+
+    return jax.lax.cond(finite, lambda: apply_gradients(optimizer, state, grads, ema_decay), skip)
+
+
+def all_finite(*trees: Any) -> Bool[Array, ""]:
+    """Whether no number of any tree is NaN or infinite; integers always are finite."""
+    leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all() if leaves else jnp.bool_(True)
+
+
+def _counted(state: TrainState, skips: Array, steps: int | Array) -> tuple[TrainState, dict[str, Array]]:
+    """The state after a step or an iteration that skipped so many of its updates, and the guards' metrics of it."""
+    in_a_row = jnp.where(skips == steps, state.skipped.in_a_row + 1, 0)
+    counts = {"guard/skipped_updates": skips, "guard/skipped_in_a_row": in_a_row}
+    return replace(state, skipped=Skipped(state.skipped.total, in_a_row)), counts
 
 
 def offline_step(
@@ -95,11 +133,21 @@ def offline_step(
     key: jax.Array,
     parts: int = 1,
     ema_decay: float | None = None,
+    poison: Array | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step of pretraining, supervised fine-tuning or reward modelling."""
+    """One step of pretraining, supervised fine-tuning or reward modelling.
+
+    Skipped where its loss or the norm of its gradient is not finite. `poison`, in tests of that, multiplies the
+    gradient. `updates` among the metrics is how many updates the optimizer had taken before.
+    """
     grads, metrics = gradients(algorithm, state.params, batch, key, parts)
-    metrics = metrics | {"grad/norm": optax.tree.norm(grads), "tokens": batch.real_tokens()}
-    return apply_gradients(optimizer, state, grads, ema_decay), metrics
+    if poison is not None:
+        grads = jax.tree.map(lambda g: poison.astype(g.dtype) * g, grads)
+    norm, updates = optax.tree.norm(grads), state.step - state.skipped.total
+    finite = all_finite(metrics["loss/total"], norm)
+    state = apply_if_finite(finite, optimizer, state, grads, ema_decay)
+    state, counts = _counted(state, (~finite).astype(jnp.int32), 1)
+    return state, metrics | counts | {"grad/norm": norm, "tokens": batch.real_tokens(), "updates": updates}
 
 
 def online_update(
@@ -121,7 +169,9 @@ def online_update(
 
     `pretraining` (None without ptx) holds the sequences of all the steps. A minibatch is taken in `parts` equal parts,
     or as `pack` lays it out. Once the approximate KL of a step exceeds `kl_stop`, the steps that are left do nothing.
-    Metrics are means over the steps that ran.
+
+    A step is skipped where a number of its minibatch (scores, log-probabilities, advantages, returns), its loss or the
+    norm of a gradient is not finite. Metrics are means over the steps that were taken: NaN when there was none.
     """
     size = jax.tree.leaves(experience)[0].shape[0]
     steps = epochs * minibatches
@@ -129,13 +179,15 @@ def online_update(
     order = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(shuffle_key, epochs))
     order = order.reshape(steps, size // minibatches)
     extra = jax.tree.map(lambda x: _split(x, steps), pretraining)
+    updates = state.step - state.skipped.total
 
     def take_step(state, rows, extra, key):
         minibatch = jax.tree.map(lambda x: x[rows], experience)
         batch = MixedBatch(minibatch, extra) if isinstance(algorithm, Mix) else minibatch
         grads, metrics = gradients(algorithm, state.params, batch, key, parts, pack)
         norms = {f"grad/{name}_norm": optax.tree.norm(tree) for name, tree in grads.items()}
-        return apply_gradients(optimizer, state, grads, ema_decay), metrics | norms
+        finite = all_finite(minibatch, metrics["loss/total"], metrics["policy/approxkl_avg"], norms)
+        return apply_if_finite(finite, optimizer, state, grads, ema_decay), (metrics | norms, finite)
 
     shapes = jax.eval_shape(take_step, state, order[0], jax.tree.map(lambda x: x[0], extra), step_key)[1]
     nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -144,15 +196,20 @@ def online_update(
         state, running = carry
         rows, extra, key = inputs
         if kl_stop is None:
-            state, metrics = take_step(state, rows, extra, key)
-            return (state, running), (metrics, running)
-        state, metrics = jax.lax.cond(running, lambda: take_step(state, rows, extra, key), lambda: (state, nothing))
-        return (state, running & (metrics["policy/approxkl_avg"] <= kl_stop)), (metrics, running)
+            state, (metrics, finite) = take_step(state, rows, extra, key)
+            return (state, running), (metrics, finite, running)
+        state, (metrics, finite) = jax.lax.cond(
+            running, lambda: take_step(state, rows, extra, key), lambda: (state, nothing)
+        )
+        within = ~finite | (metrics["policy/approxkl_avg"] <= kl_stop)  # a step that was skipped moved nothing
+        return (state, running & within), (metrics, finite, running)
 
     inputs = (order, extra, jax.random.split(step_key, steps))
-    (state, _), (metrics, ran) = jax.lax.scan(body, (state, jnp.bool_(True)), inputs)
+    (state, _), (metrics, finite, ran) = jax.lax.scan(body, (state, jnp.bool_(True)), inputs)
     taken = ran.sum().astype(jnp.float32)
-    means = {name: values.sum() / taken for name, values in metrics.items()}
+    learned = (finite & ran).sum().astype(jnp.float32)
+    means = {name: jnp.where(finite, values, 0.0).sum() / learned for name, values in metrics.items()}
     means["policy/first_minibatch_ratio_err"] = metrics["val/ratio_err"][0]
     means["policy/epochs_run"] = taken / minibatches
-    return state, means
+    state, counts = _counted(state, (ran & ~finite).sum(), ran.sum())
+    return state, means | counts | {"updates": updates}
