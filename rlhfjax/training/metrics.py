@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.sharding.processes import is_first
 from rlhfjax.training.sinks import Board, Report, Sink, to_stderr
 
 
@@ -21,22 +22,37 @@ class MetricsWriter:
 
     Opening it drops what an interrupted run wrote after `start_step`, so that no step appears twice, and reports steps
     that are missing. What cannot be written later waits in memory (`rlhfjax.training.sinks`), and training goes on.
-    Raises ConfigError when the files cannot be written to begin with.
+    Of several processes only the first writes; the others know the same numbers. Raises ConfigError when the files cannot be written to begin with.
     """
 
     def __init__(self, directory: Path, start_step: int, tensorboard: bool = True, report: Report = to_stderr):
+        self.directory, self._tensorboard, self._report = directory, tensorboard, report
+        self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
+        directory, report = self.directory, self._report
         path, samples = directory / "metrics.jsonl", directory / "samples.jsonl"
+        writes = is_first()
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            kept = _keep_until(path, start_step)
-            _keep_until(samples, start_step)
-            self._file, self._samples = Sink(path, report), Sink(samples, report)
-            self._board = Board(directory / "tensorboard", start_step, report) if tensorboard else None
+            kept = _keep_until(path, start_step, writes)
+            if writes:
+                _keep_until(samples, start_step, writes)
+            places = (path, samples) if writes else (Path(os.devnull), Path(os.devnull))
+            self._file, self._samples = (Sink(place, report) for place in places)
+            self._board = Board(directory / "tensorboard", start_step, report) if self._tensorboard and writes else None
         except OSError as error:
             raise ConfigError(f"{error.filename or directory}: cannot be written: {error.strerror}") from None
-        self.directory = directory
-        if missing := sorted(set(range(1, start_step + 1)) - kept):
+        # The last value of every metric, also of steps before a resume: which checkpoint is best depends on it.
+        self.latest: dict[str, float] = {name: value for row in kept for name, value in row.items() if name != "step"}
+        missing = sorted(set(range(1, start_step + 1)) - {row["step"] for row in kept})
+        if missing and writes:
             report(f"{path} lacks {len(missing)} steps of the {start_step} before, the first is {missing[0]}")
+
+    def back_to(self, step: int) -> None:
+        """Drop the rows after `step`, where training goes on from."""
+        self.close()
+        self._open(step)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Write the metrics of one step; returns them as floats."""
@@ -44,6 +60,7 @@ class MetricsWriter:
         self._file.append(_line({"step": step} | row))
         if self._board:
             self._board.write(step, row)
+        self.latest |= row
         return row
 
     def write_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
@@ -67,36 +84,41 @@ def _line(row: Mapping[str, Any]) -> bytes:
     return (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
 
-def _keep_until(path: Path, last: int) -> set[int]:
-    """Drop the rows after step `last` and a torn last line; the steps that are left."""
-    kept, steps = [], set()
+def _keep_until(path: Path, last: int, writes: bool) -> list[dict[str, Any]]:
+    """Drop the rows after step `last` and a torn last line, from the file where this process `writes` it; the rest."""
+    kept, rows = [], []
     if path.exists():
         # Not splitlines, which also cuts where a text holds U+2028.
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                step = json.loads(line)["step"]
+                row = json.loads(line)
+                if row["step"] <= last:
+                    kept.append(line + "\n")
+                    rows.append(row)
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
-            if step <= last:
-                kept.append(line + "\n")
-                steps.add(step)
+    if not writes:
+        return rows
     part = path.with_suffix(".part")
     part.write_text("".join(kept), encoding="utf-8")
     os.chmod(part, 0o600)
     part.replace(path)
-    return steps
+    return rows
 
 
 class ProgressLine:
-    """Stage, step, rate, time left and a few metrics on one line; plain lines now and then where no terminal is."""
+    """Stage, step, rate, time left and a few metrics on one line; plain lines now and then where no terminal is.
+
+    Of several processes only the first shows anything.
+    """
 
     def __init__(self, stage: str, start: int, total: int, plain_every: float = 15.0):
         self.stage, self.total, self.start = stage, total, start
         self._began = self._printed = time.monotonic()
         self._plain_every = plain_every
         console = Console(stderr=True)
-        self._bar = None
-        if console.is_terminal:
+        self._bar, self._silent = None, not is_first()
+        if console.is_terminal and not self._silent:
             columns = (
                 TextColumn("[bold]{task.description:>9}"),
                 BarColumn(20),
@@ -116,7 +138,7 @@ class ProgressLine:
         text = f"{rate:.2f} steps/s  {int(left // 60)}:{int(left % 60):02d} left  {values}"
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
-        elif step == self.total or now - self._printed >= self._plain_every:
+        elif not self._silent and (step == self.total or now - self._printed >= self._plain_every):
             self._printed = now
             print(f"{self.stage:>9}  step {step}/{self.total}  {text}", file=sys.stderr, flush=True)
 
@@ -124,7 +146,7 @@ class ProgressLine:
         """A line of its own, above the progress."""
         if self._bar:
             self._bar.console.print(text, markup=False, highlight=False)
-        else:
+        elif not self._silent:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -1,0 +1,40 @@
+"""Checkpoints: the only place that knows Orbax.
+
+A step directory holds one item a model (`policy`, `value`, `reward`, `average`), so that each can be read alone, the
+`training` state, the tokenizer, and `meta`: what is needed to build the models again. Beside them lies a manifest of
+every file's digest and every array's; it is compared before anything is read.
+"""
+
+from rlhfjax.training.checkpoint.meta import (
+    COMPLETE,
+    FORMAT,
+    SCALAR,
+    find_checkpoint,
+    meta_of,
+    read_meta,
+    stored_digests,
+    tokenizer_of,
+    verified_step,
+)
+from rlhfjax.training.checkpoint.models import Bases, load_model, reference_to, save_model, tree_digest
+from rlhfjax.training.checkpoint.saving import Checkpoints
+from rlhfjax.training.checkpoint.steps import require_writable
+
+__all__ = [
+    "COMPLETE",
+    "FORMAT",
+    "SCALAR",
+    "Bases",
+    "Checkpoints",
+    "find_checkpoint",
+    "load_model",
+    "meta_of",
+    "read_meta",
+    "reference_to",
+    "require_writable",
+    "save_model",
+    "stored_digests",
+    "tokenizer_of",
+    "tree_digest",
+    "verified_step",
+]
