@@ -55,6 +55,7 @@ def read_fault(text: str | None, allowed: bool) -> Fault | None:
 
 
 _fault = read_fault(os.environ.get("RLHFJAX_FAULT"), os.environ.get("RLHFJAX_ALLOW_FAULTS") == "1")
+_spent = False
 
 
 def reach(point: str, step: int) -> None:
@@ -76,9 +77,14 @@ def reach(point: str, step: int) -> None:
 
 
 def factor(point: str, step: int) -> float:
-    """What numbers at `point` are multiplied with: NaN or infinity when that is the fault that is wanted, else 1."""
-    if _fault is None or _fault.kind not in ("nan", "inf") or not _here(_fault, point, step):
+    """What numbers at `point` are multiplied with: NaN or infinity when that is the fault that is wanted, else 1.
+
+    Training that goes back and comes to the step again meets the fault no second time.
+    """
+    global _spent
+    if _fault is None or _spent or _fault.kind not in ("nan", "inf") or not _here(_fault, point, step):
         return 1.0
+    _spent = not _fault.onwards
     return float(_fault.kind)
 
 
