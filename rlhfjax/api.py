@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhfjax.data.batches import left_padded, right_padded
 from rlhfjax.errors import ConfigError
 from rlhfjax.generation import BeamParams, Programs, SamplingParams, Speculation, beam_search
+from rlhfjax.integrity import unverified
 from rlhfjax.models import DecoderConfig, EncoderDecoder, EncoderDecoderConfig, SequenceModel
 from rlhfjax.text.chat import encode_prompt, encode_response
 from rlhfjax.text.loading import AnyTokenizer
@@ -256,12 +257,14 @@ class Model:
             raise ConfigError(f"expected at most {self.config.context} tokens (the model's context), got {length}")
 
 
-def load(checkpoint: str | Path) -> Model:
+def load(checkpoint: str | Path, verify: bool = True) -> Model:
     """The model of a checkpoint, stage or run directory (of a run: its last policy).
 
-    Raises ConfigError when there is no checkpoint, IntegrityError when it cannot be read.
+    Raises ConfigError when there is no checkpoint, IntegrityError when it cannot be read, or is not what was written;
+    `verify=False` does not compare it with its digests.
     """
     step_dir = find_checkpoint(checkpoint)
-    meta = read_meta(step_dir)
-    network, params = load_model(step_dir)
+    with unverified(not verify):
+        meta = read_meta(step_dir)
+        network, params = load_model(step_dir)
     return Model(meta["role"], network, params, tokenizer_of(meta), step_dir)

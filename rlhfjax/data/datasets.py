@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from rlhfjax.data.jsonl import prepare_file
 from rlhfjax.data.records import parse_record
 from rlhfjax.data.storage import decode
-from rlhfjax.data.writing import read_manifest
+from rlhfjax.data.writing import read_manifest, require_whole
 from rlhfjax.errors import ConfigError, DataError, IntegrityError
 from rlhfjax.fetch import file_sha256
 
@@ -148,6 +148,7 @@ def _missing(source: str, data_dir: Path) -> DataError:
 
 
 def _data_source(folder: Path, split: str) -> Any:
+    require_whole(folder)
     _refuse_foreign_code(folder)
     try:
         builder = tfds.builder_from_directory(folder)

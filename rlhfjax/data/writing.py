@@ -21,10 +21,13 @@ import tensorflow_datasets as tfds
 
 from rlhfjax.data.storage import encode, features
 from rlhfjax.errors import DataError, IntegrityError
+from rlhfjax.integrity import read_manifest as written_files
+from rlhfjax.integrity import require_intact, sync, verifying, write_manifest
 
 VERSION = "1.0.0"
 MANIFEST = "rlhfjax.json"
 _STAGING_PREFIX = ".incomplete-"
+_SMALL = 1 << 16  # bytes; what describes a dataset is read whole whenever it is opened, records are not
 
 
 class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -84,6 +87,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise IntegrityError(f"{path}: expected JSON, got {error}; delete the folder and prepare it again") from None
 
 
+def require_whole(folder: Path) -> None:
+    """Compare a prepared dataset with the manifest of its files, as far as that is cheap at every start.
+
+    Names and sizes always, contents of small files too: counts, features and fingerprints are in these. Records lie in
+    files that have checksums of their own, which reading compares; `rlhfjax verify` reads everything. A dataset of
+    another program, or of an older version, has no manifest. Raises IntegrityError.
+    """
+    if verifying() and written_files(folder) is not None:
+        require_intact(folder, "delete the folder and prepare it again", digests=False, small=_SMALL)
+
+
 @contextlib.contextmanager
 def staging(data_dir: Path) -> Iterator[Path]:
     """A private folder inside `data_dir` to build in. One writer at a time; what a killed one left is removed first."""
@@ -114,6 +128,8 @@ def publish(stage: Path, data_dir: Path, datasets: Sequence[Path]) -> None:
             os.chmod(folder, 0o700)
             for file in files:
                 os.chmod(Path(folder, file), 0o600)
+        write_manifest(stage / relative)
         target = data_dir / relative
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.rename(stage / relative, target)
+        sync(target.parent)

@@ -1,13 +1,19 @@
 """Directories that are there as a whole or not at all."""
 
+import errno
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.integrity import sync, write_manifest
+
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def check_target(target: Path, marker: str, force: bool) -> None:
@@ -27,18 +33,23 @@ def check_target(target: Path, marker: str, force: bool) -> None:
 def whole_directory(target: Path, marker: str, force: bool = False) -> Iterator[Path]:
     """A new directory beside `target`, which takes its place when the block ends well and goes when it does not.
 
-    Everything is on disk before the place is taken; files are for their owner only. Raises as `check_target`.
+    Everything is on disk before the place is taken, with a manifest of it (`rlhfjax.integrity`); files are for their
+    owner only. What a killed process left of an attempt at this target goes. Raises as `check_target`.
     """
     target = Path(os.path.abspath(target))
     check_target(target, marker, force)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))  # mode 0700
+        _tidy(target)
+        own = f".{target.name}.{socket.gethostname()}-{os.getpid()}."
+        part = Path(tempfile.mkdtemp(prefix=own, suffix=".part", dir=target.parent))  # mode 0700
     except OSError as error:
         raise ConfigError(f"{target}: cannot be written: {error.strerror}; choose another path") from error
     try:
         yield part
-        _make_private_and_durable(part)
+        for path in [*part.rglob("*"), part]:
+            path.chmod(0o700 if path.is_dir() else 0o600)
+        write_manifest(part)
         check_target(target, marker, force)
         if target.is_dir():
             old = part.with_suffix(".old")
@@ -47,21 +58,33 @@ def whole_directory(target: Path, marker: str, force: bool = False) -> Iterator[
             shutil.rmtree(old)
         else:
             os.rename(part, target)
-        _sync(target.parent)
-    except BaseException:
+        sync(target.parent)
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _NO_PLACE:
+            reason = f"{target}: could not be written: {error.strerror}; make room, or choose another path"
+            raise ConfigError(reason) from error
         raise
 
 
-def _make_private_and_durable(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        path.chmod(0o700 if path.is_dir() else 0o600)
-        _sync(path)
+def _tidy(target: Path) -> None:
+    """Remove what processes of this machine that are no more left beside `target`, and give back what they moved."""
+    host = re.escape(socket.gethostname())
+    for path in target.parent.glob(f".{target.name}.*"):
+        match = re.fullmatch(rf"\.{re.escape(target.name)}\.{host}-(\d+)\.\w+\.(part|old)", path.name)
+        if match is None or _alive(int(match[1])):
+            continue
+        if match[2] == "old" and not target.exists():
+            os.rename(path, target)  # killed between the two renames
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _alive(process: int) -> bool:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,105 @@
+"""`rlhfjax verify`: whether what lies on a disk is what was written there."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhfjax.errors import ConfigError, IntegrityError
+from rlhfjax.integrity import MANIFEST, check
+from rlhfjax.terminal import printable, say
+
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Read checkpoints and data without comparing them with their digests.")
+]
+
+
+def verify(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH…", help="Checkpoints, stages, runs, exports, data sets or their names.")
+    ],
+    data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where prepared data sets are.")] = None,
+) -> None:
+    """Compare files with the digests that were written beside them. Exit code 4 names each that differs.
+
+    \b
+    Example:
+      rlhfjax verify runs/quickstart
+    """
+    bad = 0
+    for path in paths:
+        found = list(_directories(path, data_dir))
+        if not found:
+            raise ConfigError(
+                f"{path}: expected a checkpoint, stage, run, export or prepared data set, got nothing with a "
+                f"{MANIFEST}; what an older version wrote has none"
+            )
+        bad += sum(_differences(directory) for directory in found)
+    if bad:
+        raise IntegrityError(f"{bad} {'file is' if bad == 1 else 'files are'} not what was written, named above")
+
+
+def _differences(directory: Path) -> int:
+    """Say what was found in one directory; how many of its files differ."""
+    try:
+        checked = check(directory)
+    except IntegrityError as error:
+        typer.echo(printable(str(error)))
+        return 1
+    for difference in checked.differences:
+        typer.echo(printable(f"{directory}/{difference}"))
+    if not checked.differences:
+        typer.echo(printable(f"{directory}: {checked.files} files, {checked.bytes:,} bytes, all as written"))
+    return len(checked.differences)
+
+
+def _directories(path: str, data_dir: Path | None) -> Iterator[Path]:
+    """What there is to compare: a directory itself, or those below it; a step without a manifest among them."""
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        yield from _data_set(path, data_dir)
+        return
+    if (root / MANIFEST).exists():
+        yield root
+        return
+    for step in sorted(_steps(root)):
+        if (step / MANIFEST).exists() or not _older(step):
+            yield step
+        else:
+            say(f"{step}: no digest, since an older version wrote it")
+    steps = list(_steps(root))
+    yield from sorted(
+        folder.parent
+        for folder in root.rglob(MANIFEST)
+        if not any(folder.is_relative_to(step) for step in steps)
+        and not any(part.endswith(".damaged") for part in folder.parts)  # set aside by a run that went on without it
+        and not any((above / MANIFEST).exists() for above in folder.parent.parents if above.is_relative_to(root))
+    )
+
+
+def _steps(root: Path) -> Iterator[Path]:
+    if root.parent.name == "checkpoints" and root.name.isdigit():
+        yield root
+    for folder in root.rglob("checkpoints") if root.name != "checkpoints" else [root]:
+        yield from (step for step in folder.iterdir() if step.name.isdigit() and step.is_dir())
+
+
+def _older(step: Path) -> bool:
+    try:
+        return int(json.loads((step / "meta" / "metadata").read_text(encoding="utf-8")).get("format", 1)) == 1
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
+def _data_set(name: str, data_dir: Path | None) -> Iterator[Path]:
+    from rlhfjax.data.datasets import default_data_dir
+
+    where = (data_dir or default_data_dir()).expanduser()
+    plain, _, version = name.partition(":")
+    if not plain or plain.startswith(("/", ".")) or ".." in Path(plain).parts:
+        return
+    pattern = f"{plain}/{version}" if version else plain
+    if (where / pattern).is_dir():
+        yield from sorted(file.parent for file in (where / pattern).rglob(MANIFEST))

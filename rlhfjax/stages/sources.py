@@ -1,0 +1,52 @@
+"""The data that each stage reads, and that a stage which has begun goes on with the same."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhfjax.config import Run
+from rlhfjax.errors import DataError
+
+Entry = tuple[Any, str]  # a data entry of the configuration and the kind of its records
+
+
+def entries_of(run: Run, stage: str) -> list[Entry]:
+    """The data entries of one stage; none of a stage that the recipe lacks."""
+    c = getattr(run.stages, stage, None)
+    if stage == "tokenizer":
+        return [(entry, "document") for entry in run.tokenizer.data]
+    if c is None:
+        return []
+    if stage == "evaluate":
+        ratings = [c.ratings.judge, c.ratings.baseline, c.ratings.test] if c.ratings else []
+        return _of({"prompt": c.data, "document": c.losses, "comparison": c.comparisons, "rated_text": ratings})
+    if stage == "ppo":
+        return _of({"prompt": c.data, "document": c.ptx.data if c.ptx else []})
+    kind = {"pretrain": "document", "sft": "demonstration"}.get(stage, "comparison")
+    own = _of({kind: [*c.data, *c.validation]})
+    if stage == "sft":
+        own += _of({"document": c.pretraining.data if c.pretraining else []})
+    return own + (_of({"demonstration": c.normalize.data}) if stage == "reward" else [])
+
+
+def _of(held: Mapping[str, Sequence[Any]]) -> list[Entry]:
+    return [(entry, kind) for kind, entries in held.items() for entry in entries]
+
+
+def refuse_other_data(
+    run: Run, run_dir: Path, stage: str, before: Sequence[Mapping[str, Any]], now: Mapping[str, str]
+) -> None:
+    """Raises DataError when a stage that has saved steps would go on with other data than it began with.
+
+    `before` are the attempts of the run, oldest first, `now` the fingerprints of this one by SOURCE@SPLIT.
+    """
+    steps = run_dir / stage / "checkpoints"
+    if not any(path.name.isdigit() for path in steps.glob("*")):
+        return
+    for name in sorted({f"{entry.source}@{entry.split}" for entry, _ in entries_of(run, stage)}):
+        known = [attempt["data"][name] for attempt in before if name in attempt.get("data", {})]
+        if known and name in now and known[-1] != now[name]:
+            raise DataError(
+                f"stages.{stage}: {name} has changed since this stage began: expected fingerprint {known[-1][:12]}…, "
+                f"got {now[name][:12]}…; put the data back, or do the stage again with --from {stage}"
+            )
