@@ -38,3 +38,4 @@ class Stopped(RlhfjaxError):
     """Stopped early with everything saved; the same command continues (exit code 42)."""
 
     exit_code = 42
+    status = "preempted"

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from rlhfjax.errors import RlhfjaxError
+from rlhfjax.training import stopping
 
 # Typer comes with its own copy of click in newer versions; this is its usage error in every version.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -45,10 +46,11 @@ class Door(TyperGroup):
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         """Run a command line and exit. A bug leaves as the exception it is: a traceback and exit code 1."""
         try:
-            code = super().main(*args, standalone_mode=False, **kwargs)
-            sys.stdout.flush()
+            with stopping.honoured(say):
+                code = super().main(*args, standalone_mode=False, **kwargs)
+                sys.stdout.flush()
         except RlhfjaxError as error:
-            code = _fail(str(error), error.exit_code)
+            code = fail(str(error), error.exit_code)
         except _UsageError as error:
             code = _usage(error)
         except (_ReaderGone, BrokenPipeError):
@@ -66,7 +68,8 @@ class Door(TyperGroup):
             raise _ReaderGone from None
 
 
-def _fail(message: str, code: int) -> int:
+def fail(message: str, code: int) -> int:
+    """Says what went wrong; returns the exit code."""
     typer.echo(f"error: {printable(message)}", err=True)
     return code
 
@@ -78,4 +81,4 @@ def _usage(error: Any) -> int:
         typer.echo(context.get_help(), err=True)
         return 2
     hint = f"\nsee: {context.command_path} --help" if context else ""
-    return _fail(f"{error.format_message().rstrip('.')}{hint}", 2)
+    return fail(f"{error.format_message().rstrip('.')}{hint}", 2)

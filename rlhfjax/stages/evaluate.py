@@ -5,6 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -29,7 +30,7 @@ from rlhfjax.evaluation.run_data import read_run
 from rlhfjax.functional.masking import at_last
 from rlhfjax.generation import generate
 from rlhfjax.models import SequenceModel
-from rlhfjax.sharding import constrain_parts, place_batch
+from rlhfjax.sharding import constrain_parts, place_share, processes
 from rlhfjax.sharding.sampling import split_caches
 from rlhfjax.stages.compilation import training_options
 from rlhfjax.stages.data import held_out, open_batches
@@ -40,6 +41,7 @@ from rlhfjax.stages.offline import Facts
 from rlhfjax.stages.parts import rows_at_a_time
 from rlhfjax.text.chat import beginning, encode_prompt
 from rlhfjax.training.checkpoint import COMPLETE
+from rlhfjax.training.supervision import Watch
 from rlhfjax.types import Params, TokenBatch
 
 POLICIES = ("pretrain", "sft", "ppo")
@@ -47,17 +49,28 @@ SHOWN_SAMPLES = 24
 
 
 def evaluate(job: Job) -> Facts:
-    """Measure every model of the run and write evaluation.json and report.html."""
+    """Measure every model of the run and write evaluation.json and report.html.
+
+    Nothing is kept of an evaluation that is stopped, so that it stops at once.
+    """
+    with closing(job.watch()) as watch:
+        return _evaluate(job, watch)
+
+
+def _evaluate(job: Job, watch: Watch) -> Facts:
     began = time.monotonic()
     stages = [stage for stage in POLICIES if getattr(job.run.stages, stage)]
     models = {stage: job.load(stage) for stage in stages}
     opened = open_batches(job)
     losses = {}
     for stage, (model, params) in models.items():
+        watch.begin(stage, 0)
+        watch.poll()
         measure = loss_meter(job, model)
         losses[stage] = {name: measure(params, data) for name, data in held_out(opened).items()}
     compared = {stage: models[stage] for stage in ("sft", "ppo") if stage in models}
-    responses = {stage: respond(job, opened["train"], compared, stage) for stage in compared}
+    responses = {stage: respond(job, opened["train"], compared, stage, watch) for stage in compared}
+    watch.begin("judges", 0)
     scorer = _RewardScorer(job) if job.run.stages.reward else None
     accuracy, judge_accuracy, judges, calibrated = _accuracies(job, scorer)
     rows = []
@@ -108,14 +121,18 @@ class Responses:
     entropy: float = 0.0
 
 
-def respond(job: Job, prompts: Batches, compared: dict[str, tuple[SequenceModel, Params]], stage: str) -> Responses:
+def respond(
+    job: Job, prompts: Batches, compared: dict[str, tuple[SequenceModel, Params]], stage: str, watch: Watch
+) -> Responses:
     """One response to each of the first `samples` evaluation prompts, drawn by the policy of `stage`."""
     c: schema.Evaluate = job.config
     made, spread = Responses(), 0.0
     key = jax.random.fold_in(job.key("samples"), list(compared).index(stage))
     sample = _sampler(job, compared, stage)
     for step in range(-(-c.samples // c.batch.size)):
-        rollout, kl, entropies, scores = jax.device_get(sample(place_batch(job.mesh, prompts[step]), key))
+        watch.begin(f"responses/{stage}", step)
+        watch.poll()
+        rollout, kl, entropies, scores = processes.fetch(sample(place_share(job.mesh, prompts[step]), key))
         for i in range(min(c.batch.size, c.samples - len(made.texts))):
             prompt = rollout.prompt[i][rollout.prompt_mask[i]].tolist()
             response = rollout.response[i][rollout.response_mask[i]].tolist()
@@ -188,7 +205,7 @@ class _RewardScorer:
             tokens, mask = right_padded([rows[i] for i in chosen] + filler, t.pad_id)
             lengths = np.ones(size + 1, np.int32)
             lengths[: len(chosen)] = [min(len(distinct[i][0]), len(rows[i]) - 1) for i in chosen]
-            scores[chosen] = np.asarray(self.score(self.params, tokens, mask, lengths))[: len(chosen)]
+            scores[chosen] = processes.fetch(self.score(self.params, tokens, mask, lengths))[: len(chosen)]
         place = {pair: i for i, pair in enumerate(distinct)}
         return scores[[place[pair] for pair in zip(prompts, responses, strict=True)]]
 

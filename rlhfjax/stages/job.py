@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,19 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.generation import SamplingParams, Speculation
 from rlhfjax.models import LanguageModel, SequenceModel, compute_dtype, decoder_config, model_of
 from rlhfjax.models.lora import has_adapters, init_lora, join, merge
-from rlhfjax.sharding import place_batch
+from rlhfjax.sharding import local_rows, place_share, processes
 from rlhfjax.text.loading import AnyTokenizer, load_tokenizer
-from rlhfjax.training.checkpoint import Bases, find_checkpoint, load_model, meta_of, reference_to, save_model
+from rlhfjax.training.checkpoint import (
+    Bases,
+    Checkpoints,
+    find_checkpoint,
+    load_model,
+    meta_of,
+    reference_to,
+    save_model,
+)
 from rlhfjax.training.state import place
+from rlhfjax.training.supervision import Watch
 from rlhfjax.types import Params
 
 NAMES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate", "dpo")  # the place of a stage is its key
@@ -47,6 +57,11 @@ class Job:
         stage_key = jax.random.fold_in(jax.random.key(self.run.seed), NAMES.index(self.stage))
         return jax.random.fold_in(stage_key, ("init", "steps", "samples", "adapters").index(use))
 
+    def watch(self) -> Watch:
+        """What stands beside the loop of the stage; several processes stop together."""
+        agree = processes.preempted if processes.count() > 1 else None
+        return Watch(self.dir, self.run.reliability.deadlines, agree)
+
     @property
     def tokenizer(self) -> AnyTokenizer:
         return self.reader.tokenizer
@@ -55,12 +70,20 @@ class Job:
     def reader(self) -> Reader:
         if "reader" not in self.shared:
             tokenizer = load_tokenizer(self.run_dir / "tokenizer")
-            self.shared["reader"] = Reader(tokenizer, self.data_dir, self.run.seed, self.report)
+            local = partial(local_rows, self.mesh) if self.mesh.is_multi_process else lambda size: None
+            self.shared["reader"] = Reader(tokenizer, self.data_dir, self.run.seed, self.report, local)
         return self.shared["reader"]
 
     def put(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Batches on the mesh."""
-        return (place_batch(self.mesh, batch) for batch in batches)
+        return (place_share(self.mesh, batch) for batch in batches)
+
+    def checkpoints(self, keep_best: bool = False) -> Checkpoints:
+        """Where this stage saves; with `keep_best` the step with the highest score stays too."""
+        c = self.run.checkpoints
+        settings: dict[str, Any] = {"keep_every": c.keep_every, "best_metric": c.keep_best, "report": self.report}
+        settings["fall_back"] = c.on_damage == "fall_back"
+        return Checkpoints(self.dir / "checkpoints", c.keep, keep_best, **settings)
 
     def load(self, stage: str, item: str | None = None) -> tuple[SequenceModel, Params]:
         """The model that an earlier stage of this run left."""
@@ -100,6 +123,7 @@ class Job:
         params = merge(params, model.config.lora_alpha)
         if not keeps:
             return model, params
+        processes.barrier("base")  # nobody may still be asking whether it is there
         copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         save_model(copy, "policy", params, meta_of("policy", model, self.tokenizer))
         del params

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhfjax import faults
 from rlhfjax.algorithms import restrict
 from rlhfjax.config import schema
 from rlhfjax.data.batches import left_padded, right_padded
@@ -21,21 +22,24 @@ from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.heads import init_head, rescale_head, with_head
 from rlhfjax.models.lora import join, split
-from rlhfjax.sharding import state_shardings
-from rlhfjax.stages.compilation import Ahead, peek, training_options
+from rlhfjax.sharding import processes, state_shardings
+from rlhfjax.stages.compilation import Ahead, training_options
 from rlhfjax.stages.data import held_out, open_batches
+from rlhfjax.stages.guarded import go_back, restored_counts
 from rlhfjax.stages.job import Job, default_slots
 from rlhfjax.stages.losses import reward_modelling, training_loss
 from rlhfjax.stages.meters import Meter, accuracy_meter, loss_meter, named, reward_meter
-from rlhfjax.text.loading import load_tokenizer
+from rlhfjax.text.loading import AnyTokenizer, load_tokenizer
 from rlhfjax.text.tokenizer import Tokenizer
 from rlhfjax.training.checkpoint import Checkpoints, find_checkpoint, meta_of, read_meta, tokenizer_of
 from rlhfjax.training.flops import OfflineFlops, forward_flops, seen_by
+from rlhfjax.training.guards import Guard, Memory, memory_of, with_rollbacks
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.offline import train_offline
 from rlhfjax.training.optimizer import learning_rate, make_optimizer
 from rlhfjax.training.profiling import Trace
 from rlhfjax.training.state import abstract, init_state
+from rlhfjax.training.stopping import held
 from rlhfjax.training.update import offline_step
 from rlhfjax.types import Params, PromptBatch, TrainState
 
@@ -45,24 +49,28 @@ Validate = Callable[[Params, dict[str, Batches]], dict[str, float]]
 
 def tokenizer(job: Job) -> Facts:
     """Train the tokenizer on documents, or take the one that the configuration or the starting model has."""
+    processes.by_first(lambda: _tokenizer_of(job).save(job.dir), "tokenizer")
+    made = load_tokenizer(job.dir)
+    return {"vocab_size": made.vocab_size, "fingerprint": made.fingerprint}
+
+
+def _tokenizer_of(job: Job) -> AnyTokenizer:
     c = job.run.tokenizer
     if c.path:
-        made = load_tokenizer(c.path)
-    elif job.run.model.checkpoint:
+        return load_tokenizer(c.path)
+    if job.run.model.checkpoint:
         made = tokenizer_of(read_meta(find_checkpoint(job.run.model.checkpoint)))
         if made is None:
             raise ConfigError(
                 f"model.checkpoint: expected a model with a tokenizer, got {job.run.model.checkpoint} with none; "
                 "import it again with its tokenizer files beside the weights"
             )
-    else:
-        texts = itertools.chain.from_iterable(
-            (record["text"] for record in open_source(entry.source, entry.split, job.data_dir, kind="document"))
-            for entry in c.data
-        )
-        made = Tokenizer.train(itertools.islice(texts, c.documents), c.vocab_size, model_type=c.kind, seed=job.run.seed)
-    made.save(job.dir)
-    return {"vocab_size": made.vocab_size, "fingerprint": made.fingerprint}
+        return made
+    texts = itertools.chain.from_iterable(
+        (record["text"] for record in open_source(entry.source, entry.split, job.data_dir, kind="document"))
+        for entry in c.data
+    )
+    return Tokenizer.train(itertools.islice(texts, c.documents), c.vocab_size, model_type=c.kind, seed=job.run.seed)
 
 
 def pretrain(job: Job) -> Facts:
@@ -137,7 +145,7 @@ def _sampled(job: Job, prompts: list[list[int]], length: int) -> list[tuple[list
     t = job.tokenizer
     settings = SamplingParams(length - tokens.shape[1], t.eos_id, t.pad_id, slots=default_slots())
     batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
-    rollout = jax.device_get(jax.jit(partial(generate, model, sampling=settings))(policy, batch, job.key("samples")))
+    rollout = processes.fetch(jax.jit(partial(generate, model, sampling=settings))(policy, batch, job.key("samples")))
     return [
         (prompt, response[kept].tolist())
         for prompt, response, kept in zip(prompts, rollout.response, rollout.response_mask, strict=True)
@@ -198,11 +206,12 @@ def train_stage(
     follow = (lambda params: params) if c.optimizer.ema_decay is not None else None
     frozen, trained = split(params)
     fixed = frozen | (beside or {})
-    state = init_state(job.mesh, trained, optimizer, follow)
+    fresh = partial(init_state, job.mesh, trained, optimizer, follow)
     meta = meta_of(role, model, job.tokenizer, averaged=bool(follow), stage=job.stage, **job.lineage())
     select = getattr(c, "select_by", "last")
-    checkpoints = Checkpoints(job.dir / "checkpoints", job.run.checkpoints.keep, keep_best=select != "last")
-    state, done = _restore(checkpoints, state, role)
+    checkpoints = job.checkpoints(keep_best=select != "last")
+    state, done, memory = _restore(checkpoints, fresh(), role)
+    guard = Guard(job.run.reliability.guards, job.dir, job.stage, memory)
     if done:
         chosen = checkpoints.best() if select != "last" else steps
         checkpoints.close()
@@ -211,7 +220,9 @@ def train_stage(
     def save(state: TrainState, facts: Facts | None = None, score: float | None = None) -> None:
         average = {} if state.average is None else {"average": state.average}
         models = {role: state.params} | average
-        checkpoints.save(int(state.step), models, (state.optimizer, state.step), meta | {"facts": facts}, score)
+        training = (state.optimizer, state.step)
+        told = meta | {"facts": facts, "guards": guard.memory.saved()}
+        checkpoints.save(int(state.step), models, training, told, score, writer.latest)
 
     last_measured: dict[str, float] = {}
 
@@ -220,37 +231,40 @@ def train_stage(
         last_measured.update(measured)
         return measured
 
-    def keep(state: TrainState, step: int, measured: dict[str, float]) -> Callable[[], None] | None:
+    def keep(state: TrainState, step: int, measured: dict[str, float], stop: bool) -> Callable[[], None] | None:
         if step == steps:
             return None  # the last step is saved when the stage is finished with it
         if select != "last" and measured:
             return lambda: save(state, score=_selection_score(select, measured))
-        return (lambda: save(state)) if step % job.run.checkpoints.every == 0 else None
+        return (lambda: save(state)) if stop or step % job.run.checkpoints.every == 0 else None
 
     parts = b.size // (b.micro or b.size)
 
     layout = state_shardings(job.mesh, state)
 
     @partial(jax.jit, donate_argnums=1, out_shardings=(layout, None), compiler_options=training_options())
-    def step_fn(frozen: Params, state: TrainState, batch: Any, key: jax.Array):
+    def step_fn(frozen: Params, state: TrainState, batch: Any, key: jax.Array, *poison: jax.Array):
         restricted = restrict(algorithm, partial(join, frozen))
-        state, metrics = offline_step(restricted, optimizer, state, batch, key, parts, c.optimizer.ema_decay)
+        state, metrics = offline_step(restricted, optimizer, state, batch, key, parts, c.optimizer.ema_decay, *poison)
         return state, metrics | (seen_by(batch) if flops else {})
 
     flops = (
         None if isinstance(model, EncoderDecoder) else OfflineFlops(forward_flops(model.config, params), bool(frozen))
     )
-    first, stream = peek(job.put(batches.iterate(int(state.step))))
+    first = next(job.put(iter([batches[int(state.step) + guard.memory.left_out]])))
     ahead = Ahead(job)
-    step = ahead.program(partial(step_fn, fixed), state, first, job.key("steps"))
+    poison = (np.float32(1),) if faults.wanted("update") else ()
+    step = ahead.program(partial(step_fn, fixed), state, first, job.key("steps"), *poison)
     for data in list(held_out(opened).values())[:1]:  # all of them have batches of one shape
         ahead.afterwards(meter.total, *meter.shapes(join(fixed, state.params), data))
     writer = MetricsWriter(job.dir, int(state.step), job.run.logging.tensorboard)
-    with closing(checkpoints), closing(writer):  # a stage that is interrupted still finishes the save that is under way
-        state = train_offline(
+    watch = job.watch()
+
+    def train(state: TrainState) -> TrainState:
+        return train_offline(
             step,
             state,
-            stream,
+            checkpoints.watched(job.put(batches.iterate(int(state.step) + guard.memory.left_out))),
             steps=steps,
             key=job.key("steps"),
             stage=job.stage,
@@ -261,13 +275,25 @@ def train_stage(
             keep=keep,
             flops=flops,
             trace=Trace(job.dir, job.run.profile, job.stage),
-            first_step=ahead.first_step,
+            first_step=None if ahead.facts else ahead.first_step,  # after a rollback all is compiled
+            watch=watch,
+            guard=guard,
+            rows=lambda step: (step - 1 + guard.memory.left_out) * b.size + np.arange(b.size),
         )
+
+    def restore() -> tuple[TrainState, int, Memory]:
+        state, _, memory = _restore(checkpoints, fresh(), role)
+        return state, int(state.step), memory
+
+    # A stage that is asked to stop finishes the save that is under way.
+    with held(), closing(checkpoints), closing(writer), closing(watch):
+        back = partial(go_back, job, guard, checkpoints, writer, restore)
+        state = with_rollbacks(train, state, back)
         # What is served is finished: the moving average where one is kept.
         served, facts = finish(join(frozen, state.params if state.average is None else state.average))
         trained = split(served)[1]
         sizes = {"parameters": _size(served)} | ({"trainable_parameters": _size(trained)} if frozen else {})
-        facts = {"step": steps} | sizes | facts | ahead.facts
+        facts = {"step": steps} | sizes | facts | ahead.facts | writer.gaps() | guard.memory.told()
         score = None if select == "last" else _selection_score(select, last_measured)
         finished = {"params": trained} if state.average is None else {"average": trained}
         save(replace(state, **finished), facts, score)
@@ -283,12 +309,14 @@ def _selection_score(select: str, measured: dict[str, float]) -> float:
     return measured["eval/reward_score"] if select == "reward_score" else -measured["loss/validation"]
 
 
-def _restore(checkpoints: Checkpoints, state: TrainState, role: str) -> tuple[TrainState, Facts | None]:
-    """The state at the last checkpoint, and the stage's facts when that was its last step."""
-    step = checkpoints.latest()
-    if step is None:
-        return state, None
+def _restore(checkpoints: Checkpoints, state: TrainState, role: str) -> tuple[TrainState, Facts | None, Memory]:
+    """The state at the last checkpoint, the stage's facts when that was its last step, and what its guards knew."""
     average = {} if state.average is None else {"average": abstract(state.average)}
     training = abstract((state.optimizer, state.step))
-    models, (optimizer, step), meta = checkpoints.restore(step, {role: abstract(state.params)} | average, training)
-    return TrainState(models[role], optimizer, step, models.get("average")), meta["facts"]
+    restored = checkpoints.restore_newest({role: abstract(state.params)} | average, training)
+    if restored is None:
+        return state, None, Memory()
+    models, (optimizer, step), meta = restored
+    memory = memory_of(meta)
+    skipped = restored_counts(state.skipped, memory)
+    return TrainState(models[role], optimizer, step, models.get("average"), skipped), meta["facts"], memory

@@ -21,21 +21,24 @@ from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.heads import with_head, zero_head
 from rlhfjax.models.lora import has_adapters, join, split
-from rlhfjax.sharding import batch_sharding, constrain_parts, replicated, state_shardings
+from rlhfjax.sharding import batch_sharding, constrain_parts, processes, replicated, state_shardings
 from rlhfjax.sharding.sampling import split_caches
-from rlhfjax.stages.compilation import Ahead, peek, training_options
+from rlhfjax.stages.compilation import Ahead, training_options
 from rlhfjax.stages.data import open_batches
+from rlhfjax.stages.guarded import go_back, restored_counts
 from rlhfjax.stages.job import Job, sampler_of, sampling_params
 from rlhfjax.stages.losses import training_loss
 from rlhfjax.stages.offline import Facts
 from rlhfjax.stages.parts import rows_at_a_time
 from rlhfjax.training.checkpoint import Checkpoints, meta_of
 from rlhfjax.training.flops import OnlineFlops, attended, forward_flops, seen_by
+from rlhfjax.training.guards import Guard, Memory, memory_of, with_rollbacks
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.online import OnlineSteps, train_online
 from rlhfjax.training.optimizer import learning_rate, make_optimizer
 from rlhfjax.training.profiling import Trace
 from rlhfjax.training.state import abstract, init_state
+from rlhfjax.training.stopping import held
 from rlhfjax.training.update import online_update
 from rlhfjax.types import OnlineState, Params, PromptBatch, Rollout, TokenBatch, TrainState
 
@@ -56,15 +59,19 @@ def ppo(job: Job) -> Facts:
 
     base, trained = split({"policy": policy, "value": value})
     follow = (lambda params: params["policy"]) if c.optimizer.ema_decay is not None else None
-    train = init_state(job.mesh, trained, optimizer, follow)
-    state = OnlineState(train, jnp.float32(c.kl.coef), jnp.int32(0))
-    state = jax.device_put(state, state_shardings(job.mesh, state))
-    checkpoints = Checkpoints(job.dir / "checkpoints", job.run.checkpoints.keep)
-    state = _restore(checkpoints, state)
 
-    opened, start = open_batches(job), int(state.iteration)
-    first, prompts = peek(job.put(opened["train"].iterate(start)))
-    mixed, pretraining = peek(job.put(opened["ptx"].iterate(start)) if c.ptx else itertools.repeat(None))
+    def fresh() -> OnlineState:
+        train = init_state(job.mesh, trained, optimizer, follow)
+        state = OnlineState(train, jnp.float32(c.kl.coef), jnp.int32(0))
+        return jax.device_put(state, state_shardings(job.mesh, state))
+
+    checkpoints = job.checkpoints()
+    state, start, memory = _restore(checkpoints, fresh())
+    guard = Guard(job.run.reliability.guards, job.dir, job.stage, memory)
+
+    opened, place = open_batches(job), start + memory.left_out
+    first = next(job.put(iter([opened["train"][place]])))
+    mixed = next(job.put(iter([opened["ptx"][place]]))) if c.ptx else None
     frozen, ahead = {"reference": policy, "reward": reward}, Ahead(job)
     steps = compiled_steps(job, state, algorithm, optimizer, policy_model, reward_model, sampling, base)
     steps = ahead.online(steps, state, frozen, first, mixed)
@@ -74,15 +81,19 @@ def ppo(job: Job) -> Facts:
     def save(state: OnlineState, iteration: int) -> None:
         average = {} if state.train.average is None else {"average": state.train.average}
         training = (state.train.optimizer, state.train.step, state.kl_coef, state.iteration)
-        checkpoints.save(iteration, _stored(state.train.params) | average, training, meta)
+        told = meta | {"guards": guard.memory.saved()}
+        checkpoints.save(iteration, _stored(state.train.params) | average, training, told, metrics=writer.latest)
 
-    with closing(checkpoints), closing(writer):  # a stage that is interrupted still finishes the save that is under way
-        state = train_online(
+    watch = job.watch()
+
+    def train(state: OnlineState) -> OnlineState:
+        place = int(state.iteration) + guard.memory.left_out
+        return train_online(
             steps,
             state,
             frozen,
-            prompts,
-            pretraining,
+            checkpoints.watched(job.put(opened["train"].iterate(place))),
+            job.put(opened["ptx"].iterate(place)) if c.ptx else itertools.repeat(None),
             iterations=c.steps,
             key=job.key("steps"),
             stage=job.stage,
@@ -96,11 +107,19 @@ def ppo(job: Job) -> Facts:
             save_every=job.run.checkpoints.every,
             flops=iteration_flops(c, (policy_model, policy), (value_model, value), (reward_model, reward), mixed),
             trace=Trace(job.dir, job.run.profile, job.stage),
-            first_step=ahead.first_step,
+            first_step=None if ahead.facts else ahead.first_step,  # after a rollback all is compiled
+            watch=watch,
+            guard=guard,
         )
+
+    # A stage that is asked to stop finishes the save that is under way.
+    with held(), closing(checkpoints), closing(writer), closing(watch):
+        back = partial(go_back, job, guard, checkpoints, writer, lambda: _restore(checkpoints, fresh()))
+        state = with_rollbacks(train, state, back)
         if checkpoints.latest() != c.steps:
             save(state, c.steps)
-    return {"step": c.steps, "episodes": c.steps * c.batch.size, "kl_coef": float(state.kl_coef)} | ahead.facts
+    facts = {"step": c.steps, "episodes": c.steps * c.batch.size, "kl_coef": float(state.kl_coef)}
+    return facts | ahead.facts | writer.gaps() | guard.memory.told()
 
 
 def updates_of(c: schema.Ppo) -> int:
@@ -236,7 +255,8 @@ def compiled_steps(
         kl_coef = state.kl_coef
         if c.kl.controller == "adaptive":
             kl = measured["objective/kl"]
-            kl_coef = adaptive_kl(kl_coef, kl, target=c.kl.target, horizon=c.kl.horizon, episodes=c.batch.size)
+            moved = adaptive_kl(kl_coef, kl, target=c.kl.target, horizon=c.kl.horizon, episodes=c.batch.size)
+            kl_coef = jnp.where(jnp.isfinite(moved), moved, kl_coef)  # one KL that is NaN would stay in it for good
         return OnlineState(train, kl_coef, state.iteration + 1), metrics
 
     learn = jax.jit(update, donate_argnums=1, out_shardings=(layout, None), compiler_options=training_options())
@@ -252,7 +272,7 @@ def compiled_steps(
 def sample_rows(job: Job, rollout: Rollout) -> list[dict[str, Any]]:
     """Rows for samples.jsonl: what was asked, what was said, how it scored."""
     count = job.run.logging.samples
-    some = jax.device_get(jax.tree.map(lambda x: x[:count], rollout))
+    some = processes.fetch(jax.tree.map(lambda x: x[:count], rollout))
     kl = jax.device_get(kl_estimate(some.log_probs, some.ref_log_probs, "k1")) * some.response_mask
     return [
         {
@@ -274,16 +294,17 @@ def _stored(params: Params) -> Params:
     return params | {"value": with_head(params["policy"], params["value"]["head"])}
 
 
-def _restore(checkpoints: Checkpoints, state: OnlineState) -> OnlineState:
-    """The state at the last checkpoint, if there is one."""
-    latest = checkpoints.latest()
-    if latest is None:
-        return state
+def _restore(checkpoints: Checkpoints, state: OnlineState) -> tuple[OnlineState, int, Memory]:
+    """The state at the last checkpoint, if there is one; its iteration, and what its guards knew."""
     train = state.train
     average = {} if train.average is None else {"average": abstract(train.average)}
     training = abstract((train.optimizer, train.step, state.kl_coef, state.iteration))
-    models, (optimizer, step, kl_coef, iteration), _ = checkpoints.restore(
-        latest, abstract(_stored(train.params)) | average, training
-    )
+    restored = checkpoints.restore_newest(abstract(_stored(train.params)) | average, training)
+    if restored is None:
+        return state, 0, Memory()
+    models, (optimizer, step, kl_coef, iteration), meta = restored
+    memory = memory_of(meta)
+    skipped = restored_counts(train.skipped, memory)
     params = {"policy": models["policy"], "value": {name: models["value"][name] for name in train.params["value"]}}
-    return OnlineState(TrainState(params, optimizer, step, models.get("average")), kl_coef, iteration)
+    train = TrainState(params, optimizer, step, models.get("average"), skipped)
+    return OnlineState(train, kl_coef, iteration), int(iteration), memory

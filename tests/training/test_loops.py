@@ -38,7 +38,7 @@ def run_offline(directory, start, steps):
         looked.append(step)
         return {"loss/validation": 0.5} if step == 4 else {}
 
-    def keep(state, step, measured):
+    def keep(state, step, measured, stop):
         assert measured == ({"loss/validation": 0.5} if step == 4 else {})
         # fails when a save comes before its row is written: seen
         return (lambda: saved.append((step, rows(directory / "metrics.jsonl")[-1]["step"]))) if step % 2 == 0 else None

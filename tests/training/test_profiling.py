@@ -68,7 +68,7 @@ def test_a_trace_of_an_offline_stage_names_its_steps(tmp_path):
         learning_rate=lambda step: 0.1,
         shown=(),
         measure=lambda state, step: {},
-        keep=lambda state, step, measured: None,
+        keep=lambda state, step, measured, stop: None,
         trace=Trace(tmp_path, Profile(start=2, steps=2), "sft"),
     )
     writer.close()

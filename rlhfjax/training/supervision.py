@@ -1,0 +1,86 @@
+"""What stands beside the loop of a stage: deadlines, requests to stop, faults on purpose, and how long things took."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from rlhfjax import faults
+from rlhfjax.training import stopping
+from rlhfjax.training.watchdog import Watchdog
+
+
+class Deadlines(Protocol):
+    """The `deadlines` section of a configuration (see rlhfjax.config.schema.Deadlines), seconds."""
+
+    compile: float
+    step: float
+    save: float
+
+
+class Watch:
+    """Told of every unit of work that begins. Without `deadlines` nothing is taken for a hang.
+
+    Several processes stop at the same unit: `agree()` is called by all of them at the same places, and says whether any
+    of them was asked to stop.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None = None,
+        deadlines: Deadlines | None = None,
+        agree: Callable[[], bool] | None = None,
+    ):
+        self._dog = Watchdog(directory / "stacks.txt") if directory and deadlines else None
+        self._deadlines, self._agree = deadlines, agree
+        self._seen: set[str] = set()
+        self._unit, self._began = "", time.monotonic()
+        self.longest: dict[str, float] = {}  # seconds by unit, without those that compiled
+
+    def begin(self, unit: str, step: int) -> None:
+        """A unit of work of the loop begins, and the one before it has ended."""
+        self.end()
+        if self._dog and self._deadlines:
+            limits = self._deadlines
+            seconds = limits.save if unit == "save" else limits.step if unit in self._seen else limits.compile
+            self._dog.arm(seconds)
+        faults.reach(unit, step)
+        self._unit, self._began = unit, time.monotonic()
+
+    def end(self) -> None:
+        """The unit that was under way has ended; its deadline holds until the next begins."""
+        if self._unit in self._seen:
+            self.longest[self._unit] = max(self.longest.get(self._unit, 0.0), time.monotonic() - self._began)
+        self._seen.add(self._unit)
+        self._unit = ""
+
+    def asked(self) -> bool:
+        """Whether the loop has to save and stop here."""
+        return stopping.asked() if self._agree is None else self._agree()
+
+    def poll(self) -> None:
+        """Stop here, where all is saved or nothing would be lost."""
+        if self.asked():
+            raise stopping.stop()
+
+    def wait(self, values: Any) -> Any:
+        """`values` once they are there. A request to stop does not wait for them, if this process is alone."""
+        began, arrays = time.monotonic(), jax.tree.leaves(values)
+        while self._agree is None and not all(_is_there(array) for array in arrays):
+            self.poll()
+            time.sleep(min(max((time.monotonic() - began) / 100, 1e-4), 0.02))  # late by a hundredth at most
+        jax.block_until_ready(values)
+        self.poll()
+        return values
+
+    def close(self) -> None:
+        """The loop has ended: no deadline any more."""
+        self.end()
+        if self._dog:
+            self._dog.close()
+
+
+def _is_there(value: Any) -> bool:
+    return not isinstance(value, jax.Array) or value.is_ready()  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,130 @@
+"""Asked to stop, a run saves and says so; hung, it is ended; and the same command then goes on to the same end."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stages.conftest import assert_same_bits, rows_of, saved
+from stages.tiny_recipe import STEPS
+
+DEADLINE = 120  # seconds; of what takes a few
+
+
+@pytest.fixture
+def started(environment):
+    """Starts the command line with a fault in it."""
+
+    def start(fault, *args):
+        variables = environment | ({"RLHFJAX_FAULT": fault, "RLHFJAX_ALLOW_FAULTS": "1"} if fault else {})
+        words = [sys.executable, "-m", "rlhfjax.cli", *map(str, args)]
+        return subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def ended(process):
+    """(exit code, stderr) of a process that must end by itself."""
+    try:
+        _, err = process.communicate(timeout=DEADLINE)
+    finally:
+        process.kill()
+    return process.returncode, err
+
+
+def same_end(run_dir, finished, stage):
+    again, straight = rows_of(run_dir / stage / "metrics.jsonl"), rows_of(finished / stage / "metrics.jsonl")
+    timed = ("perf/", "timing/")
+    assert [{k: v for k, v in row.items() if not k.startswith(timed)} for row in again] == [
+        {k: v for k, v in row.items() if not k.startswith(timed)} for row in straight
+    ]
+    assert_same_bits(*(saved(place / stage / "checkpoints" / str(STEPS)) for place in (run_dir, finished)))
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.faults)
+
+
+# (where SIGTERM comes, the stage, the step that is saved)
+@pytest.mark.parametrize(
+    ("point", "stage", "step"),
+    [
+        slow("pretrain:2", "pretrain", 2),
+        ("sft:3", "sft", 3),
+        slow("reward:1", "reward", 1),
+        slow("measure:3", "sft", 3),
+        ("rollout:3", "ppo", 2),
+        slow("score:2", "ppo", 1),
+        slow("update:2", "ppo", 2),
+        slow("save:2", "ppo", 2),
+    ],
+)
+def test_sigterm(started, copied, finished, config, point, stage, step):
+    run_dir = copied(stage)
+    arguments = ("run", config, "--run-dir", run_dir, "--only", stage)
+    code, err = ended(started(f"sigterm@{point}", *arguments))
+    assert code == 42, err
+    assert "Traceback" not in err
+    assert err.rstrip().endswith(
+        "error: stopped by SIGTERM; what was done is saved, the same command goes on from there"
+    )
+    line = rows_of(run_dir / "manifest.jsonl")[-1]
+    assert (line["status"], line["exit_code"]) == ("preempted", 42)
+    steps = [int(path.name) for path in (run_dir / stage / "checkpoints").iterdir() if path.name.isdigit()]
+    assert max(steps) == step
+    assert rows_of(run_dir / stage / "metrics.jsonl")[-1]["step"] == step
+
+    code, err = ended(started(None, *arguments))
+    assert code == 0, err
+    same_end(run_dir, finished, stage)
+
+
+@pytest.mark.parametrize("point", ["responses/ppo:0", slow("sft:0"), slow("judges:0")])
+def test_sigterm_in_the_evaluation(started, copied, config, point):
+    run_dir = copied("evaluate")
+    arguments = ("run", config, "--run-dir", run_dir, "--only", "evaluate")
+    code, err = ended(started(f"sigterm@{point}", *arguments))
+    assert code == 42, err
+    assert not (run_dir / "evaluate" / "complete.json").exists()
+    assert ended(started(None, *arguments))[0] == 0
+
+
+def test_a_second_signal_does_not_wait(started, copied, config):
+    run_dir = copied("ppo")
+    # The first comes where the loop can't end before the update; that hangs, and so nothing is saved.
+    process = started("hang@update:2", "run", config, "--run-dir", run_dir, "--only", "ppo")
+    metrics = run_dir / "ppo" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and (run_dir / "ppo" / "checkpoints" / "1").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    code, err = ended(process)
+    assert code == 130, err
+    line = rows_of(run_dir / "manifest.jsonl")[-1]
+    assert (line["status"], line["exit_code"]) == ("interrupted", 130)
+    assert "ended" in line
+
+
+def wait_for(condition, process):
+    until = time.monotonic() + DEADLINE
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", ["lock_gil", slow("hang")])
+def test_what_hangs_is_ended(started, copied, finished, config, kind):
+    run_dir = copied("ppo")
+    arguments = ("run", config, "--run-dir", run_dir, "--only", "ppo")
+    code, err = ended(started(f"{kind}@update:3", *arguments, "reliability.deadlines.step=2.0"))
+    assert code == 42, err
+    stacks = (run_dir / "ppo" / "stacks.txt").read_text(encoding="utf-8")
+    assert "in reach" in stacks  # the thread that hangs
+    assert stacks.count("hread 0x") > 1
+    code, err = ended(started(None, *arguments))
+    assert code == 0, err
+    same_end(run_dir, finished, "ppo")
