@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+COMMAND = (sys.executable, "-m", "rlhfjax.cli")
 LAUNCHER = "RLHFJAX_LAUNCHER"
 _PREEMPTED, _DIED = 42, 128  # exit codes: saved, run again; and from here on, ended by a signal
 _LONGEST_DELAY = 60.0
@@ -113,7 +114,7 @@ class Group:
             environment |= {"RLHFJAX_DEVICES_PER_PROCESS": str(devices)}
             environment |= {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, own))}  # which GPUs jax takes
         process = subprocess.Popen(
-            [sys.executable, "-m", "rlhfjax.cli", *arguments],
+            [*COMMAND, *arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -211,9 +212,11 @@ def _signals() -> Iterator[list[int]]:
     received: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    wakeup = signal.set_wakeup_fd(-1)  # by which a process that trains hears of them
     try:
         yield received
     finally:
+        signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -96,11 +96,15 @@ def _evaluate(job: Job, watch: Watch) -> Facts:
         policies=[_policy_row(stage, made) for stage, made in responses.items()],
         samples=_samples(responses, judges),
     )
+    processes.by_first(partial(_write, job, result), "evaluation")
+    return {}
+
+
+def _write(job: Job, result: Evaluation) -> None:
     path = job.dir / "evaluation.json"
     path.write_text(result.to_json(), encoding="utf-8")
     os.chmod(path, 0o600)
     write_report(job.run_dir / "report.html", read_run(job.run_dir))
-    return {}
 
 
 @dataclass
