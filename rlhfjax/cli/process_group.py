@@ -135,7 +135,7 @@ class Group:
             self._signal_all(signal.SIGKILL)
             for process in self._processes:
                 process.wait()
-            self._pump(1.0)
+            self._drain()
 
     def _watch(self, received: list[int]) -> int:
         code, forwarded, deadline = 0, False, float("inf")
@@ -171,6 +171,20 @@ class Group:
             if process.poll() is None:
                 os.kill(process.pid, number) if number != signal.SIGKILL else os.killpg(process.pid, number)
 
+    def _drain(self) -> None:
+        """What the processes wrote at last; a child of theirs that is left may hold a stream open for long."""
+        until = time.monotonic() + 1.0
+        while self._streams.get_map() and time.monotonic() < until:
+            self._pump(0.05)
+        for key in list(self._streams.get_map().values()):
+            self._end(key)
+        self._streams.close()
+
+    def _end(self, key: Any) -> None:
+        key.data.end()
+        self._streams.unregister(key.fileobj)
+        key.fileobj.close()
+
     def _pump(self, wait: float) -> None:
         """Pass on what the processes wrote; waits up to `wait` seconds for something."""
         if not self._streams.get_map():
@@ -181,9 +195,7 @@ class Group:
             if data:
                 key.data.write(data)
             elif data == b"":
-                key.data.end()
-                self._streams.unregister(stream)
-                stream.close()
+                self._end(key)
 
 
 class _Lines:
