@@ -3,9 +3,8 @@
 XLA's compiler holds no lock of Python, so programs are traced one after the other and compiled side by side.
 """
 
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from threading import Lock
@@ -13,6 +12,7 @@ from typing import Any
 
 import jax
 
+from rlhfjax.sharding import processes
 from rlhfjax.stages.job import Job
 from rlhfjax.training.online import OnlineSteps
 
@@ -34,7 +34,7 @@ class Program:
     """
 
     def __init__(self, pool: Executor, tracing: Lock, function: Any, arguments: Callable[[], tuple]):
-        self._function = function
+        self._function, self._called = function, False
         bound, jitted = ((), function) if not isinstance(function, partial) else (function.args, function.func)
 
         def lower() -> Any:
@@ -54,8 +54,10 @@ class Program:
         return self._lowered.result().out_info
 
     def __call__(self, *arguments: Any) -> Any:
-        if not self.ready.done():
+        if not self._called:
             self.ready.result()
+            processes.barrier("compiled")  # on CPUs a collective gives up when another process still compiles
+            self._called = True
         return self._function(*arguments)
 
 
@@ -109,9 +111,3 @@ class Ahead:
         self._pool.shutdown(wait=False)
         self.facts = {"timing/compile_s": round(compiled, 2), "timing/first_step_s": round(first, 2)}
         return f"{self._job.stage}: compiled in {compiled:.1f} s, first step after {first:.1f} s"
-
-
-def peek(batches: Iterator[Any]) -> tuple[Any, Iterator[Any]]:
-    """The first of an iterator, and the iterator from that one on."""
-    first = next(batches)
-    return first, itertools.chain([first], batches)

@@ -57,6 +57,11 @@ class Memory:
         """As JSON, for a checkpoint's meta."""
         return asdict(self) | {"losses": list(self.losses)}
 
+    def told(self) -> dict[str, Any]:
+        """What a stage says of itself at its end; nothing where nothing happened."""
+        facts = {"skipped_updates": self.skipped, "divergences": self.divergences, "rollbacks": self.rollbacks}
+        return {name: count for name, count in facts.items() if count}
+
 
 def memory_of(meta: Mapping[str, Any]) -> Memory:
     """What a checkpoint's meta says; nothing where it is from before there were guards."""
@@ -161,8 +166,8 @@ def with_rollbacks(train: Callable[[State], State], state: State, back: Callable
         try:
             return train(state)
         except RollBack as wanted:
-            rollback = wanted
-        state = back(rollback)  # outside of `except`: its frames hold the state that is left behind
+            rollback = wanted.with_traceback(None)  # whose frames hold the state that is left behind
+        state = back(rollback)
 
 
 class Guard:

@@ -6,7 +6,9 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
+from rlhfjax import faults
 from rlhfjax.training import stopping
 from rlhfjax.training.flops import machine_peak
 from rlhfjax.training.guards import Guard, write_row
@@ -15,7 +17,7 @@ from rlhfjax.training.profiling import Trace
 from rlhfjax.training.supervision import Watch
 from rlhfjax.types import TrainState
 
-Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, Any]]]
+Step = Callable[..., tuple[TrainState, dict[str, Any]]]
 
 
 def train_offline(
@@ -53,7 +55,7 @@ def train_offline(
     for step in range(start + 1, steps + 1):
         watch.begin(stage, step)
         with trace.step(step):
-            state, metrics = step_fn(state, next(batches), jax.random.fold_in(key, step))
+            state, metrics = step_fn(state, next(batches), jax.random.fold_in(key, step), *_poison(step))
             if pending:
                 latest |= write(*pending)
             if step == start + 1 or trace.running:
@@ -87,6 +89,11 @@ def train_offline(
     if stop and int(state.step) != steps:
         raise stopping.stop()
     return state
+
+
+def _poison(step: int) -> tuple[np.float32, ...]:
+    """One more argument of the step, which only a process with such a fault on purpose compiles."""
+    return (np.float32(faults.factor("update", step)),) if faults.wanted("update") else ()
 
 
 def _write(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlhfjax.stages.compilation import Ahead, peek
+from rlhfjax.stages.compilation import Ahead
 from rlhfjax.training.online import OnlineSteps
 from rlhfjax.types import OnlineState, TrainState
 
@@ -71,8 +71,3 @@ def test_each_step_of_an_iteration_is_made_for_what_the_one_before_gives(compile
     learned, measured = made.estimate(rollout, state.kl_coef)
     assert set(made.update(state, learned, ones, measured, key)[1]) == {"kl", "n"}
     assert compiled == []
-
-
-def test_peek_takes_nothing_away():
-    first, rest = peek(iter("abc"))
-    assert (first, "".join(rest)) == ("a", "abc")
