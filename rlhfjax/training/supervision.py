@@ -11,6 +11,8 @@ from rlhfjax import faults
 from rlhfjax.training import stopping
 from rlhfjax.training.watchdog import Watchdog
 
+_BROKEN_OFF = ("rollout", "score")
+
 
 class Deadlines(Protocol):
     """The `deadlines` section of a configuration (see rlhfjax.config.schema.Deadlines), seconds."""
@@ -74,6 +76,15 @@ class Watch:
         jax.block_until_ready(values)
         self.poll()
         return values
+
+    def facts(self) -> dict[str, float]:
+        """`timing/stop_s`: the longest that a request to stop had to wait, by what was seen: a unit and a save."""
+        waits = self._agree is None  # for the units that `wait` breaks off
+        units = {name: seconds for name, seconds in self.longest.items() if not (waits and name in _BROKEN_OFF)}
+        if not units:
+            return {}
+        save = units.pop("save", 0.0)
+        return {"timing/stop_s": round(max(units.values(), default=0.0) + save, 2)}
 
     def close(self) -> None:
         """The loop has ended: no deadline any more."""

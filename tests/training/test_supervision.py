@@ -1,0 +1,134 @@
+"""Requests to stop: when they are met, and what a wait does with them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rlhfjax.errors import Stopped
+from rlhfjax.training import stopping
+from rlhfjax.training.supervision import Watch
+
+
+def send(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def said():
+    """What was said to people while requests are honoured."""
+    lines = []
+    with stopping.honoured(lines.append):
+        yield lines
+
+
+def test_outside_a_loop_it_is_met_at_once(said):
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        send()
+    assert said == []
+
+
+def test_a_loop_is_told_and_meets_it_itself(said):
+    asked = []
+
+    def loop():
+        with stopping.held():
+            asked.append(stopping.asked())
+            send()
+            asked.append(stopping.asked())  # and it goes on to its end
+
+    with pytest.raises(Stopped):
+        loop()
+    assert asked == [False, True]
+    assert said == ["SIGTERM: stopping as soon as all is saved; once more stops at once"]
+
+
+def test_the_keyboard_stops_as_the_keyboard(said):
+    with pytest.raises(KeyboardInterrupt), stopping.held():
+        send(signal.SIGINT)
+
+
+def test_handlers_are_as_before():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with stopping.honoured(print):
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_wait_is_broken_off(said):
+    @jax.jit
+    def long(x):
+        return jax.lax.fori_loop(0, 20_000, lambda i, y: jnp.tanh(y @ x), x)
+
+    started = long(jnp.eye(256))
+
+    def loop():
+        with stopping.held():
+            send()
+            Watch().wait(started)
+
+    with pytest.raises(Stopped):
+        loop()
+    # fails when wait asks only after the values are there: seen
+    assert not started.is_ready()
+    started.block_until_ready()
+
+
+def test_several_processes_ask_each_other(said):
+    answers = iter([False, False, True])
+    watch = Watch(agree=lambda: next(answers))
+    with stopping.held():
+        assert watch.wait(jnp.ones(2)).tolist() == [1.0, 1.0]
+        watch.poll()
+    with pytest.raises(Stopped, match="by a preemption"):
+        watch.wait(jnp.ones(2))
+
+
+def test_the_longest_unit_counts_for_the_next_request():
+    watch = Watch()
+    for seconds in (0.3, 0.05, 0.1):  # the first compiles
+        for unit, share in (("rollout", 3.0), ("update", 1.0), ("save", 0.5)):
+            watch.begin(unit, 1)
+            time.sleep(seconds * share)
+    watch.close()
+    assert 0.14 < watch.facts()["timing/stop_s"] < 0.3  # an update and a save, since a rollout is broken off
+    assert Watch().facts() == {}
+
+
+STUCK = """
+import ctypes, os, signal
+from rlhfjax.training import stopping
+stopping.PATIENCE = 0.2
+with stopping.honoured(print):
+    stopping.before_exit(lambda code: print("left with", code, flush=True))
+    print("ready", flush=True)
+    HOLD
+"""
+
+
+@pytest.mark.parametrize(
+    ("hold", "code", "words"),
+    [
+        # libc's system() ignores neither signal's handler, but does not return to Python either
+        ("ctypes.CDLL(None).system(b'sleep 20')", 42, "left with 42\n"),
+        ("with stopping.held(): ctypes.CDLL(None).system(b'sleep 2'); print('saved', flush=True)", 1, "saved\n"),
+    ],
+)
+def test_inside_a_library(hold, code, words):
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK.replace("HOLD", hold)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == code  # 1: Stopped, which nobody caught
+    assert out.endswith(words)
