@@ -7,8 +7,12 @@ directory belongs to a stage that may be continued.
 import json
 import os
 import shutil
+import sys
 import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,12 @@ from rich.console import Console
 
 from rlhfjax.config import Run, resolved, resolved_yaml, schema
 from rlhfjax.errors import ConfigError
-from rlhfjax.stages.manifest import Manifest
+from rlhfjax.stages.agreement import facts_of
+from rlhfjax.stages.determinism import use_determinism
+from rlhfjax.stages.manifest import Manifest, other_layout
+from rlhfjax.stages.output import lasting_output
+from rlhfjax.stages.run_lock import run_lock
+from rlhfjax.training import stopping
 
 COMPLETE = "complete.json"
 ALL_STAGES = ("tokenizer", *schema.Stages.model_fields)
@@ -24,26 +33,41 @@ console = Console(stderr=True, highlight=False)
 
 
 def report(text: str) -> None:
-    """One line of progress."""
-    console.print(text, markup=False, soft_wrap=True)
+    """One line of progress; of several processes the first says it."""
+    if _speaks():
+        console.print(text, markup=False, soft_wrap=True)
 
 
-def run_recipe(run: Run, run_dir: Path, only: str | None = None, start_from: str | None = None) -> None:
+def run_recipe(
+    run: Run,
+    run_dir: Path,
+    only: str | None = None,
+    start_from: str | None = None,
+    sources: Mapping[str, str] | None = None,
+) -> None:
     """Run what is not done yet of the recipe; `only` one stage, or again from `start_from` on.
 
-    Raises ConfigError when the run directory was made with another configuration, or for a stage that the recipe lacks.
+    `sources` says where keys of the configuration were set, for the manifest. Raises ConfigError when the run directory
+    was made with another configuration or is in use, or for a stage that the recipe lacks.
     """
     stages = stages_of(run)
     for name in (only, start_from):
         if name is not None and name not in stages:
             raise ConfigError(f"stage: expected one of {', '.join(stages)} (the stages of this recipe), got {name!r}")
-    _settle_config(run, run_dir, start_from)
-    if start_from:
-        for stage in stages[stages.index(start_from) :]:
-            shutil.rmtree(run_dir / stage, ignore_errors=True)
-        if start_from == stages[0]:
-            shutil.rmtree(run_dir / "base", ignore_errors=True)  # the model's checkpoint may be another one now
-    wanted = [only] if only else stages
+    with ExitStack() as held:
+        lost = held.enter_context(lasting_output())
+        use_determinism(run.reliability.determinism)
+        if several := _processes():
+            stopping.pass_on()
+            several.agree(facts_of(run, run_dir, only, start_from))
+        _by_first(lambda: held.enter_context(run_lock(run_dir, report)), "lock")
+        _by_first(lambda: _settle(run, run_dir, start_from), "settle")
+        _run_open_stages(run, run_dir, [only] if only else stages, Manifest(run, run_dir, sources, _speaks(), lost))
+
+
+def _run_open_stages(run: Run, run_dir: Path, wanted: list[str], manifest: Manifest) -> None:
+    """Run those of the stages that are not done yet; nothing is imported or started where all are."""
+    stages = stages_of(run)
     open_stages = [stage for stage in wanted if not is_complete(run_dir, stage)]
     if not open_stages:
         report(f"nothing to do: {run_dir} has finished {', '.join(wanted)}")
@@ -52,11 +76,43 @@ def run_recipe(run: Run, run_dir: Path, only: str | None = None, start_from: str
     for stage in stages[: stages.index(open_stages[0])]:
         if not is_complete(run_dir, stage):
             raise ConfigError(f"stage {open_stages[0]} needs {stage}, which is not done in {run_dir}; run it first")
-    with Manifest(run, run_dir) as manifest:
+    with manifest:
+        stopping.before_exit(manifest.leave)
         _run_stages(run, run_dir, open_stages, manifest)
-    if "evaluate" in open_stages:
+    if "evaluate" in open_stages and _speaks():
         _print_results(run_dir)
     _point_to_report(run_dir)
+
+
+def _settle(run: Run, run_dir: Path, start_from: str | None) -> None:
+    """Make the run directory ready: its configuration, and nothing of the stages that are done again."""
+    stages = stages_of(run)
+    _settle_config(run, run_dir, start_from)
+    if start_from:
+        for stage in stages[stages.index(start_from) :]:
+            shutil.rmtree(run_dir / stage, ignore_errors=True)
+        if start_from == stages[0]:
+            shutil.rmtree(run_dir / "base", ignore_errors=True)  # the model's checkpoint may be another one now
+
+
+def _processes() -> Any:
+    """The module that several processes meet in; None in a run by itself, which need not import jax for that."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return None
+    from rlhfjax.sharding import processes
+
+    return processes
+
+
+def _speaks() -> bool:
+    several = _processes()
+    return several is None or several.is_first()
+
+
+def _by_first(what: Callable[[], None], name: str) -> None:
+    several = _processes()
+    several.by_first(what, name) if several else what()
 
 
 def stages_of(run: Run) -> list[str]:
@@ -73,23 +129,33 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
     began = time.monotonic()
     # jax and the models are imported here, so that a finished run answers at once.
     from rlhfjax.stages.compile_cache import use_compile_cache
-    from rlhfjax.stages.jobs import check_data, execute, make_jobs, origins
+    from rlhfjax.stages.jobs import agree_on_data, agree_on_tokenizer, check_data, execute, make_jobs, origins
+    from rlhfjax.stages.parents import parents, tokenizer_facts
+    from rlhfjax.stages.sources import refuse_other_data
 
     use_compile_cache(report)
     jobs = make_jobs(run, run_dir, stages, report)
-    manifest.note(**origins(jobs))
+    begins = origins(jobs)
+    agree_on_data(begins)
+    refuse_other_data(run, run_dir, stages[0], manifest.before, begins["data"])
+    manifest.note(**begins)
+    if change := other_layout(manifest.before, manifest.line):
+        report(f"{jobs[0].stage}: continues {change}; it is rounded otherwise, and not bitwise the run without a break")
     for job in jobs:
         job.shared["began"] = began
         if job.stage != "tokenizer" and job is next(j for j in jobs if j.stage != "tokenizer"):
-            manifest.note(tokenizer=job.tokenizer.fingerprint)
+            agree_on_tokenizer(job)
+            manifest.note(**tokenizer_facts(job.tokenizer))
             check_data(jobs)
         report(f"{job.stage}: started")
+        manifest.began(job.stage, parents(job))
         job.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = execute(job)
         seconds = round(time.monotonic() - began, 1)
         done = {"stage": job.stage, "seconds": seconds, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
-        write_json(job.dir / COMPLETE, done | facts)
-        report(f"{job.stage}: done in {seconds:.0f} s")
+        _by_first(partial(write_json, job.dir / COMPLETE, done | facts), job.stage)
+        stops = f"; a request to stop was met within {facts['timing/stop_s']:.1f} s" if "timing/stop_s" in facts else ""
+        report(f"{job.stage}: done in {seconds:.0f} s{stops}")
         if "timing/first_step_s" in facts:
             manifest.note(
                 first_step_s={**manifest.line.get("first_step_s", {}), job.stage: facts["timing/first_step_s"]}

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from rlhfjax.errors import ConfigError
-from rlhfjax.sharding.processes import is_first
 from rlhfjax.training.sinks import Board, Report, Sink, to_stderr
 
 
@@ -22,7 +22,8 @@ class MetricsWriter:
 
     Opening it drops what an interrupted run wrote after `start_step`, so that no step appears twice, and reports steps
     that are missing. What cannot be written later waits in memory (`rlhfjax.training.sinks`), and training goes on.
-    Of several processes only the first writes; the others know the same numbers. Raises ConfigError when the files cannot be written to begin with.
+    Of several processes only the first writes; the others know the same numbers. Raises ConfigError when the
+    files cannot be written to begin with.
     """
 
     def __init__(self, directory: Path, start_step: int, tensorboard: bool = True, report: Report = to_stderr):
@@ -32,7 +33,7 @@ class MetricsWriter:
     def _open(self, start_step: int) -> None:
         directory, report = self.directory, self._report
         path, samples = directory / "metrics.jsonl", directory / "samples.jsonl"
-        writes = is_first()
+        writes = jax.process_index() == 0
         try:
             directory.mkdir(parents=True, exist_ok=True)
             kept = _keep_until(path, start_step, writes)
@@ -117,7 +118,7 @@ class ProgressLine:
         self._began = self._printed = time.monotonic()
         self._plain_every = plain_every
         console = Console(stderr=True)
-        self._bar, self._silent = None, not is_first()
+        self._bar, self._silent = None, jax.process_index() != 0
         if console.is_terminal and not self._silent:
             columns = (
                 TextColumn("[bold]{task.description:>9}"),
