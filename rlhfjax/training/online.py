@@ -62,9 +62,9 @@ def train_online(
 
     `updates` is the optimizer steps of an iteration, `flops` its model FLOPs by its counts; `first_step` is called when
     the first iteration is done, for a line to show. Metrics are written one iteration late, while the device updates,
-    but before a save: what is saved has its row, and `guard` has seen that.
-    A request to stop that `watch` hears of ends an iteration before its update, which does not wait for the device, or
-    after it; the state of the last whole iteration is saved. Raises what it was asked to stop with.
+    but before a save: what is saved has its row, and `guard` has seen that. A request to stop that `watch` hears of
+    ends an iteration before its update, which does not wait for the device, or after it; the state of the last whole
+    iteration is saved. Raises what it was asked to stop with.
     """
     start = saved = int(state.iteration)
     progress, trace = ProgressLine(stage, start, iterations), trace or Trace(writer.directory, None, stage)
@@ -72,6 +72,7 @@ def train_online(
     write = partial(_write, partial(write_row, guard, writer, progress), learning_rate, flops)
     for iteration in range(start + 1, iterations + 1):
         rollout_key, update_key = jax.random.split(jax.random.fold_in(key, iteration))
+        watch.begin(stage, iteration)
         clock, batch = Clock(), next(prompts)
         with trace.step(iteration):
             try:
