@@ -146,7 +146,9 @@ def _heads(run: Run, shape: Shape) -> Iterator[str]:
 
 def _experts(run: Run, shape: Shape, axis: int) -> Iterator[str]:
     if not shape.experts:
-        given = sorted(run.model.architecture.experts.model_fields_set - {"count"})
+        experts = run.model.architecture.experts  # a resolved configuration names every key, with its default
+        defaults = {name: field.default for name, field in type(experts).model_fields.items() if name != "count"}
+        given = sorted(name for name, default in defaults.items() if getattr(experts, name) != default)
         if given:
             yield f"model.architecture.experts: {', '.join(given)} without experts; give count or another family"
         if axis > 1:

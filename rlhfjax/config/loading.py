@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,29 @@ def load_config(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Run:
     except ValidationError as error:
         found = [f"{_where(path, key, lines, overridden)}{line}" for key, line in problems(error, json_schema())]
         raise ConfigError(_listed(path, found)) from None
+
+
+def key_sources(path_or_name: str | Path, overrides: Iterable[str] = ()) -> dict[str, str]:
+    """Where each key was set that is not left to its default: `FILE:LINE`, or `override` with its text.
+
+    For a configuration that `load_config` has read.
+    """
+    path = config_path(path_or_name)
+    tree, lines = reading.read_yaml(_text(path))
+    found = {reading.dotted(key): f"{path}:{lines[key]}" for key in _leaf_keys(tree)}
+    for override in overrides:
+        key = reading.dotted(parse_override(override)[0])
+        found = {name: where for name, where in found.items() if not f"{name}.".startswith(f"{key}.")}
+        found[key] = f"override {override}"
+    return found
+
+
+def _leaf_keys(tree: Any, path: reading.Path = ()) -> Iterator[reading.Path]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for name, part in items:
+        yield from _leaf_keys(part, (*path, name))
+    if not isinstance(tree, dict | list) or (path and not tree):
+        yield path
 
 
 def _where(path: Path, key: reading.Path, lines: dict[reading.Path, int], overridden: list[str]) -> str:

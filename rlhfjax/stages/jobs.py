@@ -1,6 +1,9 @@
 """From a configuration to jobs: device mesh, shared reader, the check of all data before anything is compiled."""
 
+import json
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +11,23 @@ import jax
 
 from rlhfjax.config import Run, check, needs_documents, schema, sequence_lengths
 from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.evaluation.judges import require_judges
 from rlhfjax.models import model_of
 from rlhfjax.models.attention import spread_by
 from rlhfjax.models.lora import linears, targeted
-from rlhfjax.sharding import make_mesh
+from rlhfjax.sharding import make_mesh, processes
 from rlhfjax.sharding.per_device import by_rows_and_heads
 from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.dpo import dpo
 from rlhfjax.stages.exact_match import pairs_of
 from rlhfjax.stages.job import Job, sampling_params
 from rlhfjax.stages.offline import pretrain, reward, sft, tokenizer
+from rlhfjax.stages.parents import checkpoint_digest
 from rlhfjax.stages.ppo import ppo
-from rlhfjax.training.checkpoint import find_checkpoint, read_meta, tokenizer_of, tree_digest
+from rlhfjax.stages.sources import Entry, entries_of
+from rlhfjax.text.loading import load_tokenizer
+from rlhfjax.training.checkpoint import find_checkpoint, read_meta, require_writable, tokenizer_of
 
 
 def make_jobs(run: Run, run_dir: Path, stages: list[str], report: Callable[[str], None]) -> list[Job]:
@@ -30,27 +36,59 @@ def make_jobs(run: Run, run_dir: Path, stages: list[str], report: Callable[[str]
     if "evaluate" in stages and run.stages.evaluate and run.stages.evaluate.ratings:
         require_judges()  # they are needed last; that they are missing must not be found out last
     data_dir = Path(run.data_dir) if run.data_dir else default_data_dir()
-    _check_sources(run, data_dir, stages)
+    # One after the other: the first process prepares what is not prepared yet, the others find it where they share it.
+    processes.by_first(lambda: _check_sources(run, data_dir), "data")
+    if not processes.is_first():
+        _check_sources(run, data_dir)
+    for checkpoints in (run_dir / stage / "checkpoints" for stage in stages):
+        if os.path.lexists(checkpoints):  # a link to another disk, perhaps
+            processes.by_first(partial(require_writable, checkpoints), "writable")
     mesh, readers = make_mesh(**run.mesh.model_dump()), {}
     return [Job(run, stage, run_dir, data_dir, mesh, report, readers) for stage in stages]
 
 
 def origins(jobs: list[Job]) -> dict[str, Any]:
-    """What the attempt starts from: digests of its data and of the checkpoint it was given, and the step it resumes."""
+    """What the attempt starts from: mesh, digests of its data and of what it was given, and the step it resumes."""
     run, first = jobs[0].run, jobs[0]
-    stages = [job.stage for job in jobs]
     steps = [int(path.name) for path in (first.dir / "checkpoints").glob("*") if path.name.isdigit()]
-    digests = {}
-    if run.model.checkpoint:
-        digests["model.checkpoint"] = tree_digest(find_checkpoint(run.model.checkpoint))
     return {
         "data": {
             f"{entry.source}@{entry.split}": fingerprint(entry.source, entry.split, first.data_dir, kind)
-            for entry, kind in _entries(run, stages)
+            for entry, kind in entries(run)
         },
-        "started_from": digests,
+        "started_from": given(run),
+        "mesh": mesh_facts(first.mesh),
         "resumed_from": {"stage": first.stage, "step": max(steps, default=0)},
     }
+
+
+def given(run: Run) -> dict[str, str]:
+    """Digests of the checkpoints and the tokenizer that the configuration names, by its keys."""
+    named = {"model.checkpoint": run.model.checkpoint}
+    if run.stages.sft:
+        named["stages.sft.reward_model"] = run.stages.sft.reward_model
+    digests = {key: checkpoint_digest(find_checkpoint(path)) for key, path in named.items() if path}
+    if run.tokenizer.path:
+        digests["tokenizer.path"] = load_tokenizer(run.tokenizer.path).fingerprint
+    return digests
+
+
+def mesh_facts(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Sizes of the axes, and the ids of the devices in their order."""
+    return {"shape": dict(mesh.shape), "device_order": [device.id for device in mesh.devices.flat]}
+
+
+def agree_on_data(begins: dict[str, Any]) -> None:
+    """Raise DataError in every process where they do not all read the same data, or start from the same checkpoint."""
+    facts = {f"data {name}": str(told) for name, told in begins["data"].items()}
+    facts |= {f"checkpoint {name}": told for name, told in begins["started_from"].items()}
+    facts |= {"resumed step": json.dumps(begins["resumed_from"])}
+    processes.agree(facts, DataError)
+
+
+def agree_on_tokenizer(job: Job) -> None:
+    """Raise ConfigError in every process where they do not all read the same tokenizer."""
+    processes.agree({"tokenizer": job.tokenizer.fingerprint})
 
 
 def execute(job: Job) -> dict[str, Any]:
@@ -111,33 +149,11 @@ def _check_rest(job: Job) -> None:
             )
 
 
-def _check_sources(run: Run, data_dir: Path, stages: list[str]) -> None:
+def _check_sources(run: Run, data_dir: Path) -> None:
     """Open every data entry once, so that a missing file fails at once and not after the stages before it."""
-    for entry, kind in _entries(run, stages):
+    for entry, kind in entries(run):
         open_source(entry.source, entry.split, data_dir, kind=kind)
 
 
-def _entries(run: Run, stages: list[str]) -> list[tuple[Any, str]]:
-    s, found = run.stages, [(entry, "document") for entry in run.tokenizer.data]
-    if s.pretrain:
-        found += [(entry, "document") for entry in s.pretrain.data + s.pretrain.validation]
-    if s.sft:
-        found += [(entry, "demonstration") for entry in s.sft.data + s.sft.validation]
-        found += [(entry, "document") for entry in (s.sft.pretraining.data if s.sft.pretraining else [])]
-    if s.reward:
-        found += [(entry, "comparison") for entry in s.reward.data + s.reward.validation]
-        found += [(entry, "demonstration") for entry in s.reward.normalize.data]
-    if s.dpo:
-        found += [(entry, "comparison") for entry in s.dpo.data + s.dpo.validation]
-    if s.ppo:
-        found += [(entry, "prompt") for entry in s.ppo.data]
-        found += [(entry, "document") for entry in (s.ppo.ptx.data if s.ppo.ptx else [])]
-    if s.evaluate:
-        found += [(entry, "prompt") for entry in s.evaluate.data]
-        found += [(entry, "document") for entry in s.evaluate.losses]
-        found += [(entry, "comparison") for entry in s.evaluate.comparisons]
-        ratings = s.evaluate.ratings
-        found += [
-            (entry, "rated_text") for entry in ([ratings.judge, ratings.baseline, ratings.test] if ratings else [])
-        ]
-    return found
+def entries(run: Run) -> list[Entry]:
+    return [entry for stage in ("tokenizer", *schema.Stages.model_fields) for entry in entries_of(run, stage)]

@@ -1,93 +1,154 @@
-"""manifest.jsonl: one line an attempt, with all that is needed to know what ran."""
+"""manifest.jsonl: one line an attempt, with all that is needed to know what ran, and to run it again."""
 
-import hashlib
 import json
 import os
 import platform
-import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rlhfjax.config import Run, config_hash, resolved
-from rlhfjax.environment import flags, package_versions
+from rlhfjax.environment import flags, machine, needed_versions, settings
+from rlhfjax.errors import Stopped
+from rlhfjax.integrity import sync
+from rlhfjax.stages.code import commit, lock_digest, package_digests
+
+MANIFEST = "manifest.jsonl"
 
 
 class Manifest:
-    """Appends the attempt's line when it starts and rewrites it with its end when it ends."""
+    """Appends the attempt's line when it starts and rewrites it with its end when it ends.
 
-    def __init__(self, run: Run, run_dir: Path):
-        self.path = run_dir / "manifest.jsonl"
-        self.run = run
+    The file is replaced in one piece each time, so that it is whole whenever a run is killed; the line of a run that
+    was killed keeps the status `running`. `sources` says where each key of the configuration was set. Where `writes`
+    is false, as in all processes of a launch but the first, nothing is written. `at_end` adds what is known then.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        run_dir: Path,
+        sources: Mapping[str, str] | None = None,
+        writes: bool = True,
+        at_end: Callable[[], Mapping[str, Any]] = dict,
+    ):
+        self.path, self.run = run_dir / MANIFEST, run
+        self._sources, self._writes, self._at_end = sources, writes, at_end
 
     def __enter__(self) -> "Manifest":
-        self.line = describe(self.run) | {"attempt": len(self._lines()) + 1, "status": "running", "exit_code": None}
-        self._write([*self._lines(), json.dumps(self.line)])
+        self.before = read_attempts(self.path.parent)
+        self.line = describe(self.run) | {"config_sources": dict(self._sources or {})}
+        self.line |= {"attempt": len(self.before) + 1, "stages": [], "status": "running", "exit_code": None}
+        self._write()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        status = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
-        code = 0 if kind is None else getattr(error, "exit_code", 130 if kind is KeyboardInterrupt else 1)
-        self.line |= {"status": status, "exit_code": code, "ended": _now()}
+        status, code = ended_as(error)
+        self.line |= {"status": status, "exit_code": code, "ended": _now()} | dict(self._at_end())
         if error is not None:
             self.line["error"] = f"{type(error).__name__}: {str(error)[:500]}"
-        self._write([*self._lines()[:-1], json.dumps(self.line)])
+        self._write()
+
+    def leave(self, code: int) -> None:
+        """The process ends now, with nobody left to raise anything."""
+        self.note(status="preempted" if code == Stopped.exit_code else "interrupted", exit_code=code, ended=_now())
 
     def note(self, **facts: Any) -> None:
         """Add what was found out after the start."""
         self.line |= facts
-        self._write([*self._lines()[:-1], json.dumps(self.line)])
+        self._write()
 
-    def _lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+    def began(self, stage: str, parents: Mapping[str, Any]) -> None:
+        """Note that a stage starts, and the models of earlier stages that it starts from."""
+        self.note(
+            stages=[*self.line["stages"], stage],
+            lineage=self.line.get("lineage", {}) | ({stage: dict(parents)} if parents else {}),
+        )
 
-    def _write(self, lines: list[str]) -> None:
+    def _write(self) -> None:
+        if not self._writes:
+            return
         part = self.path.with_suffix(".part")
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.chmod(part, 0o600)
+        text = "".join(json.dumps(line) + "\n" for line in [*self.before, self.line])
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(self.path)
+        sync(self.path.parent)
+
+
+def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's manifest, oldest first; none where there is no manifest."""
+    path = run_dir / MANIFEST
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def ended_as(error: BaseException | None) -> tuple[str, int]:
+    """Status and exit code of an attempt that ended with `error`, None being a good end.
+
+    Errors say their status themselves where it is not `failed`, as `preempted` or `diverged`.
+    """
+    if error is None:
+        return "finished", 0
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, SystemExit):
+        return "failed", error.code if isinstance(error.code, int) else 1
+    return getattr(error, "status", "failed"), getattr(error, "exit_code", 1)
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """Configuration, code, packages, flags, devices and seed of this process."""
+    """Configuration, code, packages, flags, machine, devices and seed of this process. Starts the devices."""
     import jax
 
+    devices = jax.devices()
     return {
         "started": _now(),
         "argv": sys.argv,
+        "directory": os.getcwd(),
         "config": resolved(run),
         "config_hash": config_hash(run),
         "seed": run.seed,
-        "git": _git(),
+        "determinism": run.reliability.determinism,
+        "git": commit(),
+        "code": package_digests(),
         "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "packages": package_versions(),
-        "lock_hash": _lock_hash(),
+        "machine": machine(),
+        "packages": needed_versions(),
+        "lock_hash": lock_digest(),
         "flags": flags(),
-        "devices": [str(device.device_kind) for device in jax.devices()],
+        "settings": settings(),
+        "backend": jax.default_backend(),
+        "platform_version": devices[0].client.platform_version,
+        "devices": [str(device.device_kind) for device in devices],
         "process": [jax.process_index(), jax.process_count()],
     }
 
 
-def _git() -> dict[str, Any] | None:
-    """Commit and whether the tree differs from it, where the package runs from a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+def other_layout(before: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> str | None:
+    """How devices, processes or mesh differ from those of the attempt that this one continues, None if not at all.
+
+    Reductions over other devices add in another order, so what follows is equal within rounding only.
+    """
+    if not before or not now["resumed_from"]["step"]:
         return None
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    return {"sha": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    last = before[-1]
+    names = {"devices": "devices", "process": "processes", "mesh": "mesh"}
+    shown = {name: (_layout(last.get(name)), _layout(now.get(name))) for name in names if name in last}
+    changes = [f"{names[name]} {old} -> {new}" for name, (old, new) in shown.items() if old != new]
+    return f"on another layout ({', '.join(changes)})" if changes else None
 
 
-def _lock_hash() -> str | None:
-    lock = Path(__file__).resolve().parents[2] / "requirements.lock"
-    return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None
+def _layout(value: Any) -> str:
+    """Devices by kind, processes by count, a mesh by its axes longer than 1."""
+    if isinstance(value, dict):
+        return " x ".join(f"{axis} {size}" for axis, size in value["shape"].items() if size > 1) or "1"
+    if value and isinstance(value[0], int):
+        return str(value[1])
+    return ", ".join(f"{value.count(kind)} {kind}" for kind in sorted(set(value)))
 
 
 def _now() -> str:

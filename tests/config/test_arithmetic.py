@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhfjax.config import check, describe, least_devices, load_config, mesh_shape
+from rlhfjax.config import check, describe, least_devices, load_config, mesh_shape, resolved_yaml
 from rlhfjax.config.schema import Mesh
 from rlhfjax.errors import ConfigError
 
@@ -35,6 +35,13 @@ def load(tmp_path):
     path = tmp_path / "full.yaml"
     path.write_text(FULL, encoding="utf-8")
     return lambda *overrides: load_config(path, overrides)
+
+
+def test_a_resolved_configuration_is_one_that_runs(load, tmp_path):
+    # fails when a key that stands at its default counts as one that somebody chose: seen (experts of a dense model)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(resolved_yaml(load()), encoding="utf-8")
+    check(load_config(path), 1)
 
 
 def problem(run, devices=1):

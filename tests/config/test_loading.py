@@ -5,7 +5,7 @@ import json
 import pytest
 from pydantic import BaseModel
 
-from rlhfjax.config import config_hash, json_schema, load_config, resolved_yaml, shipped
+from rlhfjax.config import config_hash, json_schema, key_sources, load_config, resolved_yaml, shipped
 from rlhfjax.config.schema import Data, Run
 from rlhfjax.errors import ConfigError
 
@@ -214,6 +214,24 @@ def test_hash_is_of_values_not_of_text(small):
     assert config_hash(load_config(small)) == first
     assert config_hash(load_config(small, ["seed=1"])) != first
     assert config_hash(load_config(small, ["stages.pretrain.data.1.weight=2"])) != first
+
+
+def test_where_each_key_was_set(small):
+    found = key_sources(small, ["seed=4", "stages.pretrain.data=[{source: c.jsonl}]", "model.width=16"])
+    assert found == {
+        "name": f"{small}:1",
+        "model.layers": f"{small}:2",
+        "model.heads": f"{small}:2",
+        "model.context": f"{small}:2",
+        "tokenizer.data.0.source": f"{small}:4",
+        "stages.pretrain.steps": f"{small}:8",
+        "stages.pretrain.batch.size": f"{small}:9",
+        "stages.pretrain.batch.length": f"{small}:9",
+        "stages.pretrain.optimizer.lr": f"{small}:10",
+        "seed": "override seed=4",
+        "stages.pretrain.data": "override stages.pretrain.data=[{source: c.jsonl}]",
+        "model.width": "override model.width=16",
+    }
 
 
 def test_json_schema_describes_the_file():

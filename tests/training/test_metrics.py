@@ -52,7 +52,9 @@ def test_what_was_written_after_the_checkpoint_is_dropped(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "l')
     again = MetricsWriter(tmp_path, 3, tensorboard=False)
+    assert again.latest == {"lr": 3}  # of the rows before, as if it had never stopped
     again.write(4, {"lr": -4})
+    assert again.latest == {"lr": -4}
     again.close()
     assert [(row["step"], row["lr"]) for row in rows(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 2), (3, 3), (4, -4)]
     assert [row["score"] for row in rows(tmp_path / "samples.jsonl")] == [1, 2, 3]

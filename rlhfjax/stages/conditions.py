@@ -1,0 +1,86 @@
+"""What two attempts ran under, compared: configuration, code, packages, flags, machine, devices and data."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_SHOWN_FILES = 5
+_NONE = "nothing"
+
+
+def other_conditions(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each thing that may change a number and is not what it was; `then` and `now` are manifest lines."""
+    return [
+        *_code(then.get("code", {}), now["code"]),
+        *_each("package", then.get("packages", {}), now["packages"]),
+        *_value("Python", _minor(then.get("python")), _minor(now["python"])),
+        *_each("flag", then.get("flags", {}), now["flags"]),
+        *_each("setting", then.get("settings", {}), now["settings"]),
+        *_devices(then, now),
+        *_digests("data", then.get("data", {}), now.get("data", {})),
+        *_digests("", then.get("started_from", {}), now.get("started_from", {})),
+    ]
+
+
+def changed_keys(then: Any, now: Any, prefix: str = "") -> Iterator[str]:
+    """`key: expected A, got B` for the keys of two resolved configurations that differ."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*then, *now]):
+            yield from changed_keys(then.get(key), now.get(key), f"{prefix}{key}.")
+    elif then != now:
+        yield f"{prefix.rstrip('.')}: expected {then!r}, got {now!r}"
+
+
+def _code(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    if then.get("sha256") == now["sha256"]:
+        return
+    before, after = then.get("files", {}), now["files"]
+    changed = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+    more = f" and {len(changed) - _SHOWN_FILES} more" if len(changed) > _SHOWN_FILES else ""
+    yield f"code of rlhfjax: {', '.join(changed[:_SHOWN_FILES])}{more} changed"
+
+
+def _devices(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    old, new = then.get("devices", []), now["devices"]
+    yield from _value("devices", f"{len(old)} x {_kinds(old)}", f"{len(new)} x {_kinds(new)}")
+    yield from _value("processes", (then.get("process") or [0, 1])[1], now["process"][1])
+    if "mesh" in then and "mesh" in now:
+        yield from _value("mesh", _axes(then["mesh"]), _axes(now["mesh"]))
+        yield from _value("order of devices in the mesh", then["mesh"]["device_order"], now["mesh"]["device_order"])
+    machine, here = then.get("machine", {}), now["machine"]
+    if now["backend"] == "cpu":  # XLA compiles for this processor, and shares sums out among its cores
+        for name in ("architecture", "processor", "cores"):
+            yield from _value(name, machine.get(name), here.get(name))
+    else:
+        yield from _value("platform", then.get("platform_version"), now["platform_version"])
+        yield from _value("NVIDIA driver", machine.get("nvidia_driver"), here.get("nvidia_driver"))
+
+
+def _each(what: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for name in sorted(then.keys() | now.keys()):
+        yield from _value(f"{what} {name}", then.get(name), now.get(name))
+
+
+def _digests(what: str, then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    """Of what both know: a source that cannot be read is said by whoever tried, one that was added by the keys."""
+    for name in sorted(then.keys() & now.keys()):
+        shown = [f"SHA-256 {digests[name][:12]}…" for digests in (then, now)]
+        if then[name] != now[name]:
+            yield f"{what} {name}: expected {shown[0]}, got {shown[1]}".strip()
+
+
+def _value(name: str, then: Any, now: Any) -> Iterator[str]:
+    if then != now:
+        expected, got = (_NONE if value is None else value for value in (then, now))
+        yield f"{name}: expected {expected}, got {got}"
+
+
+def _minor(version: str | None) -> str | None:
+    return version and ".".join(version.split(".")[:2])
+
+
+def _kinds(devices: list[str]) -> str:
+    return ", ".join(sorted(set(devices))) or _NONE
+
+
+def _axes(mesh: Mapping[str, Any]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in mesh["shape"].items())

@@ -1,0 +1,44 @@
+"""What a run reads, as it is now: records of every source, checkpoints and tokenizer that it was given, its mesh."""
+
+from pathlib import Path
+from typing import Any
+
+from rlhfjax.config import Run
+from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
+from rlhfjax.data.recount import changed_records
+from rlhfjax.errors import RlhfjaxError
+from rlhfjax.sharding import make_mesh
+from rlhfjax.stages.jobs import entries, given, mesh_facts
+
+
+def inputs_now(run: Run) -> tuple[dict[str, Any], list[str]]:
+    """Facts as an attempt notes them, and a line for each input that cannot be read or was damaged."""
+    problems: list[str] = []
+    data = _data(run, problems)
+    facts: dict[str, Any] = {"data": data}
+    for name, find in (("started_from", lambda: given(run)), ("mesh", lambda: mesh_facts(_mesh(run)))):
+        try:
+            facts[name] = find()
+        except RlhfjaxError as error:
+            problems.append(str(error))
+    return facts, problems
+
+
+def _data(run: Run, problems: list[str]) -> dict[str, str]:
+    data_dir = Path(run.data_dir) if run.data_dir else default_data_dir()
+    found: dict[str, str] = {}
+    for entry, kind in entries(run):
+        name = f"{entry.source}@{entry.split}"
+        if name in found:
+            continue
+        try:
+            found[name] = fingerprint(entry.source, entry.split, data_dir, kind)
+            folder = open_source(entry.source, entry.split, data_dir, kind).folder
+            problems += [f"data {name}: {line}" for line in changed_records(folder, entry.split)]
+        except RlhfjaxError as error:
+            problems.append(f"data {name}: {error}")
+    return found
+
+
+def _mesh(run: Run) -> Any:
+    return make_mesh(**run.mesh.model_dump())

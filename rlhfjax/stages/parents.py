@@ -1,0 +1,52 @@
+"""What a stage starts from: the models of earlier stages, by step and digest, and the tokenizer."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhfjax.config import Run
+from rlhfjax.stages.job import Job
+from rlhfjax.text.loading import CHAT_TEMPLATE, AnyTokenizer
+from rlhfjax.training.checkpoint import find_checkpoint, stored_digests, tree_digest
+
+
+def parents_of(run: Run, stage: str) -> list[str]:
+    """The earlier stages whose models a stage reads, as the functions of the stages ask for them."""
+    stages = [name for name, section in run.stages if section is not None]
+    earlier = stages[: stages.index(stage)] if stage in stages else []
+    policy = [name for name in ("sft", "pretrain") if name in earlier][:1]
+    if stage == "reward" and run.stages.reward and run.stages.reward.start_from != "sft":
+        policy = [name for name in ("pretrain",) if name in earlier]
+    return {
+        "sft": [name for name in ("pretrain",) if name in earlier],
+        "reward": policy,
+        "dpo": policy,
+        "ppo": [*policy, "reward"],
+        "evaluate": earlier,
+    }.get(stage, [])
+
+
+def parents(job: Job) -> dict[str, dict[str, Any]]:
+    """Step and digest of the models that a stage starts from, by the stage that made them."""
+    found = {}
+    for name in parents_of(job.run, job.stage):
+        step_dir = find_checkpoint(job.run_dir / name)
+        found[name] = {"step": int(step_dir.name), "digest": checkpoint_digest(step_dir)}
+    return found
+
+
+def checkpoint_digest(step_dir: Path) -> str:
+    """SHA-256 of the digests of a checkpoint's arrays: equal arrays give it again, however their files lie.
+
+    Of a checkpoint that an older version wrote, without such digests, it is that of its files.
+    """
+    leaves = stored_digests(step_dir)
+    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest() if leaves else tree_digest(step_dir)
+
+
+def tokenizer_facts(tokenizer: AnyTokenizer) -> dict[str, str]:
+    """The digests of the tokenizer and of the way in which it writes conversations."""
+    template = getattr(tokenizer, "chat_template", None)
+    text = CHAT_TEMPLATE if template is None else template.source
+    return {"tokenizer": tokenizer.fingerprint, "chat_template": hashlib.sha256(text.encode()).hexdigest()}

@@ -1,0 +1,100 @@
+"""Flags of `determinism: strict`: what is added, what is refused, and that XLA takes it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from rlhfjax.errors import ConfigError
+from rlhfjax.stages.determinism import strict_flags, use_determinism
+
+ADDED = "--xla_gpu_deterministic_ops=true"
+EXCLUDE = "--xla_gpu_exclude_nondeterministic_ops"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", ADDED),
+        ("--xla_dump_to=/x", f"--xla_dump_to=/x {ADDED}"),
+        ("--xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops"),
+        ("--xla_gpu_deterministic_ops=1", "--xla_gpu_deterministic_ops=1"),
+        ("--xla_gpu_deterministic_ops=false --xla_gpu_deterministic_ops=true", None),
+        (EXCLUDE, f"{EXCLUDE} {ADDED}"),  # kernels would still be chosen by timing
+        ("--xla_a='b c' --xla_d", f"--xla_a='b c' --xla_d {ADDED}"),
+    ],
+)
+def test_what_is_added(given, expected):
+    assert strict_flags({"XLA_FLAGS": given}) == (given if expected is None else expected)
+
+
+def test_kernels_that_were_chosen_once_are_kept(tmp_path):
+    kernels = tmp_path / "autotune.textproto"
+    load = f"--xla_gpu_load_autotune_results_from={kernels}"
+    with pytest.raises(ConfigError, match="expected a file of autotune results, which is not there"):
+        strict_flags({"XLA_FLAGS": load})
+    kernels.touch()
+    assert strict_flags({"XLA_FLAGS": load}) == f"{load} {EXCLUDE}=true"
+    assert strict_flags({"XLA_FLAGS": f"{load} {EXCLUDE}=1"}) == f"{load} {EXCLUDE}=1"
+
+
+def test_flags_in_a_file(tmp_path):
+    (tmp_path / "flags").write_text("--xla_a=1\n--xla_b\n", encoding="utf-8")
+    assert strict_flags({"XLA_FLAGS": str(tmp_path / "flags")}) == f"--xla_a=1 --xla_b {ADDED}"
+    with pytest.raises(ConfigError, match="expected flags, or a file with flags: No such file"):
+        strict_flags({"XLA_FLAGS": str(tmp_path / "none")})
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"XLA_FLAGS": "--xla_gpu_deterministic_ops=false"}, "got XLA_FLAGS=--xla_gpu_deterministic_ops=false"),
+        ({"XLA_FLAGS": "--xla_gpu_deterministic_ops --xla_gpu_deterministic_ops=0"}, "=0"),  # the last one holds
+        ({"XLA_FLAGS": f"{EXCLUDE}=False"}, f"expected {EXCLUDE}=true, or none, got XLA_FLAGS={EXCLUDE}=False"),
+        ({"XLA_FLAGS": f"{EXCLUDE}=maybe"}, "expected true or false"),
+        (
+            {"NCCL_ALGO": "Tree"},
+            "expected one of Ring, CollnetDirect, CollnetChain, ^NVLS, or none, got NCCL_ALGO=Tree",
+        ),
+        ({"NCCL_ALGO": "Ring,Tree"}, "got NCCL_ALGO=Ring,Tree"),
+    ],
+)
+def test_what_is_refused(variables, expected):
+    with pytest.raises(ConfigError) as caught:
+        strict_flags(variables)
+    assert expected in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("algorithm", ["", "Ring", "ring", "CollnetDirect", "^NVLS"])
+def test_algorithms_of_nccl_that_add_in_one_order(algorithm):
+    assert strict_flags({"NCCL_ALGO": algorithm}) == ADDED
+
+
+def test_fast_changes_nothing(monkeypatch):
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")
+    use_determinism("fast")
+    with pytest.raises(ConfigError):
+        use_determinism("strict")
+
+
+def test_xla_takes_the_flag_and_no_other():
+    # XLA ends a process that gives it a flag it does not know
+    program = (
+        "import os, sys; from rlhfjax.stages.determinism import use_determinism\n"
+        "use_determinism('strict'); assert 'jax' not in sys.modules\n"
+        "os.environ['XLA_FLAGS'] += sys.argv[1]\n"
+        "import jax; jax.block_until_ready(jax.numpy.ones(3) + 1); print(os.environ['XLA_FLAGS'])"
+    )
+
+    def run(more):
+        words = [sys.executable, "-c", program, more]
+        environment = {"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "XLA_FLAGS": ""}
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+
+    taken, refused = run(""), run(" --xla_gpu_no_such_flag=true")
+    assert (taken.returncode, taken.stdout.strip()) == (0, ADDED), taken.stderr
+    assert refused.returncode != 0
+    assert "xla_gpu_no_such_flag" in refused.stderr
