@@ -320,12 +320,14 @@ class Guards(Section):
 class Deadlines(Section):
     """Seconds after which work that shows no end is taken for a hang: stacks are written and the process exits with 42.
 
+    After `join` seconds processes no longer wait for one that is missing at the start.
     A program that is not compiled yet gets `compile`; a training step, rollout or batch of an evaluation `step`.
     """
 
     compile: Positive = 7200.0
     step: Positive = 1800.0
     save: Positive = 1800.0
+    join: Positive = 300.0
 
 
 class Reliability(Section):

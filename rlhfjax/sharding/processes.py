@@ -132,7 +132,7 @@ def _settings(several: bool) -> None:
 
 
 def _everywhere(error: BaseException) -> bool:
-    return isinstance(error, Stopped) or getattr(error, "everywhere", False)
+    return getattr(error, "everywhere", isinstance(error, Stopped))
 
 
 def count() -> int:

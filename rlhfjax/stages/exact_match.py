@@ -10,7 +10,7 @@ from rlhfjax.config import schema
 from rlhfjax.data.batches import left_padded
 from rlhfjax.generation import BeamParams, beam_search
 from rlhfjax.models import SequenceModel
-from rlhfjax.sharding import place_batch
+from rlhfjax.sharding import place_batch, processes
 from rlhfjax.stages.job import Job
 from rlhfjax.types import Params, PromptBatch
 
@@ -39,7 +39,7 @@ def exact_match(job: Job, model: SequenceModel, params: Params) -> dict[str, flo
             # The last batch is filled up with the first rows.
             rows = (np.arange(start, start + c.batch.size) % len(pairs)).astype(np.int32)
             batch = PromptBatch(jnp.asarray(tokens[rows]), jnp.asarray(mask[rows]), jnp.asarray(rows))
-            made = jax.device_get(best(params, place_batch(job.mesh, batch)))
+            made = processes.fetch(best(params, place_batch(job.mesh, batch)))
             for i, (_, response) in enumerate(pairs[start : start + c.batch.size]):
                 said = t.decode(made.response[i][made.response_mask[i]].tolist())
                 right += bool(made.finished[i]) and said == t.decode(response)

@@ -15,7 +15,7 @@ from rlhfjax.data.batches import left_padded
 from rlhfjax.data.pipeline import Batches
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models import SequenceModel
-from rlhfjax.sharding import place_batch
+from rlhfjax.sharding import place_share
 from rlhfjax.stages.job import Job, default_slots
 from rlhfjax.stages.losses import language_modelling
 from rlhfjax.training.checkpoint import find_checkpoint, load_model
@@ -31,13 +31,13 @@ class Meter:
     mesh: jax.sharding.Mesh
 
     def __call__(self, params: Params, batches: Batches) -> float:
-        sums = [self.total(params, place_batch(self.mesh, batch), rows) for batch, rows in batches.once()]
+        sums = [self.total(params, place_share(self.mesh, batch), rows) for batch, rows in batches.once()]
         return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
 
     def shapes(self, params: Params, batches: Batches) -> tuple:
         """What `total` is called with."""
         batch, rows = next(iter(batches.once()))
-        return abstract(params), abstract(place_batch(self.mesh, batch)), rows
+        return abstract(params), abstract(place_share(self.mesh, batch)), rows
 
 
 def loss_meter(job: Job, model: SequenceModel) -> Meter:
@@ -67,12 +67,12 @@ def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[P
     batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
 
     @jax.jit
-    def mean_score(params, key):
+    def mean_score(params, reward, key):
         made = generate(model, params, batch, key, settings)
         parts = (made.prompt, made.prompt_mask, made.response, made.response_mask)
         return scorer.response_scores(reward, *parts).mean()
 
-    return lambda params: {"eval/reward_score": float(mean_score(params, job.key("samples")))}
+    return lambda params: {"eval/reward_score": float(mean_score(params, reward, job.key("samples")))}
 
 
 def accuracy_meter(job: Job, algorithm: RewardModelling | Dpo, metric: str = "train/rm/accuracy") -> Meter:
