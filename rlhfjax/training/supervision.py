@@ -35,7 +35,9 @@ class Watch:
         deadlines: Deadlines | None = None,
         agree: Callable[[], bool] | None = None,
     ):
-        self._dog = Watchdog(directory / "stacks.txt") if directory and deadlines else None
+        index = jax.process_index()
+        stacks = f"stacks.{index}.txt" if index else "stacks.txt"
+        self._dog = Watchdog(directory / stacks) if directory and deadlines else None
         self._deadlines, self._agree = deadlines, agree
         self._seen: set[str] = set()
         self._unit, self._began = "", time.monotonic()
