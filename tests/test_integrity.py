@@ -120,15 +120,15 @@ def test_no_manifest(directory):
 def test_files_are_synced_before_the_manifest_and_it_before_its_name(directory, monkeypatch):
     # fails when the manifest takes its name before it is on the disk: seen
     calls = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *given, real=real, name=name: (calls.append((name, given)), real(*given)))
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append(os.readlink(f"/proc/self/fd/{file}")), sync(file)))
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names)))
     write_manifest(directory)
-    kinds = [name for name, _ in calls]
-    assert kinds.count("replace") == 1
-    place = kinds.index("replace")
-    assert place >= len(FILES) + 1  # every file and the manifest
-    assert "fsync" in kinds[place:]  # the directory with the new name
+    place = calls.index("replace")
+    assert calls[place - 1] == str(directory / f"{MANIFEST}.part")
+    folders = {directory / "meta", directory / "policy", directory / "policy" / "d"}
+    assert set(calls[: place - 1]) == {str(path) for path in {directory / name for name in FILES} | folders}
+    assert calls[place + 1 :] == [str(directory)]
 
 
 def test_once_in_a_process_and_again_when_it_was_replaced(directory, monkeypatch):

@@ -42,7 +42,7 @@ def test_it_computes_what_it_did(kept, caplog):
 
 
 def test_it_is_continued_as_it_would_have_been(kept, command):
-    # fails when the optimizer starts anew: seen
+    # meant to catch an optimizer that starts anew, and a training state that is read otherwise than it was written
     expected = np.load(kept / "expected.npz")
     code, _, err = command("run", "recipe.yaml", "--run-dir", "run")
     assert code == 0, err
