@@ -6,17 +6,25 @@ With BENCHMARK_TRACE=DIRECTORY the last step of the warm-up leaves a trace there
 """
 
 import itertools
+import json
 import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
-
-import jax
 
 from benchmarks import standins
 from benchmarks.peers.worker import Worker
 
 standins.install()
+
+from benchmarks.flops import parameters  # noqa: E402
+from rlhfjax.stages.freed_memory import keep_freed_memory  # noqa: E402
+
+if __name__ == "__main__":  # as `rlhfjax run` does before it imports jax
+    keep_freed_memory(parameters(json.loads(sys.argv[1])["shape"]))
+
+import jax  # noqa: E402
 
 from benchmarks import product  # noqa: E402
 
