@@ -11,7 +11,7 @@ from tiny import VOCAB, cross_entropy_from, experience, lenient, log_probs_from,
 
 from rlhfjax.algorithms import LanguageModelling, Mix, Ppo
 from rlhfjax.stages.ppo import ppo_optimizer
-from rlhfjax.training.update import apply_gradients, offline_step, online_update
+from rlhfjax.training.update import all_finite, apply_gradients, offline_step, online_update
 from rlhfjax.types import TrainState
 
 ROWS, COEF = 8, 3.0
@@ -213,3 +213,141 @@ def test_offline_step_reports_its_gradient_and_its_tokens():
     np.testing.assert_allclose(metrics["grad/norm"], np.sqrt(np.square(gradient).sum()), rtol=1e-5)
     assert int(metrics["tokens"]) == int((np.asarray(TEXT.segments) > 0).sum())
     np.testing.assert_allclose(metrics["loss/train"], -np.mean(text_log_probs(params["embedding"])), rtol=1e-5)
+
+
+@dataclass(frozen=True)
+class Offset:
+    """A loss that is beyond all numbers where the batch says so, and whose gradient is an ordinary one all the same."""
+
+    def weight(self, batch):
+        return jnp.float32(1.0)
+
+    def loss(self, params, batch, weight, key):
+        loss = jnp.square(params["kernel"] - batch.pull).sum() + jax.lax.stop_gradient(batch.offset)
+        return loss, {"loss/train": loss}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pull:
+    pull: jax.Array
+    offset: jax.Array
+
+    def real_tokens(self):
+        return jnp.int32(1)
+
+
+@pytest.fixture(scope="module")
+def pulled():
+    """State and metrics after some batches: where they pull to, offset of the loss, factor of the gradient."""
+    rising = optax.scale_by_schedule(lambda count: -0.01 * (count + 1).astype(jnp.float32))
+    optimizer = lenient(optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), rising))
+    step = jax.jit(lambda s, b, p: offline_step(Offset(), optimizer, s, b, jax.random.key(0), 1, 0.9, p))
+
+    def run(*batches):
+        params = {"kernel": jnp.asarray([0.3, -0.7, 1.1], jnp.float32)}
+        state, told = TrainState(params, optimizer.init(params), jnp.int32(0), params), []
+        for pull, offset, poison in batches:
+            batch = Pull(jnp.arange(3, dtype=jnp.float32) + pull, jnp.float32(offset))
+            state, metrics = step(state, batch, jnp.float32(poison))
+            told.append({name: float(value) for name, value in metrics.items()})
+        return state, told
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("offset", "poison"), [(np.nan, 1), (np.inf, 1), (-np.inf, 1), (0, np.nan), (0, np.inf), (0, -np.inf)]
+)
+def test_an_update_that_is_not_finite_never_was(offset, poison, pulled):
+    """The loss, or the gradient, of the second of three batches: the state is that of a run of the other two."""
+    state, told = pulled((0.0, 0, 1), (7.0, offset, poison), (2.0, 0, 1))
+    without, rows = pulled((0.0, 0, 1), (2.0, 0, 1))
+    assert (int(state.step), int(state.skipped.total), int(state.skipped.in_a_row)) == (3, 1, 0)
+    jax.tree.map(np.testing.assert_array_equal, replace(state, step=without.step, skipped=without.skipped), without)
+    assert [row["guard/skipped_updates"] for row in told] == [0, 1, 0]
+    assert [row["guard/skipped_in_a_row"] for row in told] == [0, 1, 0]
+    assert [row["updates"] for row in told] == [0, 1, 1]
+    assert [row["grad/norm"] for row in told[::2]] == [row["grad/norm"] for row in rows]
+
+
+def test_a_skipped_update_leaves_every_bit(pulled):
+    state, _ = pulled((0.0, 0, 1))
+    after, _ = pulled((0.0, 0, 1), (1.0, np.nan, 1), (2.0, 0, np.nan))
+    assert (int(after.step), int(after.skipped.total), int(after.skipped.in_a_row)) == (3, 2, 2)
+    jax.tree.map(np.testing.assert_array_equal, replace(after, step=state.step, skipped=state.skipped), state)
+
+
+def test_what_is_finite():
+    numbers = {"a": jnp.ones(3), "b": jnp.arange(3, dtype=jnp.int32), "c": jnp.ones((2, 2), jnp.bfloat16)}
+    assert all_finite(numbers)
+    assert all_finite({"b": numbers["b"]})
+    for name, bad in (("a", jnp.nan), ("a", -jnp.inf), ("c", jnp.inf)):
+        assert not all_finite(numbers | {name: numbers[name].at[-1].set(bad)})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Marked:
+    """Rows with a number each, which the loss does not read."""
+
+    row: jax.Array
+    number: jax.Array
+
+
+@dataclass(frozen=True)
+class MarkedVisits(Visits):
+    def loss(self, params, rows, weight, key):
+        return super().loss(params, rows.row, weight, key)
+
+
+def marked_visits(bad, **settings):
+    """As `visits`, with numbers that are not finite in the rows `bad`."""
+    number = np.zeros(12, np.float32)
+    number[bad] = np.nan, *([np.inf] * (len(bad) - 1))
+    params = {"policy": {name: jnp.zeros(12) for name in ("count", "time", "first")} | {"clock": jnp.zeros(())}}
+    sgd = optax.sgd(1.0)
+    state = TrainState(params, sgd.init(params), jnp.int32(0))
+    made = Marked(jnp.arange(12, dtype=jnp.int32), jnp.asarray(number))
+    state, metrics = updater(MarkedVisits(), optimizer=sgd, **settings)(state, made)
+    return jax.device_get(state), {name: float(value) for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize("stop", [None, 100.0])
+def test_only_the_minibatches_with_the_bad_row_are_skipped(stop):
+    # fails when a NaN ends the epochs as an exceeded kl.stop does, and when the means hold skipped minibatches: seen
+    state, metrics = marked_visits([5], epochs=2, minibatches=2, kl_stop=stop)
+    book = state.params["policy"]
+    assert (book["clock"], book["count"].sum(), book["count"][5]) == (2, 12, 0)
+    assert set(book["count"].tolist()) <= {0, 1, 2}
+    assert (state.step, state.skipped.total, state.skipped.in_a_row) == (4, 2, 0)
+    assert (metrics["guard/skipped_updates"], metrics["guard/skipped_in_a_row"]) == (2, 0)
+    assert (metrics["policy/epochs_run"], metrics["val/ratio_err"]) == (2, 0.5)  # the clock of the two that ran
+
+
+def test_an_iteration_without_a_finite_update_counts_once():
+    state, metrics = marked_visits([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], epochs=2, minibatches=2)
+    assert {name: leaf.sum() for name, leaf in state.params["policy"].items()} == dict.fromkeys(
+        ("count", "time", "first", "clock"), 0
+    )
+    assert (state.step, state.skipped.total, state.skipped.in_a_row) == (4, 4, 1)
+    assert (metrics["guard/skipped_updates"], metrics["guard/skipped_in_a_row"]) == (4, 1)
+    assert np.isnan(metrics["val/ratio_err"])
+
+
+@pytest.mark.parametrize("field", ["scores", "log_probs", "ref_log_probs", "values", "advantages", "returns"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_ppo_skips_numbers_of_a_rollout_that_are_not_finite(field, bad, poisoned_update):
+    inside = field in ("advantages", "returns")
+    value = getattr(MADE if inside else MADE.rollout, field).at[0].set(bad)
+    made = replace(MADE, **{field: value}) if inside else replace(MADE, rollout=replace(MADE.rollout, **{field: value}))
+    before = start(average=True)
+    after, metrics = poisoned_update(before, made)
+    assert (int(after.step), int(after.skipped.total)) == (1, 1)
+    assert metrics["guard/skipped_updates"] == 1
+    jax.tree.map(np.testing.assert_array_equal, replace(after, step=before.step, skipped=before.skipped), before)
+
+
+@pytest.fixture(scope="module")
+def poisoned_update():
+    return updater(PPO, ema_decay=0.9)
