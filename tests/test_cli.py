@@ -70,6 +70,9 @@ def calls(monkeypatch):
     )
     made_here = {"run_recipe": record("run_recipe"), "inspect_batch": record("inspect_batch", rows)}
     module("stages", transfer=transfer, **made_here)
+    again = types.ModuleType("rlhfjax.stages.reproduce")
+    again.reproduce = record("reproduce")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, again.__name__, again)
     module("data.benchmark", prepare=record("prepare", lambda kind, where, cache, say: [Path(where) / kind]))
     module("data.movies", Movies="movies")
     module("data.chitchat", Chitchat="chitchat")
@@ -79,6 +82,7 @@ def calls(monkeypatch):
     module("data.datasets", open_source=record("open_source", records), default_data_dir=lambda: "DEFAULT")
     module("environment", environment_report=record("environment_report", "python  3"))
     monkeypatch.setattr(rlhfjax, "load", record("load", Model()), raising=False)
+    monkeypatch.setattr("rlhfjax.cli.launching.supervise", record("supervise", 0))
     return made
 
 
@@ -115,7 +119,7 @@ def examples():
 def test_the_verbs_are_these():
     assert {" ".join(names) for names, _ in verbs()} == {
         "run", "ls", "cp", "show", "validate", "schema", "generate", "import", "export", "env", "metrics",
-        "data prepare", "data inspect",
+        "data prepare", "data inspect", "launch local", "verify", "reproduce",
     }  # fmt: skip
 
 
@@ -140,15 +144,24 @@ def test_version():
 
 def test_run_hands_over(calls, tmp_path):
     assert call("run", "quickstart", "stages.ppo.steps=3", "--run-dir", "x", "--only", "sft", "seed=4").exit_code == 0
-    [(name, (run, run_dir, only, start_from), _)] = calls
+    [(name, (run, run_dir, only, start_from, sources), _)] = calls
     assert (name, str(run_dir), only, start_from) == ("run_recipe", "x", "sft", None)
     assert (run.stages.ppo.steps, run.seed) == (3, 4)
+    assert sources["seed"] == "override seed=4"
 
 
 def test_run_has_a_directory_by_default(calls):
     assert call("run", "quickstart", "name=other", "--from", "reward").exit_code == 0
     assert str(calls[0][1][1]) == os.path.join("runs", "other")
-    assert calls[0][1][2:] == (None, "reward")
+    assert calls[0][1][2:4] == (None, "reward")
+
+
+def test_launch_hands_over_what_follows(calls, tmp_path):
+    words = ["run", "quickstart", "seed=4", "--run-dir", str(tmp_path)]
+    assert call("launch", "local", "-n", 3, "--devices-per-process", 2, "--grace", 5, "--", *words).exit_code == 0
+    [(name, (arguments, count, devices, restarts, grace, _), _)] = calls
+    assert (name, arguments, count, devices, grace) == ("supervise", words, 3, 2, 5.0)
+    assert (restarts.preempted, restarts.failed, restarts.run_dir) == (100, 3, tmp_path)
 
 
 def test_run_refuses_before_anything_starts(calls):
@@ -302,6 +315,13 @@ def test_models_are_taken_in_and_given_out(calls):
     assert calls.pop() == ("export_checkpoint", ("CKPT", Path("DST")), chosen)
     call("export", "CKPT", "DST")
     assert calls[0][2] == {"item": None, "dtype": "float32", "shard_size": len("5GB"), "force": False}
+
+
+def test_reproduce_hands_over(calls):
+    assert call("reproduce", "runs/a", "--run-dir", "b", "--only-check").exit_code == 0
+    assert calls.pop() == ("reproduce", (Path("runs/a"), Path("b"), True), {})
+    call("reproduce", "runs/a/")
+    assert calls.pop() == ("reproduce", (Path("runs/a"), Path("runs/a-reproduced"), False), {})
 
 
 def test_data_prepare(calls, tmp_path):

@@ -9,12 +9,18 @@ from typing import Annotated
 import typer
 
 from rlhfjax import config as configuration
+from rlhfjax.cli.checking import NoVerify, verify
 from rlhfjax.cli.datasets import OPTIONS, Overrides, data, known_stage, pairs
+from rlhfjax.cli.launching import Coordinator, NumProcesses, ProcessId, among_processes, die_with_launcher, launch
+from rlhfjax.cli.reproducing import reproduce
 from rlhfjax.errors import ConfigError
+from rlhfjax.integrity import unverified
 from rlhfjax.terminal import Door, printable, say
 
 app = typer.Typer(cls=Door, no_args_is_help=True, **OPTIONS)
 app.add_typer(data, name="data")
+app.add_typer(launch, name="launch")
+app.command()(verify)
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped name (see rlhfjax ls).")]
 
@@ -46,6 +52,10 @@ def run(
     ] = None,
     only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run this stage alone.")] = None,
     start_from: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Run from this stage on.")] = None,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    no_verify: NoVerify = False,
 ) -> None:
     """Run the stages of a configuration in order. The same command again continues a run that was killed.
 
@@ -58,9 +68,13 @@ def run(
         raise ConfigError("--only and --from: give one of them")
     for option, stage in (("--only", only), ("--from", start_from)):
         known_stage(option, stage, loaded)
+    sources = configuration.key_sources(config, pairs(overrides))
     from rlhfjax import stages
+    from rlhfjax.stages.freed_memory import keep_freed_memory_of
 
-    stages.run_recipe(loaded, run_dir or Path("runs") / loaded.name, only, start_from)
+    keep_freed_memory_of(loaded)
+    with among_processes(loaded.reliability, coordinator, num_processes, process_id), unverified(no_verify):
+        stages.run_recipe(loaded, run_dir or Path("runs") / loaded.name, only, start_from, sources)
 
 
 @app.command()
@@ -167,6 +181,7 @@ def generate(
     length_penalty: Annotated[
         float | None, typer.Option(metavar="A", min=0, help="Of the search; above 0 favours length.  [default: 0.6]")
     ] = None,
+    no_verify: NoVerify = False,
 ) -> None:
     """Print what a model answers.
 
@@ -180,7 +195,7 @@ def generate(
     from rlhfjax.stages.compile_cache import use_compile_cache
 
     use_compile_cache(say)
-    model = rlhfjax.load(checkpoint)
+    model = rlhfjax.load(checkpoint, verify=not no_verify)
     if beams:
         alpha = 0.6 if length_penalty is None else length_penalty
         typer.echo(printable(model.beam_search([prompt], beams, max_new_tokens, alpha)[0].text))
@@ -240,6 +255,7 @@ def export(
         bool, typer.Option("--adapters", help="Write a policy's adapters alone, as PEFT does, in float32.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an export that is there.")] = False,
+    no_verify: NoVerify = False,
 ) -> None:
     """Write a model as a Hugging Face directory, with a model card and proof that it computes the same.
 
@@ -250,12 +266,14 @@ def export(
       rlhfjax export runs/quickstart exported/policy --dtype bfloat16
     """
     if adapters:
-        _export_adapters(checkpoint, target, item, force)
+        with unverified(no_verify):
+            _export_adapters(checkpoint, target, item, force)
         return
     from rlhfjax.stages import transfer
 
-    size = transfer.parse_size(shard_size)
-    parity = transfer.export_checkpoint(checkpoint, target, item=item, dtype=dtype, shard_size=size, force=force)
+    settings = {"item": item, "dtype": dtype, "shard_size": transfer.parse_size(shard_size), "force": force}
+    with unverified(no_verify):
+        parity = transfer.export_checkpoint(checkpoint, target, **settings)
     [difference] = (value for key, value in parity.items() if key.endswith("_difference"))
     say(f"wrote {target} (read back, it differs by at most {difference:.2g})")
 
@@ -266,6 +284,9 @@ def _export_adapters(checkpoint: str, target: Path, item: str | None, force: boo
 
     export_adapters(target, *load_model(find_checkpoint(checkpoint), item=item), force=force)
     say(f"wrote {target} (adapters alone; their base is a model of its own)")
+
+
+app.command()(reproduce)
 
 
 @app.command()
@@ -299,4 +320,5 @@ def metrics() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    die_with_launcher()
     app()
