@@ -5,9 +5,10 @@ The message of an expected error is one or two lines: what was expected, what wa
 
 
 class RlhfjaxError(Exception):
-    """Base of all expected errors; `exit_code` is what the command line exits with."""
+    """Base of all expected errors; `exit_code` is what the command line exits with, `status` what the manifest says."""
 
     exit_code = 1
+    status = "failed"
 
 
 class ConfigError(RlhfjaxError):
@@ -32,6 +33,7 @@ class Diverged(RlhfjaxError):
     """Training that a guard ended; the same command would end there again, so nothing repeats it (exit code 4)."""
 
     exit_code = 4
+    status = "diverged"
 
 
 class Stopped(RlhfjaxError):

@@ -63,9 +63,8 @@ def _each(what: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterato
 def _digests(what: str, then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
     """Of what both know: a source that cannot be read is said by whoever tried, one that was added by the keys."""
     for name in sorted(then.keys() & now.keys()):
-        shown = [f"SHA-256 {digests[name][:12]}…" for digests in (then, now)]
         if then[name] != now[name]:
-            yield f"{what} {name}: expected {shown[0]}, got {shown[1]}".strip()
+            yield f"{what} {name}: expected SHA-256 {then[name][:12]}…, got {now[name][:12]}…".strip()
 
 
 def _value(name: str, then: Any, now: Any) -> Iterator[str]:

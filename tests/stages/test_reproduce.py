@@ -12,7 +12,7 @@ import pytest
 
 from rlhfjax import environment
 from rlhfjax.config import load_config
-from rlhfjax.errors import ConfigError, IntegrityError
+from rlhfjax.errors import ConfigError, Diverged, IntegrityError, Stopped
 from rlhfjax.stages.comparison import first_differences
 from rlhfjax.stages.conditions import other_conditions
 from rlhfjax.stages.manifest import describe, ended_as, read_attempts
@@ -73,6 +73,8 @@ def test_the_lineage_names_the_models_that_stages_start_from(finished, line):
         (KeyboardInterrupt(), ("interrupted", 130)),
         (ConfigError("x"), ("failed", 2)),
         (IntegrityError("x"), ("failed", 4)),
+        (Diverged("x"), ("diverged", 4)),
+        (Stopped("x"), ("preempted", 42)),
         (ZeroDivisionError("x"), ("failed", 1)),
         (SystemExit(3), ("failed", 3)),
     ],
