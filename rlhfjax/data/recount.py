@@ -1,4 +1,4 @@
-"""Prepared records against the digests of when they were prepared, to find what changed since."""
+"""Prepared data against the digests of when they were prepared, to find what changed since: every byte is read."""
 
 import hashlib
 import json
@@ -8,13 +8,21 @@ from pathlib import Path
 from rlhfjax.data.datasets import RandomAccess
 from rlhfjax.data.writing import read_manifest
 from rlhfjax.errors import RlhfjaxError
+from rlhfjax.integrity import MANIFEST, check
 
 
-def changed_records(folder: Path, split: str) -> Iterator[str]:
-    """A line for each split whose records are not those that were prepared; every split where `split` is an expression.
+def changed_since_preparation(folder: Path, split: str) -> Iterator[str]:
+    """A line for each file that is not what was prepared.
 
-    Of a dataset that another program prepared nothing is known, and nothing said.
+    Where an older version prepared it, the records are read instead, and the line is for a split: for every one where
+    `split` is an expression. Of a dataset that another program prepared nothing is known, and nothing said.
     """
+    if (folder / MANIFEST).exists():
+        try:
+            yield from (f"{folder}: {difference}" for difference in check(folder).differences)
+        except RlhfjaxError as error:
+            yield str(error)
+        return
     digests = read_manifest(folder).get("sha256", {})
     for name in [split] if split in digests else digests:
         try:

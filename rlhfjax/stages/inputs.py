@@ -5,7 +5,7 @@ from typing import Any
 
 from rlhfjax.config import Run
 from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
-from rlhfjax.data.recount import changed_records
+from rlhfjax.data.recount import changed_since_preparation
 from rlhfjax.errors import RlhfjaxError
 from rlhfjax.sharding import make_mesh
 from rlhfjax.stages.jobs import entries, given, mesh_facts
@@ -34,7 +34,7 @@ def _data(run: Run, problems: list[str]) -> dict[str, str]:
         try:
             found[name] = fingerprint(entry.source, entry.split, data_dir, kind)
             folder = open_source(entry.source, entry.split, data_dir, kind).folder
-            problems += [f"data {name}: {line}" for line in changed_records(folder, entry.split)]
+            problems += [f"data {name}: {line}" for line in changed_since_preparation(folder, entry.split)]
         except RlhfjaxError as error:
             problems.append(f"data {name}: {error}")
     return found

@@ -13,6 +13,7 @@ import pytest
 from rlhfjax import environment
 from rlhfjax.config import load_config
 from rlhfjax.errors import ConfigError, Diverged, IntegrityError, Stopped
+from rlhfjax.integrity import MANIFEST
 from rlhfjax.stages.comparison import first_differences
 from rlhfjax.stages.conditions import other_conditions
 from rlhfjax.stages.manifest import describe, ended_as, read_attempts
@@ -278,14 +279,18 @@ def test_nothing_has_changed_here(here):
     assert conditions(*here) == []
 
 
-def test_a_flipped_byte_of_prepared_records_is_named(here, files, tmp_path):
+@pytest.mark.parametrize("manifest", [True, False], ids=["files", "records"])
+def test_a_flipped_byte_of_prepared_records_is_named(here, files, tmp_path, manifest):
     # fails when only the digests noted at preparation are compared: seen
     run, attempts = here
     shutil.copytree(files / "prepared", tmp_path / "prepared")
     [folder] = {path.parent for path in (tmp_path / "prepared").glob("jsonl_prompt_*/**/dataset_info.json")}
     [path] = folder.glob("*.array_record*")
     data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 1
+    if not manifest:  # as an older version prepared it
+        (folder / MANIFEST).unlink()
+    used = [place for place, value in enumerate(data) if value]  # the rest is padding, which holds no record
+    data[used[len(used) // 2] if not manifest else -1] ^= 1
     path.write_bytes(data)
     found = conditions(run.model_copy(update={"data_dir": str(tmp_path / "prepared")}), attempts)
     named = [line for line in found if line.startswith(f"data {files / 'prompts.jsonl'}@train: ")]

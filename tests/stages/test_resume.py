@@ -1,11 +1,14 @@
 """Killed at any moment and started again, a run ends where it would have ended, to the last bit."""
 
 import json
+import shutil
 import signal
 import time
 
 import pytest
 
+from rlhfjax.config import load_config
+from rlhfjax.stages import run_recipe
 from stages.conftest import assert_same_bits, rows_of, saved
 from stages.tiny_recipe import STAGES, STEPS
 
@@ -68,6 +71,25 @@ def test_killed_between_training_and_its_last_mark(copied, finished, config, com
     assert_same_bits(
         saved(run_dir / "reward" / "checkpoints" / str(STEPS)), saved(finished / "reward" / "checkpoints" / str(STEPS))
     )
+
+
+def test_on_another_mesh_it_goes_on_and_says_that_bits_differ(copied, finished, config, capsys):
+    run_dir = copied("pretrain")
+    shutil.copytree(finished / "pretrain", run_dir / "pretrain", ignore=shutil.ignore_patterns("4", "complete.json"))
+    run = load_config(config, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"])
+    run_recipe(run, run_dir, only="pretrain")
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "pretrain: continues on another layout (devices 1 cpu -> 8 cpu, mesh 1 -> data 2 x fsdp 2 x tensor 2); it is "
+        "rounded otherwise, and not bitwise the run without a break"
+    ) in said
+    again, straight = rows_of(run_dir / "pretrain" / "metrics.jsonl"), rows_of(finished / "pretrain" / "metrics.jsonl")
+    assert again[:3] == straight[:3]
+    for name in ("loss/train", "loss/validation", "grad/norm"):
+        assert again[3][name] == pytest.approx(straight[3][name], abs=1e-4)
+    line = rows_of(run_dir / "manifest.jsonl")[-1]
+    assert line["resumed_from"] == {"stage": "pretrain", "step": 3}
+    assert line["mesh"]["device_order"] != [0]
 
 
 def test_stopped_at_the_keyboard(copied, config, start, command):

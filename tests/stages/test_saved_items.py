@@ -81,8 +81,8 @@ def run_stage(config):
     """Runs one stage in a directory, on one device; `forget` maps the restored state and a fresh one to another."""
     shared, module = {}, {"sft": offline, "ppo": ppo}
 
-    def ran(run_dir, stage, forget=None):
-        run = load_config(config, OVERRIDES[stage])
+    def ran(run_dir, stage, forget=None, overrides=()):
+        run = load_config(config, [*OVERRIDES[stage], *overrides])
         mesh = make_mesh(devices=jax.devices()[:1])
         job = Job(run, stage, run_dir, Path(run.data_dir), mesh, lambda _: None, shared)
         restore = module[stage]._restore
@@ -94,7 +94,7 @@ def run_stage(config):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module[stage], "_restore", forgetful)
             patch.setattr(module[stage], "Ahead", Once)
-            execute(job)
+            return execute(job)
 
     yield ran
     Once.made.clear()
@@ -186,6 +186,27 @@ def test_every_array_of_a_state_belongs_to_an_item(resumed, stage):
 )
 def test_without_an_array_it_ends_elsewhere(resumed, stage, pattern):
     assert not resumed(stage, forgotten(pattern))
+
+
+def test_the_best_step_is_remembered(finished, run_stage, tmp_path, monkeypatch):
+    # the highest loss counts as the best here, so that it is not the last; fails when the scores are not kept: meant
+    monkeypatch.setattr(offline, "_selection_score", lambda select, measured: measured["loss/validation"])
+    overrides = ["stages.sft.select_by=validation_loss", "checkpoints.keep=1"]
+
+    def kept(stage_dir):
+        return sorted(path.name for path in (stage_dir / "checkpoints").iterdir())
+
+    for name in STAGES[: STAGES.index("sft")]:
+        for place in ("straight", "resumed"):
+            (tmp_path / place).mkdir(exist_ok=True)
+            (tmp_path / place / name).symlink_to(finished / name)
+    (tmp_path / "straight" / "sft").mkdir()
+    assert run_stage(tmp_path / "straight", "sft", overrides=overrides)["step"] == 2
+    assert kept(tmp_path / "straight" / "sft") == ["2", str(STEPS)]
+    gone = shutil.ignore_patterns(str(STEPS), "tensorboard")
+    shutil.copytree(tmp_path / "straight" / "sft", tmp_path / "resumed" / "sft", ignore=gone)
+    assert run_stage(tmp_path / "resumed", "sft", overrides=overrides)["step"] == 2
+    assert kept(tmp_path / "resumed" / "sft") == ["2", str(STEPS)]
 
 
 def reads_from_the_start(patch, kind):
