@@ -81,9 +81,26 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{path}: expected a manifest, got {type(error).__name__} on reading it") from None
-    if not whole:
+    if not whole or not _well_formed(held):
         raise IntegrityError(f"{path}: expected a manifest as it was written, got one that was changed")
     return held
+
+
+def _well_formed(held: Mapping[str, Any]) -> bool:
+    """Whether a manifest has the parts that are read of it: a directory may come from anywhere."""
+    files, leaves = held.get("files"), held.get("leaves", {})
+    if held.get("format") != _FORMAT or not isinstance(files, dict) or not isinstance(leaves, dict):
+        return False
+    entries = all(
+        isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+        for entry in files.values()
+    )
+    named = all(isinstance(item, dict) and all(map(_is_text, item.values())) for item in leaves.values())
+    return entries and named
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def check(directory: Path, digests: bool = True, small: int = 0) -> Checked:

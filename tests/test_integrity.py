@@ -158,3 +158,32 @@ def test_something_else_in_the_place_of_a_manifest(directory, text):
     (directory / MANIFEST).write_text(text)
     with pytest.raises(IntegrityError, match=MANIFEST):
         check(directory)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"format": 1},
+        {"format": 2, "files": {}},
+        {"format": 1, "files": {"top": 3}},
+        {"format": 1, "files": {"../top": {"size": "1", "sha256": ""}}},
+        {"format": 1, "files": {}, "leaves": []},
+        {"format": 1, "files": {}, "leaves": {"policy": {"a": 1}}},
+    ],
+)
+def test_a_manifest_that_is_whole_but_makes_no_sense(directory, held):
+    # fails without the check of its parts, with a KeyError or worse: meant
+    (directory / MANIFEST).write_text(integrity._text(held), encoding="utf-8")
+    with pytest.raises(IntegrityError, match=MANIFEST):
+        check(directory)
+
+
+def test_names_that_lead_out_of_the_directory_are_not_followed(directory, tmp_path):
+    (tmp_path / "secret").write_text("s")
+    entry = {"size": 1, "sha256": hashlib.sha256(b"s").hexdigest()}
+    held = {"format": 1, "files": {"../secret": entry, "/etc/hostname": entry}}
+    (directory / MANIFEST).write_text(integrity._text(held), encoding="utf-8")
+    assert [(name, problem) for name, problem in found(directory) if problem != "extra"] == [
+        ("../secret", "missing"),
+        ("/etc/hostname", "missing"),
+    ]

@@ -1,5 +1,6 @@
 """From a configuration to jobs: device mesh, shared reader, the check of all data before anything is compiled."""
 
+import difflib
 import json
 import os
 from collections.abc import Callable
@@ -28,11 +29,13 @@ from rlhfjax.stages.ppo import ppo
 from rlhfjax.stages.sources import Entry, entries_of
 from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.training.checkpoint import find_checkpoint, read_meta, require_writable, tokenizer_of
+from rlhfjax.training.metrics_catalogue import METRICS, metric_of
 
 
 def make_jobs(run: Run, run_dir: Path, stages: list[str], report: Callable[[str], None]) -> list[Job]:
     """One job a stage. Raises ConfigError when batch sizes or the mesh do not fit the devices that are here."""
     check(run, jax.device_count())
+    _check_best(run.checkpoints.keep_best)
     if "evaluate" in stages and run.stages.evaluate and run.stages.evaluate.ratings:
         require_judges()  # they are needed last; that they are missing must not be found out last
     data_dir = Path(run.data_dir) if run.data_dir else default_data_dir()
@@ -147,6 +150,15 @@ def _check_rest(job: Job) -> None:
                 f"stages.sft.reward_model: expected a model with this run's tokenizer, got {c.reward_model} with "
                 "another; train it on the ids that this tokenizer makes"
             )
+
+
+def _check_best(metric: str | None) -> None:
+    if metric and metric_of(metric.removeprefix("-")) is None:
+        near = difflib.get_close_matches(metric.removeprefix("-"), METRICS, n=1)
+        hint = f"did you mean {near[0]}" if near else "see `rlhfjax metrics`"
+        raise ConfigError(
+            f"checkpoints.keep_best: expected a metric, or -METRIC for the lowest, got {metric!r}; {hint}"
+        )
 
 
 def _check_sources(run: Run, data_dir: Path) -> None:

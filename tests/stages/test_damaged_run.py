@@ -151,3 +151,16 @@ def test_a_shard_that_is_missing_is_refused(whole_copy, files, tmp_path):
     shard.unlink()
     message = invoke("run", own, "--run-dir", run_dir, code=4).stderr
     assert f"{shard.name}: is missing; delete the folder and prepare it again" in message
+
+
+def test_what_would_fail_at_the_first_save_fails_at_the_start(whole_copy, config, tmp_path):
+    checkpoints = unfinished(whole_copy, "ppo")
+    shutil.rmtree(checkpoints)
+    checkpoints.symlink_to(tmp_path / "unmounted")
+    words = ("run", config, "--run-dir", whole_copy, "--only", "ppo")
+    result = invoke(*words, code=2)
+    assert "ppo/checkpoints: expected a directory to save checkpoints in, got " in result.stderr
+    assert "ppo: started" not in result.stderr
+    message = invoke(*words, "checkpoints.keep_best=-loss/validatoin", code=2).stderr
+    assert "checkpoints.keep_best: expected a metric, or -METRIC for the lowest, got '-loss/validatoin'" in message
+    assert "did you mean loss/validation" in message
