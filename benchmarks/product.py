@@ -173,11 +173,16 @@ def pairs_of(work: Work, step: int) -> RankedBatch:
 
 
 class Texts:
-    """Responses to the prompts of one step after the other, with at most `slots` rows decoding at a time."""
+    """Responses to the prompts of one step after the other, with at most `slots` rows decoding at a time.
+
+    Where one row decodes, weights stay arranged between steps, as `rlhfjax.generation.Programs` keeps them for a loaded
+    model; more rows decode as in a rollout, whose parameters are others every time.
+    """
 
     def __init__(self, work: Work):
         model, mesh, self._work = model_of(work), make_mesh(), work
-        self._params = policy_of(work, mesh, model)
+        params = policy_of(work, mesh, model)
+        self._params = jax.jit(partial(model.arrange, rows=1))(params) if work["slots"] == 1 else params
         self._sample = jax.jit(partial(generate, model, sampling=sampling_of(work)))
 
     def __call__(self, number: int) -> list[int]:

@@ -29,7 +29,7 @@ _GATED = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}
 @dataclass(frozen=True)
 class Weights:
     """What sampling reads of a decoder, from `arrange`. Every linear is {"kernel": blocks [in, outputs], …} or
-    {"rows": [outputs, in], …}."""
+    {"rows": blocks [outputs, in], …}."""
 
     ends: Params  # embeddings, final norm, unembedding, heads that predict further ahead
     layers: tuple[Params, ...]
@@ -91,8 +91,8 @@ def arrange(
 
     Adapters are merged, unless what is below them is quantised. With `fused`, matrices that read the same input become
     one; on a mesh that splits heads they had better stay apart. Each is cut into `parts` blocks of outputs (None: one a
-    core), which XLA can multiply beside each other on a CPU. Where only one of `rows` decodes, a CPU reads a matrix of
-    [outputs, in] faster; parts 0 asks for that.
+    core), which XLA can multiply beside each other on a CPU. Where only one of `rows` decodes, a CPU reads blocks of
+    [outputs, in] faster; parts 0 asks for that, one a core.
     """
     if isinstance(params, Weights):
         return params
@@ -106,7 +106,8 @@ def arrange(
     if config.tied:
         table, scale = _cast(config, params["embed"]["embedding"]), params["embed"].get("embedding_scale")
         # CPUs multiply several rows by a transposed matrix more slowly; accelerators need no copy of it.
-        unembed: Params = {"rows": table} if parts < 2 else {"kernel": _blocks(table.T, parts, axis=1)}
+        rows_of_it = (table,) if parts else _blocks(table, cores(), axis=0)
+        unembed: Params = {"rows": rows_of_it} if parts < 2 else {"kernel": _blocks(table.T, parts, axis=1)}
         unembed |= {} if scale is None else {"scale": scale[:, 0]}
     else:
         unembed = _linear(config, [params["unembed"]], 1, parts)
@@ -129,7 +130,7 @@ def _linear(config: DecoderConfig, linears: list[Params], inputs: int, parts: in
     """One linear of all outputs of several that read the same input, `inputs` axes of it."""
     size = math.prod(linears[0]["kernel"].shape[:inputs])
     kernel = jnp.concatenate([_cast(config, one["kernel"].reshape(size, -1)) for one in linears], axis=1)
-    made: Params = {"kernel": _blocks(kernel, parts, axis=1)} if parts else {"rows": kernel.T}
+    made: Params = {"kernel": _blocks(kernel, parts, axis=1)} if parts else {"rows": _blocks(kernel.T, cores(), axis=0)}
     for name, leaf in (("kernel_scale", "scale"), ("bias", "bias")):
         if name in linears[0]:
             made[leaf] = jnp.concatenate([one[name].reshape(-1) for one in linears])
@@ -162,7 +163,7 @@ def _layer(config: DecoderConfig, block: Params, parts: int, fused: bool) -> Par
 
 
 def _columns(linear: Params) -> tuple[Array, ...]:
-    return (linear["rows"].T,) if "rows" in linear else linear["kernel"]
+    return tuple(block.T for block in linear["rows"]) if "rows" in linear else linear["kernel"]
 
 
 def _apply(config: DecoderConfig, linear: Params, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
