@@ -83,17 +83,13 @@ def test_training_that_blows_up_stops(copied, run):
     assert (line["status"], line["exit_code"]) == ("diverged", 4)
 
 
-def test_a_reward_that_is_nan(copied, run, finished):
-    """All scores of an iteration: its updates are skipped, and what is noted of it is no text.
-
-    The policy of the iteration after it is still the one before it: it has the KL of that one's first update.
-    """
+def test_a_reward_that_is_nan(copied, run):
+    """All scores of an iteration: its updates are skipped, and what is noted of it is no text."""
     run_dir = copied("ppo")
     code, err = run(run_dir, "ppo", fault="nan@score:2")
     assert code == 0, err
     assert column(run_dir, "ppo", "guard/skipped_updates") == [0, 4, 0, 0]
     assert column(run_dir, "ppo", "guard/skipped_in_a_row") == [0, 1, 0, 0]
-    assert column(run_dir, "ppo", "objective/kl")[1] == column(finished, "ppo", "objective/kl")[1]
     assert all(map(math.isfinite, column(run_dir, "ppo", "objective/kl_coef")))
     [noted] = rows_of(run_dir / "ppo" / "guards.jsonl")
     assert (noted["step"], noted["kind"], len(noted["rows"])) == (2, "skipped", 16)
