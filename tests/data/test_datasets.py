@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
 from rlhfjax.data.jsonl import prepare_jsonl
 from rlhfjax.errors import ConfigError, DataError, IntegrityError
+from rlhfjax.integrity import MANIFEST
 
 
 class ForeignReviews(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -141,6 +142,7 @@ def test_damaged_records_are_an_integrity_error(data_dir, tmp_path):
 
 def test_a_damaged_folder_is_one_clear_error(data_dir, tmp_path):
     copy = shutil.copytree(data_dir / "mine", tmp_path / "mine")
+    (copy / "1.0.0" / MANIFEST).unlink()  # as older versions prepared them
     (copy / "1.0.0" / "rlhfjax.json").write_text("{")
     with pytest.raises(IntegrityError, match=r"rlhfjax\.json: expected JSON"):
         open_source("mine", "train", tmp_path)
@@ -150,9 +152,27 @@ def test_a_damaged_folder_is_one_clear_error(data_dir, tmp_path):
         open_source("mine", "train", tmp_path)
 
 
+def test_a_prepared_folder_is_what_was_written(data_dir, tmp_path):
+    # fails when only what TFDS reads is looked at: a fingerprint could be another one
+    folder = shutil.copytree(data_dir / "mine", tmp_path / "mine") / "1.0.0"
+    told = (folder / "rlhfjax.json").read_text(encoding="utf-8")
+    digest = json.loads(told)["sha256"]["train"]
+    (folder / "rlhfjax.json").write_text(told.replace(digest, digest[::-1]), encoding="utf-8")
+    for opened in (open_source, fingerprint):
+        with pytest.raises(IntegrityError, match=r"rlhfjax\.json: expected digest .*; delete the folder"):
+            opened("mine", "train", tmp_path)
+    (folder / "rlhfjax.json").write_text(told, encoding="utf-8")
+    assert fingerprint("mine", "train", tmp_path) == digest
+    shard = next(folder.glob("*train.array_record*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(IntegrityError, match=r"array_record.*: expected size "):
+        open_source("mine", "train", tmp_path)
+
+
 @pytest.mark.parametrize("key", ["pythonClassName", "python_class_name"])
 def test_a_dataset_cannot_name_code_to_import(data_dir, tmp_path, key, monkeypatch):
     copy = shutil.copytree(data_dir / "mine", tmp_path / "mine")
+    (copy / "1.0.0" / MANIFEST).unlink()
     (tmp_path / "payload.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     features = copy / "1.0.0" / "features.json"
