@@ -20,8 +20,10 @@ from rlhfjax.training.checkpoint import Checkpoints
 
 RESULT = Path(__file__).with_name("results") / "checkpoints.json"
 SHORT = [
-    *("stages.pretrain.steps=40", "stages.sft=null", "stages.reward.steps=2", "stages.ppo.steps=12"),
-    *("stages.evaluate=null", "stages.reward.start_from=pretrain", "checkpoints.every=4", "logging.tensorboard=false"),
+    *("stages.pretrain.steps=40", "stages.pretrain.optimizer.warmup_steps=5", "stages.ppo.steps=12"),
+    *("stages.sft.epochs=null", "stages.sft.steps=2", "stages.sft.optimizer.warmup_steps=1"),
+    *("stages.reward.steps=2", "stages.reward.optimizer.warmup_steps=1", "stages.evaluate=null"),
+    *("checkpoints.every=4", "logging.tensorboard=false"),
 ]
 STAGES = ("pretrain", "ppo")
 

@@ -9,7 +9,7 @@ from typing import Any
 from rlhfjax.training.checkpoint import stored_digests
 
 _TIMES = ("timing/", "perf/")  # what depends on the machine's day
-_FREE = {"date", "name", "seconds"}  # of evaluation.json
+_FREE = {"date", "stage_seconds"}  # of evaluation.json
 _SHOWN = 3
 
 
