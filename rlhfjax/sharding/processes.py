@@ -21,6 +21,8 @@ VARIABLES = ("RLHFJAX_COORDINATOR", "RLHFJAX_NUM_PROCESSES", "RLHFJAX_PROCESS_ID
 DEVICES = "RLHFJAX_DEVICES_PER_PROCESS"
 _FOREVER_MS = 30 * 24 * 3600 * 1000  # a wait ends earlier when the process that is waited for dies
 _ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, IntegrityError, Stopped, RlhfjaxError)}
+_ABORTED = 134  # what a process ends with that jax aborts because another one died
+_SIGNS_OF_LOSS = ("Gloo ", "NCCL", "coordination service", "Connection reset by peer")
 # With the scheduler that is the default, programs may start their collectives in another order in each process.
 _IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"
 
@@ -82,7 +84,8 @@ def started(
 ) -> Iterator[None]:
     """The run inside is one of several processes, where `place` or the cluster says so.
 
-    A process that is silent for `heartbeat` seconds is taken for dead, and the others end with 134 (SIGABRT). What
+    A process that is silent for `heartbeat` seconds is taken for dead, and the others end with 134 (SIGABRT), as does
+    one whose collectives fail because another is gone. What
     only this process failed with is given to `failed`, which says it and gives the exit code, and ends the process
     at once: the others are waiting for it. Raises ConfigError or Stopped when not all of them come within `timeout`
     seconds.
@@ -106,8 +109,11 @@ def started(
     try:
         yield
     except BaseException as error:
-        if not _everywhere(error):
-            code = failed(error)
+        lost = lost_another(error)
+        if lost or not _everywhere(error):
+            if lost:
+                say(f"process {jax.process_index()}: another process is gone, see its log: {lost}")
+            code = _ABORTED if lost else failed(error)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -129,6 +135,16 @@ def _settings(several: bool) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if _IN_ORDER not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_IN_ORDER}=false".strip()
+
+
+def lost_another(error: BaseException | None) -> str | None:
+    """What a collective said when it failed because another process died, if that is where an error comes from."""
+    while error is not None:
+        text = str(error)
+        if any(sign in text for sign in _SIGNS_OF_LOSS):
+            return text.splitlines()[0][:200]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _everywhere(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from rlhfjax.errors import ConfigError, Stopped
 from rlhfjax.sharding import processes, rendezvous
-from rlhfjax.sharding.processes import difference, in_cluster, place_of
+from rlhfjax.sharding.processes import difference, in_cluster, lost_another, place_of
 from rlhfjax.sharding.rendezvous import Place, meet
 
 VARIABLES = {"RLHFJAX_COORDINATOR": "host:99", "RLHFJAX_NUM_PROCESSES": "4", "RLHFJAX_PROCESS_ID": "3"}
@@ -173,6 +173,20 @@ def test_what_processes_do_not_agree_on_is_named():
     assert "agree on code: expected a, as process 0 has it, got nothing in process 1" in difference(
         {0: same, 1: {"configuration seed": "1"}}
     )
+
+
+def test_a_collective_that_failed_with_another_process_is_told_from_a_bug():
+    assert lost_another(ValueError("wrong")) is None
+    try:
+        try:
+            raise RuntimeError(
+                "UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:3478: Connection reset by peer\nx"
+            )
+        except RuntimeError as error:
+            raise Stopped("checkpoint could not be saved") from error
+    except Stopped as error:
+        assert lost_another(error).startswith("UNKNOWN: Gloo AllGather failed")
+        assert "\n" not in lost_another(error)
 
 
 def test_alone_there_is_nothing_to_wait_for():

@@ -1,0 +1,292 @@
+"""One run in two processes: the numbers of one, one of them writes, and what they do when one of them fails."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.conftest import assert_same_bits, rows_of, saved
+from stages.tiny_recipe import recipe
+
+TRAINED = ("pretrain", "sft", "reward", "ppo")
+PATIENCE = 400  # seconds, of a busy machine
+
+
+@pytest.fixture(scope="module")
+def small(files, tmp_path_factory):
+    """The tiny recipe with one layer and two steps a stage."""
+    made = recipe(files)
+    made["model"] |= {"layers": 1}
+    for stage in TRAINED:
+        made["stages"][stage] |= {"steps": 2}
+    made["stages"]["ppo"]["batch"] |= {"epochs": 1}
+    made["stages"]["evaluate"] |= {"samples": 8, "batch": {"size": 8, "prompt_length": 10, "overlong": "drop"}}
+    made["reliability"] = {"heartbeat": 5}
+    path = tmp_path_factory.mktemp("small") / "small.yaml"
+    path.write_text(json.dumps(made), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def launched(command):
+    """Runs the command line in so many processes: exit code, stdout, stderr."""
+
+    def ran(processes, devices, *words, options=()):
+        return command("launch", "local", "-n", processes, "--devices-per-process", devices, *options, "--", *words)
+
+    return ran
+
+
+@pytest.fixture(scope="module")
+def two(launched, small, tmp_path_factory):
+    """A whole run in two processes with a device each: its directory, and what was said."""
+    run_dir = tmp_path_factory.mktemp("two") / "run"
+    code, _, err = launched(2, 1, "run", small, "--run-dir", run_dir)
+    assert code == 0, err
+    return run_dir, err
+
+
+@pytest.fixture(scope="module")
+def one(launched, small, tmp_path_factory):
+    """The same in one process with two devices."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    code, _, err = launched(1, 2, "run", small, "--run-dir", run_dir)
+    assert code == 0, err
+    return run_dir
+
+
+def numbers(path):
+    """Rows of metrics.jsonl without what a clock says."""
+    rows = rows_of(path)
+    return [{name: row[name] for name in row if not name.startswith(("timing/", "perf/"))} for row in rows]
+
+
+def assert_same_run(run_dir, other, stages=TRAINED):
+    for stage in stages:
+        assert numbers(run_dir / stage / "metrics.jsonl") == numbers(other / stage / "metrics.jsonl")
+        assert_same_bits(*(saved(place / stage / "checkpoints" / "2") for place in (run_dir, other)))
+    assert rows_of(run_dir / "ppo" / "samples.jsonl") == rows_of(other / "ppo" / "samples.jsonl")
+
+
+def test_two_processes_give_the_numbers_of_one(two, one):
+    assert_same_run(two[0], one)
+    made, expected = (json.loads((place / "evaluate" / "evaluation.json").read_text()) for place in (two[0], one))
+    for changing in ("date", "stage_seconds"):
+        del made[changing], expected[changing]
+    assert made == expected
+
+
+def test_only_the_first_process_writes(two, one):
+    run_dir, said = two
+    [line] = rows_of(run_dir / "manifest.jsonl")
+    assert (line["status"], line["exit_code"]) == ("finished", 0)
+    for stage in TRAINED:
+        assert [row["step"] for row in rows_of(run_dir / stage / "metrics.jsonl")] == [1, 2]
+    assert "[p0] ppo: started" in said
+    # fails when every process reports: seen
+    assert [line for line in said.splitlines() if not line.startswith("[p0] ") and "[Gloo]" not in line] == []
+    names = {
+        place: sorted(
+            str(path.relative_to(place)) for path in place.rglob("*") if path.parent.name in ("run", *TRAINED)
+        )
+        for place in (run_dir, one)
+    }
+    assert names[run_dir] == names[one]
+
+
+def start_two(environment, words, folders=(None, None), prefix=((), ())):
+    """Two processes by explicit flags: their exit codes and what they said."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    started = []
+    for index, folder in enumerate(folders):
+        flags = ["--coordinator", coordinator, "--num-processes", "2", "--process-id", str(index)]
+        own = [str(word) for word in (*words, *prefix[index], *flags)]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "rlhfjax.cli", *own],
+                cwd=folder,
+                env=environment | ({"PYTHONPATH": str(folder)} if folder else {}),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [process.communicate(timeout=PATIENCE)[1] for process in started]
+    return [process.returncode for process in started], said
+
+
+def test_other_settings_are_refused_before_anything_begins(environment, small, tmp_path):
+    run_dir = tmp_path / "run"
+    codes, said = start_two(environment, ["run", small, "--run-dir", run_dir], prefix=((), ("seed=4",)))
+    assert codes == [2, 2]
+    expected = (
+        "error: processes do not agree on configuration seed: expected 3, as process 0 has it, got 4 in process 1."
+    )
+    assert expected in said[0]
+    assert "error:" not in said[1]  # once is enough
+    assert not run_dir.exists() or not any(path.name != ".lock" for path in run_dir.iterdir())
+
+
+def test_a_process_that_waits_in_vain_says_for_whom(start, small, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        flags = ("--coordinator", f"127.0.0.1:{probe.getsockname()[1]}", "--num-processes", 3, "--process-id", 0)
+    process = start("run", small, "reliability.deadlines.join=1", "--run-dir", tmp_path / "run", *flags)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 42
+    [line] = err.splitlines()
+    expected = (
+        "expected 3 processes within 1 s, got 1, without process 1, 2; see their logs, and start all of them again"
+    )
+    assert line.endswith(expected)
+    assert not (tmp_path / "run").exists()
+
+
+def processes_of(launcher):
+    """The children of a launcher by their place, as they are now."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == launcher.pid:
+                variables = (path / "environ").read_bytes().split(b"\0")
+                [place] = [v.partition(b"=")[2] for v in variables if v.startswith(b"RLHFJAX_PROCESS_ID=")]
+                found[int(place)] = int(path.name)
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("index", "number"),
+    [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)],
+    ids=["worker dies", "coordinator dies", "worker freezes", "coordinator freezes"],
+)
+def test_the_others_end_and_all_are_started_again(two, small, start, tmp_path, index, number):
+    finished, _ = two
+    run_dir = copy_until(finished, "ppo", tmp_path)
+    words = ("run", small, "--run-dir", run_dir)
+    launcher = start("launch", "local", "-n", 2, "--devices-per-process", 1, "--", *words)
+    try:
+        until = time.monotonic() + PATIENCE
+        while not any((run_dir / "ppo" / "checkpoints").glob("1")):
+            assert time.monotonic() < until
+            assert launcher.poll() is None, launcher.communicate()
+            time.sleep(0.01)
+        children = processes_of(launcher)
+        os.kill(children[index], number)
+        struck = time.monotonic()
+        while any(running(child) for child in children.values()):
+            assert time.monotonic() < struck + 5 + 60, "heartbeat, grace and a busy machine"
+            time.sleep(0.05)
+        _, err = launcher.communicate(timeout=PATIENCE)
+    finally:
+        launcher.kill()
+        launcher.communicate()
+    assert launcher.returncode == 0, err
+    assert re.search(r"launch: failed with exit code (134|137); restart 1 of 3", err)
+    assert_same_run(run_dir, finished, ["ppo"])
+    before, last = [line["status"] for line in rows_of(run_dir / "manifest.jsonl")][-2:]
+    assert (before != "finished", last) == (True, "finished")
+
+
+def copy_until(finished, stage, folder):
+    """A copy of a run without a stage and those after it."""
+    later = ("pretrain", "sft", "reward", "ppo", "evaluate")
+    gone = {*later[later.index(stage) :], "report.html"}
+    shutil.copytree(finished, folder / "run", ignore=lambda place, _: gone if place == str(finished) else ())
+    return folder / "run"
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("what", ["data", "tokenizer", "code"])
+def test_other_data_code_or_tokenizer_are_refused(environment, files, small, two, tmp_path, what):
+    made = json.loads(small.read_text())
+    places = [tmp_path / "a", tmp_path / "b"]
+    for number, place in enumerate(places):
+        place.mkdir()
+        shutil.copytree(files, place / "files")
+        shutil.copytree(Path(__file__).parents[2] / "rlhfjax", place / "rlhfjax")
+        text = json.dumps(made).replace(str(files), "files")
+        (place / "small.yaml").write_text(text, encoding="utf-8")
+        if what == "tokenizer":
+            shutil.copytree(two[0] / "tokenizer", place / "run" / "tokenizer")
+        if number and what == "data":
+            path = place / "files" / "prompts.jsonl"
+            path.write_text(path.read_text().replace("the", "teh", 1))
+        if number and what == "code":
+            with (place / "rlhfjax" / "functional" / "kl.py").open("a") as file:
+                file.write("# other\n")
+        if number and what == "tokenizer":
+            shutil.rmtree(place / "run" / "tokenizer")
+            made_here = "from rlhfjax.text.tokenizer import Tokenizer; from pathlib import Path; import sys; "
+            made_here += "Tokenizer.train(['one two three four'] * 9, 300).save(Path('run/tokenizer'))"
+            subprocess.run([sys.executable, "-c", made_here], cwd=place, check=True, env=environment)
+            shutil.copy(two[0] / "tokenizer" / "complete.json", place / "run" / "tokenizer")
+    codes, said = start_two(environment, ["run", "small.yaml", "--run-dir", "run"], folders=places)
+    assert codes == [3 if what == "data" else 2] * 2, said
+    named = {"data": "data files/prompts.jsonl@train", "tokenizer": "tokenizer", "code": "code"}[what]
+    assert f"error: processes do not agree on {named}: expected " in said[0]
+    assert "in process 1. All need the same" in said[0]
+    assert not any((places[0] / "run" / stage).exists() for stage in TRAINED)
+
+
+@pytest.mark.faults
+def test_another_number_of_processes_continues_and_says_so(two, small, launched, tmp_path):
+    run_dir = copy_until(two[0], "ppo", tmp_path)
+    code, _, err = launched(1, 1, "run", small, "--run-dir", run_dir, "--only", "ppo")
+    assert code == 0, err
+    assert "not bitwise" in err
+    for row, expected in zip(
+        numbers(run_dir / "ppo/metrics.jsonl"), numbers(two[0] / "ppo/metrics.jsonl"), strict=True
+    ):
+        names = ["objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "loss/ptx"]
+        assert {name: row[name] for name in names} == pytest.approx({name: expected[name] for name in names}, abs=1e-4)
+    before, now = (rows_of(place / "ppo" / "samples.jsonl") for place in (two[0], run_dir))
+    assert [(row["step"], row["prompt"]) for row in now] == [(row["step"], row["prompt"]) for row in before]
+
+
+@pytest.mark.faults
+def test_a_run_that_dies_again_and_again_is_given_up(two, small, environment, tmp_path):
+    run_dir = copy_until(two[0], "sft", tmp_path)
+    words = [
+        "launch",
+        "local",
+        "-n",
+        "2",
+        "--devices-per-process",
+        "1",
+        "--",
+        "run",
+        str(small),
+        "--run-dir",
+        str(run_dir),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhfjax.cli", *words],
+        env=environment | {"RLHFJAX_FAULT": "sigkill@sft:1:1", "RLHFJAX_ALLOW_FAULTS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 137
+    assert f"launch: two restarts got no step further in {run_dir}; not started again" in done.stderr
+    assert done.stderr.count("sft: started") == 3
