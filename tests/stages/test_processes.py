@@ -14,25 +14,11 @@ from pathlib import Path
 import pytest
 
 from stages.conftest import assert_same_bits, rows_of, saved
-from stages.tiny_recipe import recipe
+from stages.tiny_recipe import STEPS
 
 TRAINED = ("pretrain", "sft", "reward", "ppo")
 PATIENCE = 400  # seconds, of a busy machine
-
-
-@pytest.fixture(scope="module")
-def small(files, tmp_path_factory):
-    """The tiny recipe with one layer and two steps a stage."""
-    made = recipe(files)
-    made["model"] |= {"layers": 1}
-    for stage in TRAINED:
-        made["stages"][stage] |= {"steps": 2}
-    made["stages"]["ppo"]["batch"] |= {"epochs": 1}
-    made["stages"]["evaluate"] |= {"samples": 8, "batch": {"size": 8, "prompt_length": 10, "overlong": "drop"}}
-    made["reliability"] = {"heartbeat": 5}
-    path = tmp_path_factory.mktemp("small") / "small.yaml"
-    path.write_text(json.dumps(made), encoding="utf-8")
-    return path
+HEARTBEAT = "reliability.heartbeat=5"
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +32,19 @@ def launched(command):
 
 
 @pytest.fixture(scope="module")
-def two(launched, small, tmp_path_factory):
+def two(launched, config, tmp_path_factory):
     """A whole run in two processes with a device each: its directory, and what was said."""
     run_dir = tmp_path_factory.mktemp("two") / "run"
-    code, _, err = launched(2, 1, "run", small, "--run-dir", run_dir)
+    code, _, err = launched(2, 1, "run", config, HEARTBEAT, "--run-dir", run_dir)
     assert code == 0, err
     return run_dir, err
 
 
 @pytest.fixture(scope="module")
-def one(launched, small, tmp_path_factory):
+def one(launched, config, tmp_path_factory):
     """The same in one process with two devices."""
     run_dir = tmp_path_factory.mktemp("one") / "run"
-    code, _, err = launched(1, 2, "run", small, "--run-dir", run_dir)
+    code, _, err = launched(1, 2, "run", config, HEARTBEAT, "--run-dir", run_dir)
     assert code == 0, err
     return run_dir
 
@@ -72,11 +58,28 @@ def numbers(path):
 def assert_same_run(run_dir, other, stages=TRAINED):
     for stage in stages:
         assert numbers(run_dir / stage / "metrics.jsonl") == numbers(other / stage / "metrics.jsonl")
-        assert_same_bits(*(saved(place / stage / "checkpoints" / "2") for place in (run_dir, other)))
+        assert_same_bits(*(saved(place / stage / "checkpoints" / str(STEPS)) for place in (run_dir, other)))
     assert rows_of(run_dir / "ppo" / "samples.jsonl") == rows_of(other / "ppo" / "samples.jsonl")
 
 
-def test_two_processes_give_the_numbers_of_one(two, one):
+def test_two_processes_give_the_numbers_of_one_device(two, finished):
+    names = {"loss/train", "loss/validation", "train/rm/loss", "eval/rm/accuracy", "grad/norm"}
+    names |= {"objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "loss/ptx", "grad/policy_norm"}
+    for stage in TRAINED:
+        many, alone = (rows_of(place / stage / "metrics.jsonl") for place in (two[0], finished))
+        for row, expected in zip(many, alone, strict=True):
+            wanted = {name: expected[name] for name in names & expected.keys()}
+            assert len(wanted) > 1
+            assert {name: row[name] for name in wanted} == pytest.approx(wanted, abs=1e-4)
+    samples = [rows_of(place / "ppo" / "samples.jsonl") for place in (two[0], finished)]
+    assert [(row["step"], row["prompt"]) for row in samples[0]] == [(row["step"], row["prompt"]) for row in samples[1]]
+    losses = [json.loads((place / "evaluate" / "evaluation.json").read_text()) for place in (two[0], finished)]
+    for stage, expected in losses[1]["heldout_losses"].items():
+        assert losses[0]["heldout_losses"][stage] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.faults
+def test_two_processes_give_the_bits_of_one_with_as_many_devices(two, one):
     assert_same_run(two[0], one)
     made, expected = (json.loads((place / "evaluate" / "evaluation.json").read_text()) for place in (two[0], one))
     for changing in ("date", "stage_seconds"):
@@ -84,22 +87,19 @@ def test_two_processes_give_the_numbers_of_one(two, one):
     assert made == expected
 
 
-def test_only_the_first_process_writes(two, one):
+def test_only_the_first_process_writes(two, finished):
     run_dir, said = two
     [line] = rows_of(run_dir / "manifest.jsonl")
     assert (line["status"], line["exit_code"]) == ("finished", 0)
     for stage in TRAINED:
-        assert [row["step"] for row in rows_of(run_dir / stage / "metrics.jsonl")] == [1, 2]
+        assert [row["step"] for row in rows_of(run_dir / stage / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert "[p0] ppo: started" in said
-    # fails when every process reports: seen
+    # meant to catch processes that all report
     assert [line for line in said.splitlines() if not line.startswith("[p0] ") and "[Gloo]" not in line] == []
-    names = {
-        place: sorted(
-            str(path.relative_to(place)) for path in place.rglob("*") if path.parent.name in ("run", *TRAINED)
-        )
-        for place in (run_dir, one)
-    }
-    assert names[run_dir] == names[one]
+    for place in ("", *TRAINED, "evaluate"):
+        assert {path.name for path in (run_dir / place).iterdir()} == {
+            path.name for path in (finished / place).iterdir()
+        }
 
 
 def start_two(environment, words, folders=(None, None), prefix=((), ())):
@@ -125,9 +125,9 @@ def start_two(environment, words, folders=(None, None), prefix=((), ())):
     return [process.returncode for process in started], said
 
 
-def test_other_settings_are_refused_before_anything_begins(environment, small, tmp_path):
+def test_other_settings_are_refused_before_anything_begins(environment, config, tmp_path):
     run_dir = tmp_path / "run"
-    codes, said = start_two(environment, ["run", small, "--run-dir", run_dir], prefix=((), ("seed=4",)))
+    codes, said = start_two(environment, ["run", config, "--run-dir", run_dir], prefix=((), ("seed=4",)))
     assert codes == [2, 2]
     expected = (
         "error: processes do not agree on configuration seed: expected 3, as process 0 has it, got 4 in process 1."
@@ -137,11 +137,11 @@ def test_other_settings_are_refused_before_anything_begins(environment, small, t
     assert not run_dir.exists() or not any(path.name != ".lock" for path in run_dir.iterdir())
 
 
-def test_a_process_that_waits_in_vain_says_for_whom(start, small, tmp_path):
+def test_a_process_that_waits_in_vain_says_for_whom(start, config, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         flags = ("--coordinator", f"127.0.0.1:{probe.getsockname()[1]}", "--num-processes", 3, "--process-id", 0)
-    process = start("run", small, "reliability.deadlines.join=1", "--run-dir", tmp_path / "run", *flags)
+    process = start("run", config, HEARTBEAT, "reliability.deadlines.join=1", "--run-dir", tmp_path / "run", *flags)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 42
     [line] = err.splitlines()
@@ -172,10 +172,10 @@ def processes_of(launcher):
     [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)],
     ids=["worker dies", "coordinator dies", "worker freezes", "coordinator freezes"],
 )
-def test_the_others_end_and_all_are_started_again(two, small, start, tmp_path, index, number):
+def test_the_others_end_and_all_are_started_again(two, config, start, tmp_path, index, number):
     finished, _ = two
     run_dir = copy_until(finished, "ppo", tmp_path)
-    words = ("run", small, "--run-dir", run_dir)
+    words = ("run", config, HEARTBEAT, "--run-dir", run_dir)
     launcher = start("launch", "local", "-n", 2, "--devices-per-process", 1, "--", *words)
     try:
         until = time.monotonic() + PATIENCE
@@ -217,15 +217,15 @@ def running(pid):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("what", ["data", "tokenizer", "code"])
-def test_other_data_code_or_tokenizer_are_refused(environment, files, small, two, tmp_path, what):
-    made = json.loads(small.read_text())
+def test_other_data_code_or_tokenizer_are_refused(environment, files, config, two, tmp_path, what):
+    made = json.loads(config.read_text())
     places = [tmp_path / "a", tmp_path / "b"]
     for number, place in enumerate(places):
         place.mkdir()
         shutil.copytree(files, place / "files")
         shutil.copytree(Path(__file__).parents[2] / "rlhfjax", place / "rlhfjax")
         text = json.dumps(made).replace(str(files), "files")
-        (place / "small.yaml").write_text(text, encoding="utf-8")
+        (place / "tiny.yaml").write_text(text, encoding="utf-8")
         if what == "tokenizer":
             shutil.copytree(two[0] / "tokenizer", place / "run" / "tokenizer")
         if number and what == "data":
@@ -240,7 +240,7 @@ def test_other_data_code_or_tokenizer_are_refused(environment, files, small, two
             made_here += "Tokenizer.train(['one two three four'] * 9, 300).save(Path('run/tokenizer'))"
             subprocess.run([sys.executable, "-c", made_here], cwd=place, check=True, env=environment)
             shutil.copy(two[0] / "tokenizer" / "complete.json", place / "run" / "tokenizer")
-    codes, said = start_two(environment, ["run", "small.yaml", "--run-dir", "run"], folders=places)
+    codes, said = start_two(environment, ["run", "tiny.yaml", "--run-dir", "run"], folders=places)
     assert codes == [3 if what == "data" else 2] * 2, said
     named = {"data": "data files/prompts.jsonl@train", "tokenizer": "tokenizer", "code": "code"}[what]
     assert f"error: processes do not agree on {named}: expected " in said[0]
@@ -249,9 +249,9 @@ def test_other_data_code_or_tokenizer_are_refused(environment, files, small, two
 
 
 @pytest.mark.faults
-def test_another_number_of_processes_continues_and_says_so(two, small, launched, tmp_path):
+def test_another_number_of_processes_continues_and_says_so(two, config, launched, tmp_path):
     run_dir = copy_until(two[0], "ppo", tmp_path)
-    code, _, err = launched(1, 1, "run", small, "--run-dir", run_dir, "--only", "ppo")
+    code, _, err = launched(1, 1, "run", config, HEARTBEAT, "--run-dir", run_dir, "--only", "ppo")
     assert code == 0, err
     assert "not bitwise" in err
     for row, expected in zip(
@@ -264,7 +264,7 @@ def test_another_number_of_processes_continues_and_says_so(two, small, launched,
 
 
 @pytest.mark.faults
-def test_a_run_that_dies_again_and_again_is_given_up(two, small, environment, tmp_path):
+def test_a_run_that_dies_again_and_again_is_given_up(two, config, environment, tmp_path):
     run_dir = copy_until(two[0], "sft", tmp_path)
     words = [
         "launch",
