@@ -266,7 +266,8 @@ def test_another_number_of_processes_continues_and_says_so(two, config, launched
 @pytest.mark.faults
 def test_a_run_that_dies_again_and_again_is_given_up(two, config, environment, tmp_path):
     run_dir = copy_until(two[0], "sft", tmp_path)
-    words = [*"launch local -n 2 --devices-per-process 1 -- run".split(), config, HEARTBEAT, "--run-dir", run_dir]
+    options = ["-n", 2, "--devices-per-process", 1]
+    words = ["launch", "local", *options, "--", "run", config, HEARTBEAT, "--run-dir", run_dir]
     done = subprocess.run(
         [sys.executable, "-m", "rlhfjax.cli", *map(str, words)],
         env=environment | {"RLHFJAX_FAULT": "sigkill@sft:1:1", "RLHFJAX_ALLOW_FAULTS": "1"},
