@@ -19,6 +19,7 @@ import rlhfjax
 from rlhfjax.cli import app
 from rlhfjax.config import load_config, resolved_yaml
 from rlhfjax.errors import ConfigError, DataError, IntegrityError, Stopped
+from rlhfjax.integrity import Checked
 from rlhfjax.training.metrics_catalogue import METRICS
 
 PYTHON = [sys.executable, "-m", "rlhfjax.cli"]
@@ -73,6 +74,10 @@ def calls(monkeypatch):
     again = types.ModuleType("rlhfjax.stages.reproduce")
     again.reproduce = record("reproduce")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, again.__name__, again)
+    for name, function in (("compile_cache", "use_compile_cache"), ("freed_memory", "keep_freed_memory_of")):
+        settings = types.ModuleType(f"rlhfjax.stages.{name}")
+        setattr(settings, function, lambda _: False)
+        monkeypatch.setitem(sys.modules, settings.__name__, settings)
     module("data.benchmark", prepare=record("prepare", lambda kind, where, cache, say: [Path(where) / kind]))
     module("data.movies", Movies="movies")
     module("data.chitchat", Chitchat="chitchat")
@@ -83,6 +88,8 @@ def calls(monkeypatch):
     module("environment", environment_report=record("environment_report", "python  3"))
     monkeypatch.setattr(rlhfjax, "load", record("load", Model()), raising=False)
     monkeypatch.setattr("rlhfjax.cli.launching.supervise", record("supervise", 0))
+    monkeypatch.setattr("rlhfjax.cli.checking._directories", lambda *_: iter([Path("somewhere")]))
+    monkeypatch.setattr("rlhfjax.cli.checking.check", record("check", Checked(2, 3, ())))
     return made
 
 
