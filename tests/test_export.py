@@ -22,6 +22,7 @@ import rlhfjax
 from rlhfjax.api import Model
 from rlhfjax.cli import app
 from rlhfjax.errors import ConfigError, IntegrityError
+from rlhfjax.integrity import MANIFEST
 from rlhfjax.interop import exporting
 from rlhfjax.interop.exporting import export_model, parse_size
 from rlhfjax.interop.huggingface import open_directory
@@ -89,7 +90,7 @@ def test_the_certificate_says_what_was_compared_and_names_every_file(tmp_path, t
     parity = exported(target, "policy", model, lively(params_of(model)), tokenizer, shard_size=40_000)
     assert parity["max_abs_logit"] > 1
     files = {path.name for path in target.iterdir()}
-    assert files - {"README.md", "parity.json"} == parity["sha256"].keys()
+    assert files - {"README.md", "parity.json", MANIFEST} == parity["sha256"].keys()
     assert all(sha256(target / name) == digest for name, digest in parity["sha256"].items())
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"} <= files
     assert json.loads((target / "generation_config.json").read_text())["eos_token_id"] == tokenizer.eos_id

@@ -195,7 +195,8 @@ def generate(
     from rlhfjax.stages.compile_cache import use_compile_cache
 
     use_compile_cache(say)
-    model = rlhfjax.load(checkpoint, verify=not no_verify)
+    with unverified(no_verify):
+        model = rlhfjax.load(checkpoint)
     if beams:
         alpha = 0.6 if length_penalty is None else length_penalty
         typer.echo(printable(model.beam_search([prompt], beams, max_new_tokens, alpha)[0].text))
