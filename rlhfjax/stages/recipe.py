@@ -160,6 +160,8 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
             manifest.note(
                 first_step_s={**manifest.line.get("first_step_s", {}), job.stage: facts["timing/first_step_s"]}
             )
+        if guarded := {name: facts[name] for name in ("skipped_updates", "divergences", "rollbacks") if name in facts}:
+            manifest.note(guards={**manifest.line.get("guards", {}), job.stage: guarded})
         began = time.monotonic()
 
 

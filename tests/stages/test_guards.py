@@ -60,6 +60,7 @@ def test_a_gradient_that_is_nan(copied, run):
     assert code == 0, err
     assert "step 2 skipped 1 updates" in err
     assert told(run_dir, "pretrain")["skipped_updates"] == 1
+    assert rows_of(run_dir / "manifest.jsonl")[-1]["guards"] == {"pretrain": {"skipped_updates": 1}}
     assert column(run_dir, "pretrain", "guard/skipped_updates") == [0, 1, 0, 0]
     rates = column(run_dir, "pretrain", "lr")
     assert rates[1] == rates[2] != rates[3]
