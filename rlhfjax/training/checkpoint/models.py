@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,9 @@ def _not_about_merging(record: logging.LogRecord) -> bool:
 
 
 def _not_about_failed_reads(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.getMessage()
+    trace = record.exc_info[2] if record.exc_info else None
+    frames = [] if trace is None else [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+    return not any("orbax" in name for name in [record.getMessage(), *frames])
 
 
 @dataclass(frozen=True)
