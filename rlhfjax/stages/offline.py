@@ -293,7 +293,7 @@ def train_stage(
         served, facts = finish(join(frozen, state.params if state.average is None else state.average))
         trained = split(served)[1]
         sizes = {"parameters": _size(served)} | ({"trainable_parameters": _size(trained)} if frozen else {})
-        facts = {"step": steps} | sizes | facts | ahead.facts | writer.gaps() | guard.memory.told()
+        facts = {"step": steps} | sizes | facts | ahead.facts | watch.facts() | writer.gaps() | guard.memory.told()
         score = None if select == "last" else _selection_score(select, last_measured)
         finished = {"params": trained} if state.average is None else {"average": trained}
         save(replace(state, **finished), facts, score)

@@ -119,7 +119,7 @@ def ppo(job: Job) -> Facts:
         if checkpoints.latest() != c.steps:
             save(state, c.steps)
     facts = {"step": c.steps, "episodes": c.steps * c.batch.size, "kl_coef": float(state.kl_coef)}
-    return facts | ahead.facts | writer.gaps() | guard.memory.told()
+    return facts | ahead.facts | watch.facts() | writer.gaps() | guard.memory.told()
 
 
 def updates_of(c: schema.Ppo) -> int:
