@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlhfjax import faults
 from rlhfjax.errors import ConfigError
 from rlhfjax.integrity import sync, write_manifest
 
@@ -47,6 +48,7 @@ def whole_directory(target: Path, marker: str, force: bool = False) -> Iterator[
         raise ConfigError(f"{target}: cannot be written: {error.strerror}; choose another path") from error
     try:
         yield part
+        faults.reach("export", 0)
         for path in [*part.rglob("*"), part]:
             path.chmod(0o700 if path.is_dir() else 0o600)
         write_manifest(part)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from rlhfjax import faults
 from rlhfjax.config import Run, check, needs_documents, schema, sequence_lengths
 from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
 from rlhfjax.errors import ConfigError, DataError
@@ -96,6 +97,7 @@ def agree_on_tokenizer(job: Job) -> None:
 
 def execute(job: Job) -> dict[str, Any]:
     """Run one stage."""
+    faults.reach(job.stage, 0)
     with spread_by(by_rows_and_heads(job.mesh)):
         if job.stage == "evaluate":
             from rlhfjax.stages.evaluate import evaluate  # and with it matplotlib, which takes a third of all imports

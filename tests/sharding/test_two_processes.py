@@ -45,7 +45,7 @@ def test_they_are_one_run(reports):
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor", "sequence"])
 @pytest.mark.parametrize(("place", "step"), [(0, 0), (1, 5)])
 def test_each_reads_only_its_rows_and_all_see_the_whole_batch(reports, mesh, place, step):
-    # fails when every process makes the whole batch, and when rows are placed as if they were the first: both seen
+    # fails when every process makes the whole batch: seen; meant to when rows are placed as if they were the first
     rows = list(range(step * SIZE, (step + 1) * SIZE))
     first, second = (report[mesh][place] for report in reports)
     if mesh == "tensor":  # every device has all rows

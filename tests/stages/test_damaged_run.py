@@ -116,7 +116,7 @@ def test_exports_have_a_manifest_too(finished, tmp_path):
 
 
 def test_data_that_changed_since_a_stage_began_are_refused(whole_copy, config, files, tmp_path):
-    # fails when fingerprints are noted before they are compared: seen
+    # fails when they are not compared: seen
     unfinished(whole_copy, "sft")
     changed = tmp_path / "files"
     shutil.copytree(files, changed, ignore=shutil.ignore_patterns("prepared"))

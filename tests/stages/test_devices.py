@@ -108,7 +108,7 @@ def test_interrupted_in_every_stage_it_ends_the_same(sharded, config, tmp_path):
 
     def interrupted(self, step, *args, **kwargs):
         save(self, step, *args, **kwargs)
-        stage = self._manager.directory.parent.name
+        stage = self.directory.parent.name
         if step == 2 and not stops[stage]:
             stops[stage] += 1
             raise KeyboardInterrupt

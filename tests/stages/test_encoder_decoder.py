@@ -59,11 +59,11 @@ def recipe(tmp_path_factory):
             "sft": {
                 "data": data("trained"),
                 "validation": data("held_out"),
-                "steps": 350,
+                "steps": 450,
                 "batch": {"size": 32, "length": 22},
                 "optimizer": {"lr": 0.5, "schedule": "noam", "warmup_steps": 100, "b2": 0.98, "eps": 1e-9},
                 "loss": {"label_smoothing": 0.1},
-                "validate_every": 350,
+                "validate_every": 450,
             },
             "reward": {
                 "data": data("comparisons"),
@@ -84,7 +84,7 @@ def recipe(tmp_path_factory):
                 "exact_match": {"data": data("held_out")},
             },
         },
-        "checkpoints": {"every": 350},
+        "checkpoints": {"every": 450},
     }  # fmt: skip
     path = files / "reversal.yaml"
     path.write_text(json.dumps(settings), encoding="utf-8")

@@ -62,6 +62,7 @@ def assert_same_run(run_dir, other, stages=TRAINED):
     assert rows_of(run_dir / "ppo" / "samples.jsonl") == rows_of(other / "ppo" / "samples.jsonl")
 
 
+@pytest.mark.faults
 def test_two_processes_give_the_numbers_of_one_device(two, finished):
     names = {"loss/train", "loss/validation", "train/rm/loss", "eval/rm/accuracy", "grad/norm"}
     names |= {"objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "loss/ptx", "grad/policy_norm"}
@@ -87,6 +88,7 @@ def test_two_processes_give_the_bits_of_one_with_as_many_devices(two, one):
     assert made == expected
 
 
+@pytest.mark.faults
 def test_only_the_first_process_writes(two, finished):
     run_dir, said = two
     [line] = rows_of(run_dir / "manifest.jsonl")

@@ -26,6 +26,7 @@ from rlhfjax.types import PromptBatch, TokenBatch
 from stages.conftest import rows_of
 from stages.tiny_recipe import STAGES, STEPS
 
+SFT = pytest.param("sft", marks=pytest.mark.faults)  # what PPO keeps is more
 BEFORE = STEPS - 1  # where runs resume
 OVERRIDES = {
     "sft": ["checkpoints.keep=9", "stages.sft.select_by=last", "stages.sft.optimizer.ema_decay=0.9"],
@@ -156,12 +157,12 @@ def forgotten(pattern):
     return forget
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("stage", [SFT, "ppo"])
 def test_with_every_item_it_ends_the_same(resumed, stage):
     assert resumed(stage)
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("stage", [SFT, "ppo"])
 def test_every_array_of_a_state_belongs_to_an_item(resumed, stage):
     # fails when a state gets an array that nobody has put into the list above
     found = []
@@ -179,7 +180,7 @@ def test_every_array_of_a_state_belongs_to_an_item(resumed, stage):
 @pytest.mark.parametrize(
     ("stage", "pattern"),
     [
-        pytest.param(stage, pattern, id=f"{stage}: {name}")
+        pytest.param(stage, pattern, id=f"{stage}: {name}", marks=SFT.marks if stage == "sft" else ())
         for stage, items in ARRAYS.items()
         for name, pattern in items.items()
     ],
@@ -229,11 +230,13 @@ def rows_from(patch, shift):
     [
         pytest.param("ppo", partial(reads_from_the_start, kind=PromptBatch), id="place in the prompts"),
         pytest.param("ppo", partial(reads_from_the_start, kind=TokenBatch), id="place in the documents of ptx"),
-        pytest.param("sft", partial(reads_from_the_start, kind=TokenBatch), id="place in the demonstrations"),
+        pytest.param(
+            *("sft", partial(reads_from_the_start, kind=TokenBatch)), id="place in the demonstrations", marks=SFT.marks
+        ),
         pytest.param("ppo", other_keys, id="keys of sampling and shuffling"),
-        pytest.param("sft", other_keys, id="keys of dropout"),
+        pytest.param("sft", other_keys, id="keys of dropout", marks=SFT.marks),
         pytest.param("ppo", partial(rows_from, shift=1), id="a row twice"),
-        pytest.param("sft", partial(rows_from, shift=-1), id="a row missing"),
+        pytest.param("sft", partial(rows_from, shift=-1), id="a row missing", marks=SFT.marks),
     ],
 )
 def test_without_what_follows_from_the_step_it_ends_elsewhere(resumed, straight, monkeypatch, stage, mutation):

@@ -20,7 +20,12 @@ def started(environment):
     def start(fault, *args):
         variables = environment | ({"RLHFJAX_FAULT": fault, "RLHFJAX_ALLOW_FAULTS": "1"} if fault else {})
         words = [sys.executable, "-m", "rlhfjax.cli", *map(str, args)]
-        return subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # A shell's background job ignores Ctrl-C and hands that down; a child gets the default where we handle it.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     return start
 
@@ -90,6 +95,29 @@ def test_sigterm_in_the_evaluation(started, copied, config, point):
     assert code == 42, err
     assert not (run_dir / "evaluate" / "complete.json").exists()
     assert ended(started(None, *arguments))[0] == 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", ["sigterm", "sigint", "sigkill"])
+def test_stopped_in_an_export(started, finished, tmp_path, kind):
+    target = tmp_path / "exported"
+    code, err = ended(started(f"{kind}@export:0", "export", finished, target))
+    assert code == {"sigterm": 42, "sigint": 130, "sigkill": -9}[kind], err
+    assert not target.exists()
+    assert [*tmp_path.iterdir()] == [] or kind == "sigkill"
+    code, err = ended(started(None, "export", finished, target))
+    assert code == 0, err
+    assert [*tmp_path.iterdir()] == [target]
+    assert (target / "model.safetensors").exists()
+
+
+@pytest.mark.faults
+def test_sigterm_while_the_tokenizer_is_made(started, config, tmp_path):
+    run_dir = tmp_path / "run"
+    code, err = ended(started("sigterm@tokenizer:0", "run", config, "--run-dir", run_dir, "--only", "tokenizer"))
+    assert code == 42, err
+    assert not (run_dir / "tokenizer" / "complete.json").exists()
+    assert ended(started(None, "run", config, "--run-dir", run_dir, "--only", "tokenizer"))[0] == 0
 
 
 def test_a_second_signal_does_not_wait(started, copied, config):

@@ -1,0 +1,44 @@
+"""One of two processes is sent SIGTERM: both save the same step and exit with 42, and go on together."""
+
+import pytest
+
+from stages.conftest import rows_of
+from stages.test_processes import HEARTBEAT, assert_same_run, copy_until, launched, two  # noqa: F401
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.mark.parametrize(
+    ("point", "stage", "step"),
+    [
+        ("pretrain:1", "pretrain", 1),
+        ("sft:1", "sft", 1),
+        ("reward:1", "reward", 1),
+        ("rollout:2", "ppo", 1),
+        ("score:2", "ppo", 1),
+        ("update:1", "ppo", 1),
+        ("responses/ppo:0", "evaluate", None),
+    ],
+)
+def test_sigterm_to_one_of_two(two, config, launched, environment, tmp_path, point, stage, step):  # noqa: F811
+    finished, _ = two
+    run_dir = copy_until(finished, stage, tmp_path)
+    words = ("run", config, HEARTBEAT, "--run-dir", run_dir, "--only", stage)
+    environment |= {"RLHFJAX_FAULT": f"sigterm@{point}:1", "RLHFJAX_ALLOW_FAULTS": "1"}
+    try:
+        code, _, err = launched(2, 1, *words, options=("--restarts-preempted", 0))
+    finally:
+        del environment["RLHFJAX_FAULT"], environment["RLHFJAX_ALLOW_FAULTS"]
+    assert code == 42, err
+    assert "Traceback" not in err
+    assert "error: stopped by a preemption; what was done is saved" in err
+    line = rows_of(run_dir / "manifest.jsonl")[-1]
+    assert (line["status"], line["exit_code"]) == ("preempted", 42)
+    if step:
+        saved = [int(path.name) for path in (run_dir / stage / "checkpoints").iterdir() if path.name.isdigit()]
+        assert max(saved) == step
+
+    code, _, err = launched(2, 1, *words)
+    assert code == 0, err
+    if step:
+        assert_same_run(run_dir, finished, [stage])
