@@ -77,11 +77,14 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, int8: bool = False
 
 
 def cores() -> int:
-    """Threads that one device has to itself: a product of few rows uses one, so its matrix is cut into as many."""
+    """Threads that one device has to itself: a product of few rows uses one, so its matrix is cut into as many.
+
+    Devices of all processes count, so that their number by process changes no sum.
+    """
     if jax.default_backend() != "cpu":
         return 1
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(available // jax.local_device_count(), 16))
+    return max(1, min(available // jax.device_count(), 16))
 
 
 def arrange(

@@ -133,7 +133,7 @@ def other_layout(before: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) ->
 
     Reductions over other devices add in another order, so what follows is equal within rounding only.
     """
-    if not before or not now["resumed_from"]["step"]:
+    if not before or now["resumed_from"]["stage"] == "tokenizer":
         return None
     last = before[-1]
     names = {"devices": "devices", "process": "processes", "mesh": "mesh"}

@@ -239,7 +239,7 @@ def test_other_data_code_or_tokenizer_are_refused(environment, files, config, tw
         if number and what == "tokenizer":
             shutil.rmtree(place / "run" / "tokenizer")
             made_here = "from rlhfjax.text.tokenizer import Tokenizer; from pathlib import Path; import sys; "
-            made_here += "Tokenizer.train(['one two three four'] * 9, 300).save(Path('run/tokenizer'))"
+            made_here += "Tokenizer.train(['one two three four'] * 9, 290).save(Path('run/tokenizer'))"
             subprocess.run([sys.executable, "-c", made_here], cwd=place, check=True, env=environment)
             shutil.copy(two[0] / "tokenizer" / "complete.json", place / "run" / "tokenizer")
     codes, said = start_two(environment, ["run", "tiny.yaml", "--run-dir", "run"], folders=places)
