@@ -26,7 +26,7 @@ State = TypeVar("State")
 
 
 class Settings(Protocol):
-    """The `reliability.guards` section of a configuration (see rlhfjax.config.schema.Guards)."""
+    """The `reliability.guards` section of a configuration (see rlhfjax.config.upkeep.Guards)."""
 
     non_finite: int
     kl_ceiling: float | None

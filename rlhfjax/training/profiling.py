@@ -10,7 +10,7 @@ import jax
 
 
 class Settings(Protocol):
-    """The `profile` section of a configuration (see rlhfjax.config.schema.Profile)."""
+    """The `profile` section of a configuration (see rlhfjax.config.upkeep.Profile)."""
 
     start: int
     steps: int

@@ -15,7 +15,7 @@ _BROKEN_OFF = ("rollout", "score")
 
 
 class Deadlines(Protocol):
-    """The `deadlines` section of a configuration (see rlhfjax.config.schema.Deadlines), seconds."""
+    """The `deadlines` section of a configuration (see rlhfjax.config.upkeep.Deadlines), seconds."""
 
     compile: float
     step: float

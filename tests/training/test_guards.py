@@ -13,7 +13,7 @@ import optax
 import pytest
 from tiny import lenient
 
-from rlhfjax.config.schema import Guards
+from rlhfjax.config.upkeep import Guards
 from rlhfjax.errors import Diverged
 from rlhfjax.training.guards import Guard, Memory, good_before, judge, memory_of, remember, with_rollbacks
 from rlhfjax.training.metrics import MetricsWriter

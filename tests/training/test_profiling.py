@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlhfjax.config.schema import Profile
+from rlhfjax.config.upkeep import Profile
 from rlhfjax.training import profiling
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.metrics_catalogue import metric_of
