@@ -164,16 +164,16 @@ def is_first() -> bool:
 _polls = 0
 
 
-def preempted(step: int = 0) -> bool:
+def preempted() -> bool:
     """Whether all processes are to save and stop here: one of them was sent SIGTERM, and all have come this far.
 
-    A collective decision: every process asks at the same places, and gets the same answer. `step` may start again
-    from 0, in another stage. False in a process by itself, where SIGTERM is not jax's.
+    A collective decision: every process asks at the same places, and gets the same answer. False in a process by
+    itself, where SIGTERM is not jax's.
     """
     global _polls
     if count() == 1:
         return False
-    _polls = max(_polls + 1, step)
+    _polls += 1
     return multihost_utils.reached_preemption_sync_point(_polls)
 
 

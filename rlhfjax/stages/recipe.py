@@ -154,7 +154,11 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
         seconds = round(time.monotonic() - began, 1)
         done = {"stage": job.stage, "seconds": seconds, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
         _by_first(partial(write_json, job.dir / COMPLETE, done | facts), job.stage)
-        stops = f"; a request to stop was met within {facts['timing/stop_s']:.1f} s" if "timing/stop_s" in facts else ""
+        stops = (
+            f"; asked to, it would have stopped within {facts['timing/stop_s']:.1f} s"
+            if "timing/stop_s" in facts
+            else ""
+        )
         report(f"{job.stage}: done in {seconds:.0f} s{stops}")
         if "timing/first_step_s" in facts:
             manifest.note(

@@ -187,7 +187,7 @@ def test_alone_there_is_nothing_to_wait_for():
     processes.barrier("x")
     processes.agree({"code": "a"})
     processes.by_first(lambda: done.append(1), "x")
-    assert (done, processes.is_first(), processes.count(), processes.preempted(3)) == ([1], True, 1, False)
+    assert (done, processes.is_first(), processes.count(), processes.preempted()) == ([1], True, 1, False)
     np.testing.assert_array_equal(processes.fetch({"x": np.arange(3)})["x"], np.arange(3))
 
 

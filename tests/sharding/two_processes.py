@@ -62,7 +62,7 @@ def main(coordinator, index):
         report["one works"] = told(by_first, lambda: None, "x")
         whole = put(np.arange(4.0), replicated(make_mesh(4)))
         report["sum"] = float(jax.jit(lambda x: x.sum())(whole))
-        report["preempted"] = [processes.preempted(step) for step in (1, 2, 1)]
+        report["preempted"] = [processes.preempted() for _ in range(3)]
     print(json.dumps(report), flush=True)
 
 
