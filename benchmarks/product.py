@@ -238,8 +238,9 @@ class PpoLoop:
 class Counted:
     """In the place of a reward model, the function that GRPO's peers call: it costs nothing. Here: the token's id."""
 
-    def batch_hidden(self, params: Params, batch: TokenBatch) -> jax.Array:
-        return batch.tokens.astype(jnp.float32)
+    def batch_hidden(self, params: Params, batch: TokenBatch, read: jax.Array | None = None) -> jax.Array:
+        tokens = batch.tokens if read is None else jnp.take_along_axis(batch.tokens, read, axis=1)
+        return tokens.astype(jnp.float32)
 
     def scalar(self, params: Params, hidden: jax.Array) -> jax.Array:
         return hidden

@@ -20,13 +20,15 @@ _UNSCORED: Any = None  # fields of a rollout that only `scored` fills in
 class TokenBatch:
     """Packed sequences for language modelling.
 
-    `segments` numbers the documents of a row from 1; 0 is padding. `loss_mask` marks the tokens that are targets.
+    `segments` numbers the documents of a row from 1; 0 is padding. `loss_mask` marks the tokens that are targets. Where
+    `most` is known, no row has more of them.
     """
 
     tokens: Int[Array, "B T"]
     segments: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     loss_mask: Bool[Array, "B T"]
+    most: int | None = field(default=None, metadata={"static": True})
 
     def real_tokens(self) -> Int[Array, ""]:
         """Tokens that are not padding."""

@@ -4,6 +4,7 @@ A target is a token that the batch marks and whose predecessor belongs to the sa
 the token they are about, and are 0 where there is none.
 """
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
@@ -24,7 +25,12 @@ class Predictor(Protocol):
     def config(self) -> Any: ...
 
     def batch_hidden(
-        self, params: Params, batch: TokenBatch, dropout: float = 0.0, key: jax.Array | None = None
+        self,
+        params: Params,
+        batch: TokenBatch,
+        dropout: float = 0.0,
+        key: jax.Array | None = None,
+        read: Int[Array, "B N"] | None = None,
     ) -> Float[Array, "B T D"]: ...
 
     def unembedding(self, params: Params) -> tuple[Array, dict[str, Any]]: ...
@@ -59,8 +65,9 @@ def token_log_probs(
 
     `gather` as in `vocabulary_log_probs`: False where rows lie on several devices.
     """
-    hidden = model.batch_hidden(params, batch)
-    return _log_probs(model, params, batch, hidden, temperature, entropy_gradient, gather)
+    wanted = _Wanted.of(batch, next_targets(batch)[1])
+    hidden = model.batch_hidden(params, batch, read=wanted.columns)
+    return _log_probs(model, params, batch, wanted, hidden, temperature, entropy_gradient, gather)
 
 
 def log_probs_and_values(
@@ -74,18 +81,45 @@ def log_probs_and_values(
     gather: bool = True,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
     """`token_log_probs` of a policy and `token_values` of a head on its trunk, from one forward pass."""
-    hidden = model.batch_hidden(params, batch)
-    made = _log_probs(model, params, batch, hidden, temperature, entropy_gradient, gather)
-    return *made, _before(model.scalar({"head": head}, hidden))
+    wanted = _Wanted.of(batch, next_targets(batch)[1])
+    hidden = model.batch_hidden(params, batch, read=wanted.columns)
+    made = _log_probs(model, params, batch, wanted, hidden, temperature, entropy_gradient, gather)
+    return *made, _before(wanted.back(model.scalar({"head": head}, hidden)))
 
 
-def _log_probs(model, params, batch, hidden, temperature, entropy_gradient, gather):
-    tokens, mask = next_targets(batch)
+def _log_probs(model, params, batch, wanted, hidden, temperature, entropy_gradient, gather):
+    tokens, mask = (wanted.at(x) for x in next_targets(batch))
     table, form = model.unembedding(params)
     form |= {"chunk": chunk_tokens(model.config.vocab_size), "gather": gather, "entropy_gradient": entropy_gradient}
     made = vocabulary_log_probs(table, hidden, tokens, mask, temperature, **form)
-    log_probs, entropies = (jnp.roll(x, 1, axis=1) for x in made)
+    log_probs, entropies = (jnp.roll(wanted.back(x), 1, axis=1) for x in made)
     return log_probs, entropies
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The columns of each row that a result is read at: as many as it has targets at most, or all where none knows."""
+
+    columns: Int[Array, "B N"] | None
+    length: int
+
+    @classmethod
+    def of(cls, batch: TokenBatch, mask: Bool[Array, "B T"]) -> "_Wanted":
+        length = mask.shape[1]
+        if batch.most is None or batch.most >= length:
+            return cls(None, length)
+        return cls(jnp.argsort(~mask, axis=1, stable=True)[:, : batch.most], length)
+
+    def at(self, x: Array) -> Array:
+        """`x` at these columns."""
+        return x if self.columns is None else jnp.take_along_axis(x, self.columns, axis=1)
+
+    def back(self, x: Array) -> Array:
+        """The other way; 0 elsewhere."""
+        if self.columns is None:
+            return x
+        empty = jnp.zeros((len(x), self.length), x.dtype)
+        return jnp.put_along_axis(empty, self.columns, x, axis=1, inplace=False)
 
 
 def cross_entropy(
@@ -105,8 +139,12 @@ def cross_entropy(
 
 
 def token_values(model: Predictor, params: Params, batch: TokenBatch) -> Float[Array, "B T"]:
-    """The scalar head before each token is chosen: V(s_t), the state that holds what is before it; 0 at the first."""
-    return _before(model.scalar(params, model.batch_hidden(params["decoder"], batch)))
+    """The scalar head before each token is chosen: V(s_t), the state that holds what is before it; 0 at the first.
+
+    Where the batch knows how many targets a row has at `most`, only what comes before targets is certain to be there.
+    """
+    wanted = _Wanted.of(batch, next_targets(batch)[1])
+    return _before(wanted.back(model.scalar(params, model.batch_hidden(params["decoder"], batch, read=wanted.columns))))
 
 
 def _before(values: Float[Array, "B T"]) -> Float[Array, "B T"]:
@@ -114,5 +152,9 @@ def _before(values: Float[Array, "B T"]) -> Float[Array, "B T"]:
 
 
 def token_scores(model: Predictor, params: Params, batch: TokenBatch) -> Float[Array, "B T"]:
-    """The scalar head at each token; a response's score is the one at its last."""
-    return model.scalar(params, model.batch_hidden(params["decoder"], batch))
+    """The scalar head at each token; a response's score is the one at its last.
+
+    Where the batch knows how many targets a row has at `most`, only what is said at targets is certain to be there.
+    """
+    wanted = _Wanted.of(batch, batch.loss_mask)
+    return wanted.back(model.scalar(params, model.batch_hidden(params["decoder"], batch, read=wanted.columns)))

@@ -37,7 +37,7 @@ class Packing:
         """The joined sequences; response tokens are the targets."""
         tokens = self._take(jnp.concatenate([rollout.prompt, rollout.response], axis=1), 0)
         targets = self.responses(rollout.response_mask, False)
-        return TokenBatch(tokens, self.segments, self.positions, targets)
+        return TokenBatch(tokens, self.segments, self.positions, targets, most=rollout.response.shape[1])
 
     def responses(self, x: Array, padding: Any = 0) -> Array:
         """Values of response tokens, [B, R], at their places in the rows; `padding` elsewhere."""
@@ -58,13 +58,17 @@ class Packing:
 
 
 def pack(rollout: Rollout, part: int) -> Packing:
-    """A packing of these rollouts into rows of the longest possible sequence, `part` rows at a time."""
+    """A packing of these rollouts into rows of the longest possible sequence, `part` rows at a time.
+
+    A row has no more response tokens than the longest possible response, so that models may read so many alone.
+    """
     batch, prompt = rollout.prompt.shape
     width = prompt + rollout.response.shape[1]
     parts = -(-batch // part)
     before = rollout.prompt_mask.sum(axis=1, dtype=jnp.int32)
-    lengths = before + rollout.response_mask.sum(axis=1, dtype=jnp.int32)
-    places = first_fit(lengths, width, parts * part)
+    responses = rollout.response_mask.sum(axis=1, dtype=jnp.int32)
+    lengths = before + responses
+    places = first_fit(lengths, width, parts * part, responses, width - prompt)
 
     slots = jnp.arange(width, dtype=jnp.int32)[None, :]
     position = slots - (prompt - before)[:, None]  # prompts end where responses begin

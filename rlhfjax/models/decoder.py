@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhfjax.models.layers import Block, DecoderConfig, Linear, Sight, norm
+from rlhfjax.models.layers import Block, DecoderConfig, Linear, Sight, norm, turns
 from rlhfjax.models.quantized import int8_dot
 from rlhfjax.models.remat import POLICIES
 
@@ -113,8 +113,11 @@ class Decoder(nn.Module):
         if not c.tied:
             self.unembed = Linear(c.vocab_size, use_bias=False, dtype=jnp.float32, kernel_init=normal)
 
-    def hidden(self, tokens, positions, segments):
-        """[B, T] tokens to [B, T, width]. Sampling has a forward pass of its own (`rlhfjax.models.decoding`)."""
+    def hidden(self, tokens, positions, segments, read=None):
+        """[B, T] tokens to [B, T, width], or to [B, N, width] at the columns `read`.
+
+        Sampling has a forward pass of its own (`rlhfjax.models.decoding`).
+        """
         c = self.config
         x = self.embed(tokens)
         if self.embed.has_variable("params", "embedding_scale"):
@@ -125,8 +128,29 @@ class Decoder(nn.Module):
             x = x + self.positions(jnp.minimum(positions, c.context - 1))
         # Layers of two kinds in one scan: what differs is chosen by an array over the layers, which is no parameter.
         local = jnp.asarray(c.local_layers) if len(set(c.local_layers)) == 2 else None
-        x, _ = self.blocks(x.astype(c.compute_dtype), local, Sight(positions, segments))
+        x, sight = x.astype(c.compute_dtype), Sight(positions, segments, turns(c, positions))
+        if read is not None and _unroll(c) > 1 and not c.experts and not self.dropout:
+            x = self._last_apart(x, local, sight, read)
+        else:
+            x, _ = self.blocks(x, local, sight)
+            x = sight._replace(read=read).wanted(x)
         return x if c.norm_place == "post" else self.final_norm(x)
+
+    def _last_apart(self, x, local, sight, read):
+        """The same layers one by one: the last computes nothing but keys and values where it is not read.
+
+        Where layers are few that is a good part of the work, a sixth of a reward model of four.
+        """
+        block, stacked = jax.jit(Block(self.config, 0.0, parent=None).apply), self.variables["params"]["blocks"]
+        count = self.config.layers
+        # One split and not slices, whose gradients would be padded and added up.
+        leaves, tree = jax.tree.flatten(stacked)
+        layers = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
+        for i in range(count):
+            params = jax.tree.unflatten(tree, [leaf[i][0] for leaf in layers])
+            sight = sight._replace(read=read if i == count - 1 else None)
+            x, _ = block({"params": params}, x, None if local is None else local[i], sight)
+        return x
 
     def logits(self, hidden):
         """[..., width] to [..., vocabulary], float32."""

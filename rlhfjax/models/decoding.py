@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.models.experts import Experts
-from rlhfjax.models.layers import DecoderConfig, norm, rope_frequencies
+from rlhfjax.models.layers import DecoderConfig, norm, rotate, turns
 from rlhfjax.models.lora import has_adapters, merge
 from rlhfjax.models.quantized import Int8Vectors, empty_vectors, is_quantized, read_vectors, vectors
 from rlhfjax.types import Params
@@ -192,12 +192,6 @@ def _norm(config: DecoderConfig, params: Params, name: str, x: Array) -> Array:
     return norm(config, name).apply({"params": params[name]}, x)  # pyright: ignore[reportReturnType]
 
 
-def _turned(x: Float[Array, "B T H D"], turn: tuple[Array, Array]) -> Float[Array, "B T H D"]:
-    sin, cos = turn
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def _attention(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: Array, store: Any) -> Any:
     """Attention of T new tokens a row to what `store` answers with once it has their keys and values."""
     c, (batch, length) = config, x.shape[:2]
@@ -206,7 +200,7 @@ def _attention(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: 
     if c.qk_norm:
         query, key = _norm(c, layer, "query_norm", query), _norm(c, layer, "key_norm", key)
     if turn is not None:
-        query, key = _turned(query, turn), _turned(key, turn)
+        query, key = rotate(query, turn), rotate(key, turn)
     keys, values = store(key.astype(c.compute_dtype), value.astype(c.compute_dtype))
     grouped = query.reshape(batch, length, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
     numbers, scales = read_vectors(keys, query.dtype)
@@ -271,15 +265,11 @@ def _forward(
     everything = distance >= 0
     near = everything & (distance < c.window) if c.window else everything
 
-    def turn(local: bool) -> tuple[Array, Array]:
-        angle = positions[:, :, None, None].astype(jnp.float32) * rope_frequencies(c, local)[None, None, None, :]
-        return jnp.sin(angle), jnp.cos(angle)
-
-    turns = {local: turn(local) if c.positions == "rope" else None for local in set(c.local_layers)}
+    turned = turns(c, positions)
     x, kept = _embedded(c, weights, tokens, positions), []
     for i, (layer, local) in enumerate(zip(weights.layers, c.local_layers, strict=True)):
         mask = near if local else everything
-        x, pair = _block(c, layer, x, turns[local], mask, lambda key, value, i=i: store(i, key, value))
+        x, pair = _block(c, layer, x, turned.get(local), mask, lambda key, value, i=i: store(i, key, value))
         kept.append(pair)
     if c.norm_place != "post":
         x = _norm(c, weights.ends, "final_norm", x)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.models.heads import apply_head, init_head, with_head
 from rlhfjax.models.interface import positions_of
+from rlhfjax.models.layers import at_columns
 from rlhfjax.models.transformer_2017 import EncoderDecoderConfig, Transformer
 from rlhfjax.types import Params, TokenBatch
 
@@ -107,13 +108,19 @@ class EncoderDecoder:
         return self._apply("decode", params, *args, dropout=dropout, key=write_key)[0]
 
     def batch_hidden(
-        self, params: Params, batch: TokenBatch, dropout: float = 0.0, key: jax.Array | None = None
+        self,
+        params: Params,
+        batch: TokenBatch,
+        dropout: float = 0.0,
+        key: jax.Array | None = None,
+        read: Int[Array, "B N"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states of a packed batch, each predicting the next token; what is no target is the prompt of
-        what follows it."""
+        what follows it. With `read` those at these columns of each row alone, [B, N, D]."""
         prompt = (batch.segments > 0) & ~batch.loss_mask
         rows = (batch.tokens, batch.positions, batch.segments)
-        return self._joined_hidden(params, *rows, prompt, dropout, key)
+        hidden = self._joined_hidden(params, *rows, prompt, dropout, key)
+        return hidden if read is None else at_columns(hidden, read)
 
     def unembedding(self, params: Params) -> tuple[Array, dict[str, Any]]:
         """What hidden states are multiplied with to make logits, and the form of it (`functional/vocabulary.py`)."""

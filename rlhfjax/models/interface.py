@@ -66,17 +66,26 @@ class LanguageModel:
         segments: Int[Array, "B T"],
         dropout: float = 0.0,
         key: jax.Array | None = None,
+        read: Int[Array, "B N"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Final hidden states; tokens attend to earlier tokens of the same segment. Dropout needs a key."""
+        """Final hidden states; tokens attend to earlier tokens of the same segment. Dropout needs a key.
+
+        With `read` those at these columns of each row alone, [B, N, D].
+        """
         rngs = None if key is None else {"dropout": key}
         rate = dropout if key is not None else 0.0
-        return self._apply("hidden", params, tokens, positions, segments, dropout=rate, rngs=rngs)
+        return self._apply("hidden", params, tokens, positions, segments, read, dropout=rate, rngs=rngs)
 
     def batch_hidden(
-        self, params: Params, batch: TokenBatch, dropout: float = 0.0, key: jax.Array | None = None
+        self,
+        params: Params,
+        batch: TokenBatch,
+        dropout: float = 0.0,
+        key: jax.Array | None = None,
+        read: Int[Array, "B N"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Final hidden states of a packed batch; the one at a token predicts what comes after it."""
-        return self.hidden(params, batch.tokens, batch.positions, batch.segments, dropout, key)
+        """Final hidden states of a packed batch; the one at a token predicts what comes after it. `read` as above."""
+        return self.hidden(params, batch.tokens, batch.positions, batch.segments, dropout, key, read)
 
     def unembedding(self, params: Params) -> tuple[Array, dict[str, Any]]:
         """What hidden states are multiplied with to make logits, and the form of it (`functional/vocabulary.py`)."""
@@ -166,9 +175,9 @@ class LanguageModel:
 
         A decoder reads a prompt and its response alike; where one ends matters to models of two halves.
         """
-        hidden = self.hidden(params["decoder"], tokens, positions_of(mask), mask.astype(jnp.int32), dropout, key)
-        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        return apply_head(params["head"], jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
+        last = (mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1))[:, None]
+        inputs = tokens, positions_of(mask), mask.astype(jnp.int32)
+        return apply_head(params["head"], self.hidden(params["decoder"], *inputs, dropout, key, last))[:, 0]
 
     def arrange(
         self, params: Params | Weights, rows: int | None = None, parts: int | None = None, fused: bool = True

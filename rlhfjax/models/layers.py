@@ -1,6 +1,7 @@
 """Layers of the decoder: norms, rotary positions, attention with an explicit cache, feed-forward blocks."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhfjax.models.attention import attend
 from rlhfjax.models.experts import Experts
-from rlhfjax.models.products import dot_general
+from rlhfjax.models.products import dot_general, settled
 from rlhfjax.models.quantized import int8_dot
 from rlhfjax.models.remat import keep
 
@@ -95,11 +96,29 @@ class DecoderConfig:
         return tuple(pattern[layer % len(pattern)] == "L" for layer in range(self.layers))
 
 
+class Turn(NamedTuple):
+    """Sines and cosines of the angles by which RoPE turns each pair of a token's coordinates."""
+
+    sin: Float[Array, "B T 1 D/2"]
+    cos: Float[Array, "B T 1 D/2"]
+
+
 class Sight(NamedTuple):
     """What every layer is told of the tokens it reads: where they are, and what they may see."""
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"]  # 0 is padding
+    turns: dict[bool, Turn]  # of the kinds of layers that there are, `local` or not; none without RoPE
+    read: Int[Array, "B N"] | None = None  # the columns whose output is wanted, where it is not that of all
+
+    def wanted(self, x: Float[Array, "B T *D"]) -> Float[Array, "B N *D"]:
+        """`x` at those columns."""
+        return x if self.read is None else at_columns(x, self.read)
+
+
+def at_columns(x: Float[Array, "B T *D"], columns: Int[Array, "B N"]) -> Float[Array, "B N *D"]:
+    """The entries of each row at its own columns."""
+    return jnp.take_along_axis(x, columns.reshape(columns.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
 def rope_frequencies(config: DecoderConfig, local: bool = False) -> Float[Array, "D/2"]:
@@ -120,12 +139,21 @@ def rope_frequencies(config: DecoderConfig, local: bool = False) -> Float[Array,
     return keep * frequency + (1 - keep) * frequency / config.rope_factor
 
 
-def rotate(
-    x: Float[Array, "B T H D"], positions: Int[Array, "B T"], frequency: Float[Array, "D/2"]
-) -> Float[Array, "B T H D"]:
+def turns(config: DecoderConfig, positions: Int[Array, "B T"]) -> dict[bool, Turn]:
+    """The turns of tokens at these positions in each kind of layer, once for all layers; none without RoPE."""
+    if config.positions != "rope":
+        return {}
+
+    def turn(local: bool) -> Turn:
+        angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config, local)
+        return Turn(settled(jnp.sin(angle)), settled(jnp.cos(angle)))
+
+    return {local: turn(local) for local in sorted(set(config.local_layers))}
+
+
+def rotate(x: Float[Array, "B T H D"], turn: Turn) -> Float[Array, "B T H D"]:
     """Rotary position embedding, half-split (Su et al. 2021): pair (i, i + D/2) turns by position · frequency_i."""
-    angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None, :]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    sin, cos = turn
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -216,18 +244,21 @@ class Attention(nn.Module):
         if c.qk_norm:
             query, key = norm(c, "query_norm")(query), norm(c, "key_norm")(key)
         if c.positions == "rope":
-            frequency = _either(local, rope_frequencies(c, local=True), rope_frequencies(c))
-            query, key = rotate(query, sight.positions, frequency), rotate(key, sight.positions, frequency)
+            turn = _either(local, sight.turns)
+            query, key = rotate(query, turn), rotate(key, turn)
         scale = None if c.query_scalar is None else c.query_scalar**-0.5
         how = {"window": c.window, "softcap": c.attention_softcap, "implementation": c.attention}
         query, key, value = keep(query, key, value)
-        out = keep(attend(query, key, value, sight.segments, local, scale=scale, **how))
+        out = sight.wanted(keep(attend(query, key, value, sight.segments, local, scale=scale, **how)))
         # GPT-2's residual scaling: outputs of both blocks start smaller by 1/sqrt(2 x layers).
         return _linear(c, c.width, "out", axis=(-2, -1), std=c.init_std / (2 * c.layers) ** 0.5)(out)
 
 
-def _either(local, chosen, other):
-    return (chosen if local else other) if isinstance(local, bool) else jnp.where(local, chosen, other)
+def _either(local, turns):
+    """What a layer of that kind has; `local` is traced where layers of both kinds are in one scan."""
+    if isinstance(local, bool):
+        return turns[local]
+    return jax.tree.map(partial(jnp.where, local), turns[True], turns[False])
 
 
 class FeedForward(nn.Module):
@@ -266,7 +297,8 @@ class Block(nn.Module):
 
         local = all(c.local_layers) if local is None else local
         attended = Attention(c, name="attention")(before(x, "attention_norm"), sight, local)
-        x = total(x + dropout(after(attended, "attention_post_norm")), "attention_norm")
+        x = total(sight.wanted(x) + dropout(after(attended, "attention_post_norm")), "attention_norm")
         read = before(x, "mlp_norm")
-        fed = Experts(c, name="experts")(read, sight.segments > 0) if c.experts else FeedForward(c, name="mlp")(read)
+        real = sight.wanted(sight.segments > 0)
+        fed = Experts(c, name="experts")(read, real) if c.experts else FeedForward(c, name="mlp")(read)
         return total(x + dropout(after(fed, "mlp_post_norm")), "mlp_norm"), None

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
@@ -13,6 +14,15 @@ def dot_general(inputs: Array, kernel: Array, dimension_numbers, precision=None,
     """`jax.lax.dot_general` of the last axes of `inputs` with the first of `kernel`; nothing else is a linear layer."""
     (axes, _), _ = dimension_numbers
     return checkpoint_name(_product(len(axes), inputs, kernel), PRODUCT)
+
+
+def settled(x: Array) -> Array:
+    """The same numbers, which a CPU computes once.
+
+    XLA writes what is cheap to say into everything that reads it: the sines of RoPE into the queries and keys of each
+    layer, for every head. Barriers it removes on a CPU, but not a product, here with the identity.
+    """
+    return x @ jnp.eye(x.shape[-1], dtype=x.dtype) if jax.default_backend() == "cpu" else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
