@@ -42,7 +42,10 @@ def model_of(work: Work) -> LanguageModel:
 
 def fresh(mesh: jax.sharding.Mesh, model: LanguageModel, seed: int) -> Params:
     """Random parameters on the mesh."""
-    return place(mesh, jax.jit(model.init)(jax.random.key(seed)))
+    return place(mesh, _init(model, jax.random.key(seed)))
+
+
+_init = jax.jit(LanguageModel.init, static_argnums=0)
 
 
 def ending(params: Params, mean: float) -> Params:

@@ -104,7 +104,7 @@ def on_packed(
     part: int, rollout: Rollout, function: Callable[[TokenBatch], Any], place: Place = lambda tree: tree
 ) -> Any:
     """`function` of the packed rows, [part, width] to a tree of [part, width], at the response tokens, [B, R]."""
-    packing = pack(rollout, part)
+    packing, function = pack(rollout, part), jax.jit(function, inline=True)  # traced once, not for its shapes as well
     batch = place(packing.tokens(rollout))
     one = jax.tree.map(lambda x: x[0], batch)
     outs = jax.tree.map(lambda s: jnp.zeros((len(batch.tokens), *s.shape), s.dtype), jax.eval_shape(function, one))

@@ -106,7 +106,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
-            unroll=_unroll(c),
+            unroll=1 if self.is_initializing() else _unroll(c),
         )(c, self.dropout)
         if c.norm_place != "post":
             self.final_norm = norm(c, "final_norm")

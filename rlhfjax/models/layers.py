@@ -13,7 +13,7 @@ from rlhfjax.models.attention import attend
 from rlhfjax.models.experts import Experts
 from rlhfjax.models.products import dot_general, settled
 from rlhfjax.models.quantized import int8_dot
-from rlhfjax.models.remat import keep
+from rlhfjax.models.remat import again, keep
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def turns(config: DecoderConfig, positions: Int[Array, "B T"]) -> dict[bool, Tur
         return {}
 
     def turn(local: bool) -> Turn:
-        angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config, local)
+        angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config, local)[None, None, None, :]
         return Turn(settled(jnp.sin(angle)), settled(jnp.cos(angle)))
 
     return {local: turn(local) for local in sorted(set(config.local_layers))}
@@ -174,8 +174,8 @@ class OffsetRMSNorm(nn.Module):
 def norm(config: DecoderConfig, name: str) -> nn.Module:
     """The norm of this family; its statistics are float32 whatever the input's type."""
     if config.norm_offset:
-        return OffsetRMSNorm(config, name=name)
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+        return nn.remat(OffsetRMSNorm, prevent_cse=False)(config, name=name)
+    kind = nn.remat(nn.RMSNorm if config.norm == "rms" else nn.LayerNorm, prevent_cse=False)
     return kind(epsilon=config.norm_eps, dtype=config.compute_dtype, name=name)
 
 
@@ -271,10 +271,10 @@ class FeedForward(nn.Module):
         c = self.config
         hidden = _linear(c, c.mlp_width, "up")(x)
         if c.activation == "gelu":
-            hidden = nn.gelu(hidden)
+            hidden = again(nn.gelu)(hidden)
         else:
             gate = nn.silu if c.activation == "swiglu" else nn.gelu
-            hidden = gate(_linear(c, c.mlp_width, "gate")(x)) * hidden
+            hidden = again(lambda opened, hidden: gate(opened) * hidden)(_linear(c, c.mlp_width, "gate")(x), hidden)
         return _linear(c, c.width, "down", std=c.init_std / (2 * c.layers) ** 0.5)(hidden)
 
 

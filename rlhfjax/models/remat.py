@@ -30,3 +30,8 @@ def keep(*arrays: Any) -> Any:
     """The same arrays, marked as what the policies `attention` and `offload` keep."""
     kept = tuple(checkpoint_name(array, _KEPT) for array in arrays)
     return kept[0] if len(kept) == 1 else kept
+
+
+def again(function: Any) -> Any:
+    """`function`, of which only the inputs are kept for the backward pass whatever the policy: for what is cheap."""
+    return jax.checkpoint(function, prevent_cse=False)

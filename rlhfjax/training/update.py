@@ -51,6 +51,7 @@ def gradients(
 
 def _summed(function: Callable[..., Any], inputs: Any, count: int | Array) -> Any:
     """Σ function(*inputs[i]) over the first `count`, one after the other."""
+    function = jax.jit(function, inline=True)  # traced once, not for its shapes and again for the loop
     shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], inputs))
 
     def add(i, total):
@@ -189,8 +190,7 @@ def online_update(
         finite = all_finite(minibatch, metrics["loss/total"], metrics["policy/approxkl_avg"], norms)
         return apply_if_finite(finite, optimizer, state, grads, ema_decay), (metrics | norms, finite)
 
-    shapes = jax.eval_shape(take_step, state, order[0], jax.tree.map(lambda x: x[0], extra), step_key)[1]
-    nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    take_step = jax.jit(take_step, inline=True)  # traced once, however often it is asked for
 
     def body(carry, inputs):
         state, running = carry
@@ -198,6 +198,8 @@ def online_update(
         if kl_stop is None:
             state, (metrics, finite) = take_step(state, rows, extra, key)
             return (state, running), (metrics, finite, running)
+        shapes = jax.eval_shape(take_step, state, rows, extra, key)[1]
+        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         state, (metrics, finite) = jax.lax.cond(
             running, lambda: take_step(state, rows, extra, key), lambda: (state, nothing)
         )

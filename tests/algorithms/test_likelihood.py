@@ -1,5 +1,7 @@
 """What models say of packed batches against the logits and heads of each sequence by itself."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,12 @@ from tiny import assert_equal_gradients, params_of, scalar_params_of, tiny, toke
 from rlhfjax.algorithms.likelihood import (
     cross_entropy,
     log_probs_and_values,
+    next_targets,
     token_log_probs,
     token_scores,
     token_values,
 )
+from rlhfjax.models import LanguageModel
 
 MODELS = {
     "tied": ("llama-gqa", {}),
@@ -20,6 +24,9 @@ MODELS = {
     "soft cap": ("llama", {"logit_softcap": 2.0}),
 }
 BATCH, TEMPERATURE = token_batch(5, 9), 0.7
+# The same with a row that has no targets; the row with most targets has so many, and all others fewer.
+ANY = replace(BATCH, loss_mask=BATCH.loss_mask.at[3].set(False))
+KNOWN = replace(ANY, most=int(ANY.loss_mask.sum(axis=1).max()))
 
 
 def documents():
@@ -96,3 +103,82 @@ def test_one_pass_gives_what_two_give_on_the_same_trunk():
     np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5)
     for mine, theirs in zip(got[1], wanted[1], strict=True):
         assert_equal_gradients(mine, theirs, "shared trunk")
+
+
+def before_targets(batch):
+    """Where a result is about a target that has a predecessor."""
+    return jnp.roll(next_targets(batch)[1], 1, axis=1)
+
+
+def weighted(results):
+    """A loss that reads each number of these results differently, and the results."""
+    rng = np.random.default_rng(0)
+    return sum((x * jnp.asarray(rng.normal(size=x.shape), x.dtype)).sum() for x in results), results
+
+
+def assert_same_known_and_not(loss, params, name):
+    """Results and gradients of `loss(params, batch)`, to the rounding of products of other shapes."""
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    ((_, got), grads), ((_, wanted), wanted_grads) = run(params, KNOWN), run(params, ANY)
+    for mine, theirs in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+        assert (np.abs(theirs) > 0.01).sum() > 10
+    assert_equal_gradients(grads, wanted_grads, name)
+
+
+def test_the_rows_of_these_tests_are_of_every_kind():
+    counts, targets = (np.asarray(mask.sum(axis=1)) for mask in (KNOWN.loss_mask, next_targets(KNOWN)[1]))
+    assert KNOWN.most == counts.max() < BATCH.tokens.shape[1]
+    assert counts[3] == 0 < counts[counts > 0].min() < KNOWN.most
+    assert (targets < counts).any()  # a document's first token is marked, and is no target
+    assert (np.asarray(KNOWN.segments).max(axis=1) == 2).sum() > 1
+
+
+# fails with results at the columns of other targets, or one place off: seen
+@pytest.mark.parametrize(
+    ("style", "gather"), [("tied", True), ("tied", False), ("own unembedding", True), ("soft cap", True)]
+)
+def test_how_many_targets_there_may_be_changes_no_result(style, gather):
+    family, changes = MODELS[style]
+    model = tiny(family, **changes)
+
+    def loss(params, batch):
+        how = {"entropy_gradient": True, "gather": gather}
+        alone = token_log_probs(model, params["decoder"], batch, TEMPERATURE, **how)
+        *joint, values = log_probs_and_values(model, params["decoder"], params["head"], batch, TEMPERATURE, **how)
+        return weighted([*alone, *joint, jnp.where(before_targets(batch), values, 0.0)])
+
+    params = {"decoder": params_of(model), "head": scalar_params_of(model, seed=3)["head"]}
+    assert_same_known_and_not(loss, params, style)
+
+
+def test_how_many_targets_there_may_be_changes_no_value_before_one_and_no_score_at_one():
+    model = tiny("llama-gqa")
+
+    def values(params, batch):
+        return weighted([jnp.where(before_targets(batch), token_values(model, params, batch), 0.0)])
+
+    def scores(params, batch):
+        return weighted([jnp.where(batch.loss_mask, token_scores(model, params, batch), 0.0)])
+
+    for loss in (values, scores):
+        assert_same_known_and_not(loss, scalar_params_of(model), loss.__name__)
+
+
+def test_no_more_columns_are_read_than_there_may_be_targets(monkeypatch):
+    recorded, inner = [], LanguageModel.batch_hidden
+
+    def spy(*args, read=None):
+        recorded.append(read)
+        return inner(*args, read=read)
+
+    monkeypatch.setattr(LanguageModel, "batch_hidden", spy)
+    model = tiny("llama-gqa")
+    params, scalar = params_of(model), scalar_params_of(model)
+    for batch in (KNOWN, ANY, replace(KNOWN, most=9)):
+        jax.eval_shape(lambda b: token_log_probs(model, params, b), batch)
+        jax.eval_shape(lambda b: log_probs_and_values(model, params, scalar["head"], b), batch)
+        jax.eval_shape(lambda b: token_values(model, scalar, b), batch)
+        jax.eval_shape(lambda b: token_scores(model, scalar, b), batch)
+    assert [columns.shape for columns in recorded[:4]] == [(5, KNOWN.most)] * 4
+    assert recorded[4:] == [None] * 8  # all of them

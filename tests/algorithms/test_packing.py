@@ -1,16 +1,19 @@
 """Packed rows hold every token of a rollout once, and what is computed of them comes back to its place."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import experience
+from tiny import experience, left_mask, right_mask
 
 from rlhfjax.algorithms.packing import on_packed, pack, packed_experience
 
 ROWS, PROMPT, RESPONSE = 12, 5, 6
 MADE = experience(ROWS, PROMPT, RESPONSE)
 ROLLOUT = MADE.rollout
+PACK = jax.jit(pack, static_argnums=1)
 
 
 def sequences():
@@ -24,7 +27,7 @@ def sequences():
 @pytest.mark.parametrize("part", [1, 3, 5, 12])
 def test_every_sequence_is_there_once_in_one_piece(part):
     # meant to catch a prompt that loses its first token, and positions that go on from the sequence before
-    packing = jax.jit(pack, static_argnums=1)(ROLLOUT, part)
+    packing = PACK(ROLLOUT, part)
     batch = packing.tokens(ROLLOUT)
     assert batch.tokens.shape == (-(-ROWS // part), part, PROMPT + RESPONSE)
     tokens, segments, positions, targets = (
@@ -46,6 +49,29 @@ def test_every_sequence_is_there_once_in_one_piece(part):
     used_rows = (segments > 0).any(axis=1).sum()
     assert packing.used == -(-used_rows // part) < -(-ROWS // part) or part == ROWS
     assert (segments[: int(packing.used) * part] > 0).any(axis=1).sum() == used_rows
+
+
+@pytest.mark.parametrize("part", [1, 5])
+@pytest.mark.parametrize("prompts", [(1, 1), (1, 3), (1, PROMPT), (PROMPT, PROMPT)])
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_hold_no_more_response_tokens_than_one_response_may(seed, prompts, part):
+    # fails when rows are filled by length alone: seen, short prompts leave room for the tokens of two responses
+    rng = np.random.default_rng(seed)
+    before = rng.integers(prompts[0], prompts[1] + 1, ROWS)
+    lengths = rng.integers(1, RESPONSE + 1, ROWS)
+    lengths[:2] = RESPONSE, 1
+    rollout = replace(ROLLOUT, prompt_mask=left_mask(before, PROMPT), response_mask=right_mask(lengths, RESPONSE))
+    packing = PACK(rollout, part)
+    batch = packing.tokens(rollout)
+    assert batch.most == RESPONSE
+    held = np.asarray(batch.loss_mask).sum(axis=-1)
+    assert held.max() <= RESPONSE
+    assert held.sum() == lengths.sum()
+    assert np.asarray(batch.segments > 0).sum() == before.sum() + lengths.sum()
+    assert np.asarray(batch.segments.max(axis=-1)).sum() == ROWS
+    assert not np.asarray(batch.segments)[int(packing.used) :].any()
+    back = packing.unpacked(batch.tokens.astype(jnp.float32), rollout.response_mask)
+    np.testing.assert_array_equal(back, jnp.where(rollout.response_mask, rollout.response, 0))
 
 
 @pytest.mark.parametrize("part", [1, 5])

@@ -8,15 +8,22 @@ import pytest
 from rlhfjax.functional.packing import first_fit
 
 
-def textbook(lengths, width):
+def textbook(lengths, width, parts=None, most=0):
     """(row, offset, number) of each, the longest first."""
-    rows, placed = [], {}
+    rows, placed, parts = [], {}, parts or [0] * len(lengths)
+
+    def total(sizes, members):
+        return sum(sizes[i] for i in members)
+
+    def fits(members):
+        return total(lengths, members) <= width and total(parts, members) <= most
+
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, members in enumerate(rows) if sum(members) + lengths[i] <= width), len(rows))
+        row = next((r for r, members in enumerate(rows) if fits([*members, i])), len(rows))
         if row == len(rows):
             rows.append([])
-        placed[i] = row, sum(rows[row]), len(rows[row]) + 1
-        rows[row].append(lengths[i])
+        placed[i] = row, total(lengths, rows[row]), len(rows[row]) + 1
+        rows[row].append(i)
     return [placed[i] for i in range(len(lengths))], len(rows)
 
 
@@ -29,6 +36,24 @@ def test_first_fit_decreasing(seed):
     assert list(zip(got.row.tolist(), got.offset.tolist(), got.number.tolist(), strict=True)) == wanted
     assert got.used == used
     assert used >= np.ceil(lengths.sum() / width)
+
+
+@pytest.mark.parametrize("most", [4, 6, 10])
+@pytest.mark.parametrize("seed", range(3))
+def test_first_fit_with_room_for_so_many_of_a_kind(seed, most):
+    # meant to catch a row that is full of that kind and taken, and one that is passed by though both fit
+    rng = np.random.default_rng(seed)
+    lengths, width = rng.integers(1, 11, 24), 10
+    parts = rng.integers(0, np.minimum(lengths, most) + 1)
+    sizes = jnp.asarray(lengths, jnp.int32), jnp.asarray(parts, jnp.int32)
+    got = jax.jit(lambda x, y: first_fit(x, width, 24, y, most))(*sizes)
+    wanted, used = textbook(lengths.tolist(), width, parts.tolist(), most)
+    assert list(zip(got.row.tolist(), got.offset.tolist(), got.number.tolist(), strict=True)) == wanted
+    assert got.used == used
+    held = np.bincount(np.asarray(got.row), parts)
+    assert held.max() <= most
+    without = textbook(lengths.tolist(), width)[0]
+    assert (wanted == without) == (most == width)  # 10 is no limit of its own
 
 
 def test_full_rows_hold_one_each():

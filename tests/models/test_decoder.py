@@ -1,4 +1,4 @@
-"""What the decoder must not depend on: the cache, padding, packing, rematerialisation."""
+"""What the decoder must not depend on: the cache, padding, packing, rematerialisation, which columns are read."""
 
 import json
 from dataclasses import asdict
@@ -7,14 +7,120 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import VOCAB, WINDOWED, left_mask, params_of, random_tokens, right_mask, tiny
+from tiny import (
+    VOCAB,
+    WINDOWED,
+    assert_equal_gradients,
+    left_mask,
+    params_of,
+    random_tokens,
+    random_tree,
+    right_mask,
+    scalar_params_of,
+    tiny,
+    token_batch,
+)
 
 from rlhfjax.models import DecoderConfig, compute_dtype, decoder_config
 from rlhfjax.models.decoder import FAMILIES
 from rlhfjax.models.interface import positions_of
+from rlhfjax.models.layers import rotate, turns
+from rlhfjax.models.lora import init_lora, join
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 STYLES = ["gpt2", "llama-gqa", *WINDOWED]
+ON_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="done for CPUs alone")
+# Style, changes to it, rate of dropout. The last six have no last layer of their own.
+READERS = {
+    "gpt2": ("gpt2", {}, 0.0),
+    "post-norm": ("gpt2", {"norm_place": "post"}, 0.0),
+    "llama": ("llama-gqa", {}, 0.0),
+    "window": ("mistral", {}, 0.0),
+    "window, then none": ("gemma3", {}, 0.0),
+    "none, then window": ("gemma3", {"window_pattern": "GLL"}, 0.0),
+    "soft caps": ("gemma2", {}, 0.0),
+    "adapters": ("llama", {}, 0.0),
+    "experts": ("llama", {"experts": 4, "experts_per_token": 2}, 0.0),
+    "remat": ("llama", {"remat": "full"}, 0.0),
+    "dropout": ("llama", {}, 0.5),
+    "dropout, post-norm": ("gpt2", {"norm_place": "post"}, 0.5),
+    "one layer": ("llama", {"layers": 1}, 0.0),
+    "nine layers": ("llama", {"layers": 9}, 0.0),
+}
+
+
+# fails with the columns of another row, without a sum's own half, with the window of another layer: seen
+@pytest.mark.parametrize("case", READERS)
+def test_columns_read_alone_are_those_of_all(case):
+    style, changes, rate = READERS[case]
+    model, batch = tiny(style, **changes), token_batch(3, 8)
+    params = params_of(model, std=0.2 if case == "nine layers" else 0.4)
+    if case == "adapters":
+        shapes = jax.eval_shape(lambda key: init_lora(key, params, 3, ["."]), jax.random.key(0))
+        params = join(params, random_tree(shapes, 5, 0.2))
+    columns = jnp.asarray([[1, 0, 1], [7, 2, 5], [4, 6, 3]], jnp.int32)  # in any order, and one of them twice
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 16)), jnp.float32)
+
+    def loss(params, key, read):
+        hidden = model.batch_hidden(params, batch, rate, key, read)
+        if read is None:
+            hidden = jnp.take_along_axis(hidden, columns[:, :, None], axis=1)
+        return (hidden * weights).sum(), hidden
+
+    def run(read):
+        key = jax.random.key(1) if rate else None
+        return jax.jit(jax.value_and_grad(lambda *args: loss(*args, read), has_aux=True))(params, key)
+
+    ((_, got), grads), ((_, wanted), wanted_grads) = run(columns), run(None)
+    assert got.shape == (3, 3, 16)
+    # products of other shapes add in another order
+    np.testing.assert_allclose(got, wanted, **CLOSE)
+    assert_equal_gradients(grads, wanted_grads, case)
+
+
+@ON_CPU
+def test_a_score_costs_less_than_all_hidden_states():
+    model, tokens, mask = tiny(), random_tokens(4, 16), jnp.ones((4, 16), bool)
+    params = scalar_params_of(model)
+
+    def flops(function):
+        return jax.jit(function).lower(params).compile().cost_analysis()["flops"]
+
+    def everywhere(params):
+        return model.hidden(params["decoder"], tokens, positions_of(mask), mask.astype(jnp.int32))
+
+    # Of the last of two layers, only keys and values are computed everywhere.
+    assert flops(lambda p: model.scores(p, tokens, mask, jnp.full(4, 8, jnp.int32))) < 0.75 * flops(everywhere)
+
+
+@ON_CPU
+@pytest.mark.parametrize(("style", "times"), [("llama-gqa", 1), ("gemma3", 2), ("gpt2", 0)])
+def test_angles_are_turned_into_sines_once_for_all_layers(style, times):
+    # once for each kind of layers; fails without the product in `settled`: seen
+    model, tokens, ones = tiny(style, layers=4), random_tokens(2, 8), jnp.ones((2, 8), jnp.int32)
+
+    def hidden(params, positions):
+        return model.hidden(params, tokens, positions, ones)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0)), jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    program = jax.jit(hidden).lower(*shapes).compile().as_text()
+    assert (program.count(" cosine("), program.count(" sine(")) == (times, times)
+
+
+def test_rope_multiplies_complex_numbers():
+    # the two halves of a head are real and imaginary parts
+    config = tiny("gemma3", head_dim=6).config
+    rng = np.random.default_rng(0)
+    positions, x = rng.integers(0, 40, (3, 7)), rng.normal(size=(3, 7, 4, 6))
+    both = turns(config, jnp.asarray(positions, jnp.int32))
+    assert set(both) == {False, True}
+    for local, theta in ((False, 1e6), (True, 1e4)):
+        angle = positions[..., None, None] * theta ** (-np.arange(3) / 3)
+        turned = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * angle)
+        got = rotate(jnp.asarray(x, jnp.float32), both[local])
+        # an angle near 40 is rounded by 2e-6
+        np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], axis=-1), atol=2e-5)
+    assert turns(tiny("gpt2").config, jnp.asarray(positions, jnp.int32)) == {}
 
 
 # fails when decode counts positions from the padded length, or the cache forgets which slots are padding: seen
@@ -96,8 +202,7 @@ def test_remat_changes_neither_value_nor_gradient(remat):
     style = {"attention": "xla"}  # the others compute scores again by themselves
     plain, again = value_and_gradient(tiny(**style)), value_and_gradient(tiny(remat=remat, **style))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), plain(params), again(params))
-    assert "remat" in str(again.trace(params).jaxpr)
-    assert "remat" not in str(plain.trace(params).jaxpr)
+    assert str(again.trace(params).jaxpr).count("remat") > str(plain.trace(params).jaxpr).count("remat")
 
 
 def test_dropout_needs_a_key_and_follows_it():

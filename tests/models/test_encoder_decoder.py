@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import VOCAB, left_mask, params_of, random_tokens, right_mask, scalar_params_of
+from tiny import VOCAB, assert_equal_gradients, left_mask, params_of, random_tokens, right_mask, scalar_params_of
 
 from rlhfjax.models import EncoderDecoder, EncoderDecoderConfig
 from rlhfjax.models.transformer_2017 import sinusoids
@@ -202,6 +202,28 @@ def test_packed_rows_give_the_logits_of_each_pair_alone():
             # The logits that predict token t are those of the slot before it.
             np.testing.assert_allclose(made[row, first - 1 : first - 1 + count], expected[i, :count], atol=2e-5)
             at = first + count
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_columns_read_alone_are_those_of_all(rate):
+    params = params_of(MODEL)
+    rows = joined([[([2, 3, 4], [5, 6]), ([7], [8, 9])], [([3, 1], [4])]], 8)
+    columns = jnp.asarray([[6, 2, 3], [1, 7, 0]], jnp.int32)
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 16)), jnp.float32)
+
+    def run(read):
+        def loss(params, key):
+            hidden = MODEL.batch_hidden(params, rows, rate, key, read)
+            if read is None:
+                hidden = jnp.take_along_axis(hidden, columns[:, :, None], axis=1)
+            return (hidden * weights).sum(), hidden
+
+        key = jax.random.key(1) if rate else None
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, key)
+
+    ((_, got), grads), ((_, wanted), wanted_grads) = run(columns), run(None)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)  # fused in another way
+    assert_equal_gradients(grads, wanted_grads, "columns")
 
 
 def test_scores_of_joined_rows_are_those_of_the_pair():

@@ -29,10 +29,10 @@ def programs():
 
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_gradients_are_those_without_it(programs, name):
-    _, plain, params = programs["none"]
+    plainly, plain, params = programs["none"]
     trace, compiled, _ = programs[name]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), compiled(params), plain(params))
-    assert "remat" in str(trace.jaxpr)
+    assert str(trace.jaxpr).count("remat") > str(plainly.jaxpr).count("remat")  # norms and gates always are
 
 
 def test_each_keeps_less_than_the_one_before(programs):
