@@ -3,11 +3,11 @@
 XLA's compiler holds no lock of Python, so programs are traced one after the other and compiled side by side.
 """
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
-from threading import Lock
 from typing import Any
 
 import jax
@@ -33,21 +33,19 @@ class Program:
     be compiled anew, and an error of the compiler comes from the first call.
     """
 
-    def __init__(self, pool: Executor, tracing: Lock, function: Any, arguments: Callable[[], tuple]):
+    def __init__(self, tracer: Executor, compiler: Executor, function: Any, arguments: Callable[[], tuple]):
         self._function, self._called = function, False
         bound, jitted = ((), function) if not isinstance(function, partial) else (function.args, function.func)
 
         def lower() -> Any:
-            given = arguments()
-            with tracing:  # two traces at once only take the interpreter from each other
-                return jitted.lower(*bound, *given)
+            return jitted.lower(*bound, *arguments())
 
         def compile_it() -> float:
             self._lowered.result().compile()
             return time.monotonic()
 
-        self._lowered: Future = pool.submit(lower)
-        self.ready: Future = pool.submit(compile_it)
+        self._lowered: Future = tracer.submit(lower)
+        self.ready: Future = compiler.submit(compile_it)
 
     def shapes(self) -> Any:
         """What a call gives, as shapes with their layouts; waits for the trace alone."""
@@ -66,7 +64,10 @@ class Ahead:
 
     def __init__(self, job: Job):
         self._job, self._began = job, time.monotonic()
-        self._pool, self._tracing = ThreadPoolExecutor(thread_name_prefix="compile"), Lock()
+        # Two traces at once only take the interpreter from each other, more programs than cores their memory.
+        self._tracer = ThreadPoolExecutor(1, thread_name_prefix="trace")
+        cores = os.cpu_count() if jax.default_backend() == "cpu" else None
+        self._compiler = ThreadPoolExecutor(cores, thread_name_prefix="compile")
         self._programs: list[Program] = []
         self._afterwards: list[tuple] = []
         self.facts: dict[str, float] = {}
@@ -97,7 +98,7 @@ class Ahead:
         return OnlineSteps(rollout, score, estimate, self._later(steps.update, learned), reshard)
 
     def _later(self, function: Any, arguments: Callable[[], tuple]) -> Program:
-        self._programs.append(Program(self._pool, self._tracing, function, arguments))
+        self._programs.append(Program(self._tracer, self._compiler, function, arguments))
         return self._programs[-1]
 
     def first_step(self) -> str:
@@ -107,7 +108,8 @@ class Ahead:
         first = now - self._job.shared.get("began", self._began)
         # On a CPU the compiler would take the cores from the steps.
         for function, arguments in self._afterwards if jax.default_backend() != "cpu" else ():
-            Program(self._pool, self._tracing, function, lambda arguments=arguments: arguments)
-        self._pool.shutdown(wait=False)
+            Program(self._tracer, self._compiler, function, lambda arguments=arguments: arguments)
+        self._tracer.shutdown(wait=False)
+        self._compiler.shutdown(wait=False)
         self.facts = {"timing/compile_s": round(compiled, 2), "timing/first_step_s": round(first, 2)}
         return f"{self._job.stage}: compiled in {compiled:.1f} s, first step after {first:.1f} s"

@@ -9,13 +9,16 @@ _CPU_TOKENS, _TOKENS = 512, 8192  # a device wants at least so many at a time
 
 
 def rows_at_a_time(c: schema.Ppo | schema.Evaluate, mesh: jax.sharding.Mesh) -> int:
-    """`batch.micro`, or a quarter of a minibatch, if that is enough for a device to do.
+    """`batch.micro`, or enough rows for a device to do; on accelerators a quarter of a minibatch at least.
 
     Smaller parts skip more of what short responses leave empty, but gradients are added up once a part. Every device
     has rows of a part.
     """
     shards, minibatch = row_shards(mesh), c.batch.minibatch or c.batch.size
-    least = (_CPU_TOKENS if jax.default_backend() == "cpu" else _TOKENS) * shards
     width = c.batch.prompt_length + c.sampling.max_new_tokens
-    rows = c.batch.micro or min(minibatch, max(-(-minibatch // 4), -(-least // width)))
+    if jax.default_backend() == "cpu":
+        enough = -(-_CPU_TOKENS * shards // width)
+    else:
+        enough = max(-(-minibatch // 4), -(-_TOKENS * shards // width))
+    rows = c.batch.micro or min(minibatch, enough)
     return -(-rows // shards) * shards
