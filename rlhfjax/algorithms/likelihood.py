@@ -15,7 +15,7 @@ from rlhfjax.functional.vocabulary import vocabulary_cross_entropy, vocabulary_l
 from rlhfjax.types import Params, TokenBatch
 
 # Bytes of the float32 logits that exist at a time: on CPUs what stays in a cache, elsewhere what keeps the device busy.
-_CPU_CHUNK, _CHUNK, _LEAST_TOKENS = 2**23, 2**28, 128
+_CPU_CHUNK, _CHUNK, _LEAST_TOKENS = 2**23, 2**28, 96
 
 
 class Predictor(Protocol):
