@@ -139,7 +139,7 @@ class Decoder(nn.Module):
     def _last_apart(self, x, local, sight, read):
         """The same layers one by one: the last computes nothing but keys and values where it is not read.
 
-        Where layers are few that is a good part of the work, a sixth of a reward model of four.
+        Where layers are few that is a good part of the work, a fifth of a reward model of four.
         """
         block, stacked = jax.jit(Block(self.config, 0.0, parent=None).apply), self.variables["params"]["blocks"]
         count = self.config.layers
