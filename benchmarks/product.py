@@ -16,18 +16,22 @@ import optax
 from rlhfjax.algorithms.dpo import Dpo
 from rlhfjax.algorithms.grpo import Grpo
 from rlhfjax.algorithms.likelihood import token_log_probs
+from rlhfjax.algorithms.restriction import restrict
 from rlhfjax.config import schema
 from rlhfjax.config.sections import Optimizer, RolloutBatch, Sampling
+from rlhfjax.config.sections import RankedBatch as RankedSection
 from rlhfjax.generation import SamplingParams, generate, rollout
 from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.heads import init_head, with_head
 from rlhfjax.sharding import batch_sharding, make_mesh, place_batch, state_shardings
 from rlhfjax.stages.compilation import Ahead, training_options
+from rlhfjax.stages.dpo import preference_optimisation
 from rlhfjax.stages.losses import reward_modelling, training_loss
+from rlhfjax.stages.parts import ranking_packer
 from rlhfjax.stages.ppo import compiled_steps, ppo_algorithm, ppo_optimizer
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.state import init_state, place
-from rlhfjax.training.update import offline_step
+from rlhfjax.training.update import Pack, offline_step
 from rlhfjax.types import OnlineState, Params, PromptBatch, RankedBatch, Rollout, TokenBatch, TrainState
 
 Work = dict[str, Any]
@@ -103,6 +107,7 @@ class OfflineLoop:
         params: Params,
         batch: Callable[[int], Any],
         frozen: Params | None = None,
+        pack: Pack | None = None,
     ):
         self._mesh, self._batch, self._frozen = make_mesh(), batch, frozen or {}
         optimizer = make_optimizer(optimizer_section(work), STEPS)
@@ -112,7 +117,7 @@ class OfflineLoop:
 
         @partial(jax.jit, donate_argnums=1, out_shardings=(layout, None), compiler_options=training_options())
         def step(frozen: Any, state: TrainState, batch: Any, key: jax.Array):
-            return offline_step(algorithm(frozen), optimizer, state, batch, key)
+            return offline_step(algorithm(frozen), optimizer, state, batch, key, pack=pack)
 
         self._step = step
 
@@ -138,30 +143,27 @@ def reward(work: Work) -> OfflineLoop:
     model = model_of(work)
     params = with_head(fresh(make_mesh(), model, work["seed"]), init_head(jax.random.key(1), model.config.width))
     algorithm = reward_modelling(model, schema.RankingLoss())
-    return OfflineLoop(work, lambda _: algorithm, params, partial(pairs_of, work))
+    packer = pairs_packer(work, model, ends=True)
+    return OfflineLoop(work, lambda _: algorithm, params, partial(pairs_of, work), pack=packer)
 
 
 def dpo(work: Work) -> OfflineLoop:
     model, mesh = model_of(work), make_mesh()
-
-    def log_probs(params: Params, batch: RankedBatch, key: jax.Array | None = None) -> jax.Array:
-        of_each = token_log_probs(model, params, candidates(batch))[0]
-        return of_each.sum(axis=1).reshape(batch.ranks.shape)
+    both = preference_optimisation(model, schema.PreferenceLoss())
 
     def algorithm(frozen: Params) -> Dpo:
-        return Dpo(log_probs, lambda _, batch: log_probs(frozen, batch))
+        return restrict(both, lambda params: params | {"reference": frozen})
 
     policy, reference = (fresh(mesh, model, work["seed"]) for _ in range(2))
-    return OfflineLoop(work, algorithm, policy, partial(pairs_of, work), reference)
+    return OfflineLoop(work, algorithm, policy, partial(pairs_of, work), reference, pairs_packer(work, model))
 
 
-def candidates(batch: RankedBatch) -> TokenBatch:
-    """One row a candidate; its response's tokens are the targets."""
-    width = batch.tokens.shape[-1]
-    tokens, real = batch.tokens.reshape(-1, width), batch.token_mask.reshape(-1, width)
-    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
-    prompts = jnp.repeat(batch.prompt_lengths, batch.ranks.shape[1])
-    return TokenBatch(tokens, real.astype(jnp.int32), positions, real & (positions >= prompts[:, None]))
+def pairs_packer(work: Work, model: LanguageModel, ends: bool = False) -> Pack | None:
+    """The packing that a stage chooses for these pairs."""
+    batch = RankedSection(size=work["rows"] // 2, length=work["length"], candidates=2)
+    job: Any = SimpleNamespace(config=SimpleNamespace(batch=batch), mesh=make_mesh())
+    data: Any = SimpleNamespace(longest=2 * work["length"] - work["prompt"] + 1)
+    return ranking_packer(job, model, [data], ends)
 
 
 def pairs_of(work: Work, step: int) -> RankedBatch:
@@ -241,12 +243,15 @@ class PpoLoop:
 class Counted:
     """In the place of a reward model, the function that GRPO's peers call: it costs nothing. Here: the token's id."""
 
-    def batch_hidden(self, params: Params, batch: TokenBatch, read: jax.Array | None = None) -> jax.Array:
+    def batch_hidden(self, params: Params, batch: TokenBatch, dropout=0.0, key=None, read=None) -> jax.Array:
         tokens = batch.tokens if read is None else jnp.take_along_axis(batch.tokens, read, axis=1)
         return tokens.astype(jnp.float32)
 
     def scalar(self, params: Params, hidden: jax.Array) -> jax.Array:
         return hidden
+
+    def shares_prompts(self, width: int) -> bool:
+        return True
 
 
 class GrpoLoop:

@@ -21,13 +21,15 @@ class TokenBatch:
     """Packed sequences for language modelling.
 
     `segments` numbers the documents of a row from 1; 0 is padding. `loss_mask` marks the tokens that are targets. Where
-    `most` is known, no row has more of them.
+    `most` is known, no row has more of them. Where there are `prefixes`, a token also sees the segment of that number,
+    before its own: several responses of a row go on from one prompt.
     """
 
     tokens: Int[Array, "B T"]
     segments: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     loss_mask: Bool[Array, "B T"]
+    prefixes: Int[Array, "B T"] | None = None
     most: int | None = field(default=None, metadata={"static": True})
 
     def real_tokens(self) -> Int[Array, ""]:
@@ -67,6 +69,26 @@ class RankedBatch:
     def real_tokens(self) -> Int[Array, ""]:
         """Tokens that are not padding."""
         return (self.token_mask & self.mask[:, :, None]).sum()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenRanking:
+    """A `RankedBatch` by token of packed rows; `mask` marks the candidates that are in these rows.
+
+    `candidate` numbers that of each target, from 0 to B·K - 1.
+    """
+
+    batch: TokenBatch
+    candidate: Int[Array, "*N R T"]
+    ranks: Int[Array, "*N B K"]
+    mask: Bool[Array, "*N B K"]
+
+    def of_candidates(self, x: Float[Array, "R T"]) -> Float[Array, "B K"]:
+        """Σ over the targets of each candidate; 0 where it has none in these rows."""
+        nobody = self.ranks.size
+        at = jnp.where(self.batch.loss_mask, self.candidate, nobody)
+        return jnp.zeros(nobody, x.dtype).at[at.reshape(-1)].add(x.reshape(-1), mode="drop").reshape(self.ranks.shape)
 
 
 @jax.tree_util.register_dataclass

@@ -1,5 +1,7 @@
 """Tiny models for tests. Their parameters are nowhere 0 or 1, and are made without compiling anything."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,16 @@ def ranked_batch(prompts: int, candidates: int, length: int, seed: int = 0) -> R
         jnp.asarray(mask),
         jnp.ones(prompts, jnp.int32),
     )
+
+
+def one_prompt_each(batch: RankedBatch, seed: int = 0) -> RankedBatch:
+    """The same rankings where the candidates of a comparison have a prompt of their own, of 1 token and more."""
+    lengths = np.asarray(jnp.where(batch.mask, batch.token_mask.sum(-1), batch.tokens.shape[-1]).min(1))
+    prompts = np.random.default_rng(seed).integers(1, lengths)  # at least one token of every response is left
+    prompts[0] = lengths[0] - 1
+    shared = np.arange(batch.tokens.shape[-1]) < prompts[:, None, None]
+    tokens = jnp.where(shared, batch.tokens[:, :1], batch.tokens)
+    return replace(batch, tokens=tokens, prompt_lengths=jnp.asarray(prompts, jnp.int32))
 
 
 def ppo_config(**changes) -> schema.Ppo:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from rlhfjax.algorithms.reward_modelling import ranked_counts
 from rlhfjax.functional import dpo_loss, masked_mean, pairwise_accuracy
 from rlhfjax.functional.preference import better, mean_of_pairs
-from rlhfjax.types import Params, RankedBatch
+from rlhfjax.types import Params, RankedBatch, TokenRanking
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,22 @@ class Dpo:
     response, in nats. The reference has no gradient; it may read frozen parameters, or what was computed before.
     """
 
-    log_probs: Callable[[Params, RankedBatch, jax.Array | None], Array]
-    reference: Callable[[Params, RankedBatch], Array]
+    log_probs: Callable[[Params, RankedBatch | TokenRanking, jax.Array | None], Array]
+    reference: Callable[[Params, RankedBatch | TokenRanking], Array]
     beta: float = 0.1
     kind: str = "sigmoid"
     label_smoothing: float = 0.0
 
-    def weight(self, batch: RankedBatch) -> dict[str, Array]:
+    def weight(self, batch: RankedBatch | TokenRanking) -> dict[str, Array]:
         """Prompts with at least two candidates, and the pairs among them that people told apart."""
         return ranked_counts(batch)
 
     def loss(
-        self, params: Params, batch: RankedBatch, weight: dict[str, Array], key: jax.Array | None = None
+        self,
+        params: Params,
+        batch: RankedBatch | TokenRanking,
+        weight: dict[str, Array],
+        key: jax.Array | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         # Absent candidates may hold anything; at 0 they reach neither the loss nor its gradient.
         log_probs = jnp.where(batch.mask, self.log_probs(params, batch, key), 0.0)

@@ -151,10 +151,13 @@ def _before(values: Float[Array, "B T"]) -> Float[Array, "B T"]:
     return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 
 
-def token_scores(model: Predictor, params: Params, batch: TokenBatch) -> Float[Array, "B T"]:
+def token_scores(
+    model: Predictor, params: Params, batch: TokenBatch, dropout: float = 0.0, key: jax.Array | None = None
+) -> Float[Array, "B T"]:
     """The scalar head at each token; a response's score is the one at its last.
 
     Where the batch knows how many targets a row has at `most`, only what is said at targets is certain to be there.
     """
     wanted = _Wanted.of(batch, batch.loss_mask)
-    return wanted.back(model.scalar(params, model.batch_hidden(params["decoder"], batch, read=wanted.columns)))
+    hidden = model.batch_hidden(params["decoder"], batch, dropout, key, read=wanted.columns)
+    return wanted.back(model.scalar(params, hidden))

@@ -65,6 +65,12 @@ class RankedRows:
     ranks: np.ndarray
     prompt_lengths: np.ndarray
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest comparison in a packed row: the prompt, and each response after the prompt's last."""
+        shared = np.maximum(self.prompt_lengths - 1, 0) * (np.diff(self.groups) - 1)
+        return int((np.add.reduceat(self.tokens.lengths, self.groups[:-1]) - shared).max())
+
     def select(self, keep: np.ndarray) -> "RankedRows":
         """Only the candidates `keep`, and only the comparisons that still have two of different rank."""
         comparison = np.searchsorted(self.groups, keep, side="right") - 1
@@ -205,6 +211,7 @@ class RankedItems:
 
     def __init__(self, rows: RankedRows, candidates: int, length: int, pad_id: int):
         self.rows, self.candidates, self.length, self.pad_id = rows, candidates, length, pad_id
+        self.longest = rows.longest
 
     def __len__(self) -> int:
         return len(self.rows.groups) - 1

@@ -27,7 +27,8 @@ _ROWS = 2**44
 class Batches:
     """Infinite batches of `size` rows by step, of which `local` are made here (None: all).
 
-    `dataset` gives rows by their place in the order; `rows` is how many one epoch has.
+    `dataset` gives rows by their place in the order; `rows` is how many one epoch has. Of comparisons none is longer
+    than `longest` tokens in a packed row, its prompt counted once.
     """
 
     dataset: Any
@@ -35,6 +36,7 @@ class Batches:
     rows: int
     size: int
     local: Any = None
+    longest: int = 0
 
     def __getitem__(self, step: int) -> Any:
         return self.make(**_Steps(self.dataset, self.size, self.local)[step])
@@ -132,7 +134,8 @@ class Reader:
     def comparisons(self, data: Sequence, batch, shuffle: bool = True) -> Batches:
         """Ranked candidates; `overlong: drop` leaves out candidates that are too long, and comparisons without two."""
         sources = [self._ranked_source(entry, batch) for entry in data]
-        return self._batches(sources, [entry.weight for entry in data], batch.size, RankedBatch, shuffle)
+        made = self._batches(sources, [entry.weight for entry in data], batch.size, RankedBatch, shuffle)
+        return replace(made, longest=max(source.longest for source in sources))
 
     def _ranked_source(self, entry, batch):
         return self._once(("comparisons", entry.source, entry.split, batch), lambda: self._ranked_items(entry, batch))

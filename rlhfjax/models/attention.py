@@ -39,6 +39,7 @@ def attend(
     segments: Int[Array, "B T"],
     local: bool | Bool[Array, ""],
     *,
+    prefixes: Int[Array, "B T"] | None = None,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -48,21 +49,30 @@ def attend(
 
     `local` layers see the last `window` tokens only; it may be traced. Heads are a multiple of the K key heads. With
     `softcap` scores are softcap · tanh(score / softcap). Segments are runs of equal ids; padding is one, whatever its
-    id. Raises ValueError on another implementation.
+    id. `prefixes` names the segment that a token's own goes on from, which it sees as well. Raises ValueError on
+    another implementation, and where `takes_prefixes` says no.
     """
-    scale = scale or query.shape[-1] ** -0.5
+    scale, length = scale or query.shape[-1] ** -0.5, query.shape[1]
     program = _program(implementation, query, key, softcap)
+    if prefixes is not None and not takes_prefixes(implementation, window, length):
+        raise ValueError(f"expected segments alone for {implementation!r} with window {window}, got prefixes too")
     everything = partial(program, window=None, scale=scale, softcap=softcap)
     nearby = partial(program, window=window, scale=scale, softcap=softcap)
     # On several CPU devices `blocked` stays out: around its loops their collectives began in different orders.
     if program in (cudnn_attention, splash_attention):
         everything, nearby = _spread[-1](everything), _spread[-1](nearby)
-    arrays = (query, key, value, segments)
-    if window is None or window >= query.shape[1]:
+    arrays = (query, key, value, segments) + (() if prefixes is None else (prefixes,))
+    if window is None or window >= length:
         return everything(*arrays)
     if isinstance(local, bool):
         return (nearby if local else everything)(*arrays)
     return jax.lax.cond(local, nearby, everything, *arrays)
+
+
+def takes_prefixes(implementation: str, window: int | None, length: int) -> bool:
+    """Whether segments of rows of this length may go on from others: not over a window, nor in splash attention."""
+    splash = implementation == "splash" or (implementation == "auto" and jax.default_backend() == "tpu")
+    return not splash and (window is None or window >= length)
 
 
 def _program(wanted: str, query: Array, key: Array, softcap: float | None) -> Callable[..., Array]:
@@ -82,16 +92,20 @@ def attention_mask(
     key_segments: Int[Array, "B S"],
     index: Int[Array, ""] | int,
     window: int | None = None,
+    prefixes: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T S"]:
     """Queries at slots index … index+T-1 see earlier slots of their own segment, with a window the last `window` of
-    them.
+    them, and those of the segment that `prefixes` names.
 
     Padding is a segment of its own (0), so no row of the softmax is empty, and what it holds reaches no real token.
     """
     slots = index + jnp.arange(query_segments.shape[1], dtype=jnp.int32)
     distance = slots[:, None] - jnp.arange(key_segments.shape[1], dtype=jnp.int32)[None, :]
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    return seen[None] & (query_segments[:, :, None] == key_segments[:, None, :])
+    related = query_segments[:, :, None] == key_segments[:, None, :]
+    if prefixes is not None:
+        related |= prefixes[:, :, None] == key_segments[:, None, :]
+    return seen[None] & related
 
 
 def masked_attention(
@@ -122,30 +136,31 @@ def _weights(scores: Array, mask: Array, scale: float, softcap: float | None) ->
     return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
 
 
-def reference(query, key, value, segments, *, window, scale, softcap):
+def reference(query, key, value, segments, prefixes=None, *, window, scale, softcap):
     """The equation as it stands, with a matrix of scores [B, H, T, T]."""
-    return masked_attention(query, key, value, attention_mask(segments, segments, 0, window), scale, softcap)
+    mask = attention_mask(segments, segments, 0, window, prefixes)
+    return masked_attention(query, key, value, mask, scale, softcap)
 
 
-def blocked(query, key, value, segments, *, window, scale, softcap):
+def blocked(query, key, value, segments, prefixes=None, *, window, scale, softcap):
     """Block of queries by block, each against the keys that it may see.
 
     Half of the scores of causal attention are never computed, and those of a block are few. The backward pass computes
     them again from their logarithmic sums, so that what is kept is linear in T (Dao 2024, section 3.1).
     """
-    return _blocked((window, scale, softcap), query, key, value, segments)
+    return _blocked((window, scale, softcap), query, key, value, (segments, prefixes))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(static, query, key, value, segments):
-    return _blocked_forward(static, query, key, value, segments)[0]
+def _blocked(static, query, key, value, ids):
+    return _blocked_forward(static, query, key, value, ids)[0]
 
 
-def _blocked_forward(static, query, key, value, segments):
+def _blocked_forward(static, query, key, value, ids):
     queries, keys, values = _by_head(query, key), _by_head(key, key)[:, :, 0], _by_head(value, key)[:, :, 0]
     outs, log_sums = [], []
     for rows, seen in _blocks(query.shape[1], static[0]):
-        scores, _ = _scores(static, queries[..., rows, :], keys[..., seen, :], segments, rows, seen)
+        scores, _ = _scores(static, queries[..., rows, :], keys[..., seen, :], ids, rows, seen)
         top = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = weights.sum(axis=-1, keepdims=True)
@@ -155,11 +170,11 @@ def _blocked_forward(static, query, key, value, segments):
         outs.append((mixed / total).astype(query.dtype))
         log_sums.append(top + jnp.log(total))
     out, log_sum = jnp.concatenate(outs, axis=3), jnp.concatenate(log_sums, axis=3)
-    return _by_token(out, query.shape), (query, key, value, segments, out, log_sum)
+    return _by_token(out, query.shape), (query, key, value, ids, out, log_sum)
 
 
 def _blocked_backward(static, residuals, g):
-    query, key, value, segments, out, log_sum = residuals
+    query, key, value, ids, out, log_sum = residuals
     window, scale, softcap = static
     queries, gs = _by_head(query, key), _by_head(g, key)
     keys, values = _by_head(key, key)[:, :, 0], _by_head(value, key)[:, :, 0]
@@ -167,7 +182,7 @@ def _blocked_backward(static, residuals, g):
     of_queries, of_keys, of_values = [], *(jnp.zeros(keys.shape, jnp.float32) for _ in range(2))
     for rows, seen in _blocks(query.shape[1], window):
         some, taught = queries[..., rows, :], gs[..., rows, :]
-        scores, mask = _scores(static, some, keys[..., seen, :], segments, rows, seen)
+        scores, mask = _scores(static, some, keys[..., seen, :], ids, rows, seen)
         weights = jnp.where(mask, jnp.exp(scores - log_sum[..., rows, :]), 0.0)
         of_weights = _product("bkgtd,bksd->bkgts", taught, values[..., seen, :])
         of_scores = scale * weights * (of_weights - inner[..., rows, :])
@@ -187,19 +202,23 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
     """Queries, and the keys that one of them may see."""
-    block = max(64, -(-length // 16))  # at most 16 blocks to compile
+    blocks = min(16, -(-length // 64))  # no more to compile
+    block = -(-length // blocks)
     for start in range(0, length, block):
         stop = min(start + block, length)
         yield slice(start, stop), slice(0 if window is None else max(0, start - window + 1), stop)
 
 
-def _scores(static, query, key, segments, rows, seen):
+def _scores(static, query, key, ids, rows, seen):
     """Scores [B, K, G, T, S] of a block, the least number where a key is not seen, and where it is."""
     window, scale, softcap = static
     scores = scale * _product("bkgtd,bksd->bkgts", query, key)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    mask = attention_mask(segments[:, rows], segments[:, seen], rows.start - seen.start, window)[:, None, None]
+    segments, prefixes = ids
+    prefixes = None if prefixes is None else prefixes[:, rows]
+    mask = attention_mask(segments[:, rows], segments[:, seen], rows.start - seen.start, window, prefixes)
+    mask = mask[:, None, None]
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min), mask
 
 

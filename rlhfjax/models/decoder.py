@@ -113,8 +113,8 @@ class Decoder(nn.Module):
         if not c.tied:
             self.unembed = Linear(c.vocab_size, use_bias=False, dtype=jnp.float32, kernel_init=normal)
 
-    def hidden(self, tokens, positions, segments, read=None):
-        """[B, T] tokens to [B, T, width], or to [B, N, width] at the columns `read`.
+    def hidden(self, tokens, positions, segments, read=None, prefixes=None):
+        """[B, T] tokens to [B, T, width], or to [B, N, width] at the columns `read`; `prefixes` as `attend` has it.
 
         Sampling has a forward pass of its own (`rlhfjax.models.decoding`).
         """
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
             x = x + self.positions(jnp.minimum(positions, c.context - 1))
         # Layers of two kinds in one scan: what differs is chosen by an array over the layers, which is no parameter.
         local = jnp.asarray(c.local_layers) if len(set(c.local_layers)) == 2 else None
-        x, sight = x.astype(c.compute_dtype), Sight(positions, segments, turns(c, positions))
+        x, sight = x.astype(c.compute_dtype), Sight(positions, segments, prefixes, turns(c, positions))
         if read is not None and _unroll(c) > 1 and not c.experts and not self.dropout:
             x = self._last_apart(x, local, sight, read)
         else:

@@ -122,6 +122,10 @@ class EncoderDecoder:
         hidden = self._joined_hidden(params, *rows, prompt, dropout, key)
         return hidden if read is None else at_columns(hidden, read)
 
+    def shares_prompts(self, width: int) -> bool:
+        """Never: each prompt is encoded with the response that attends to it."""
+        return False
+
     def unembedding(self, params: Params) -> tuple[Array, dict[str, Any]]:
         """What hidden states are multiplied with to make logits, and the form of it (`functional/vocabulary.py`)."""
         return params["embed"]["embedding"], {}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.models import decoding
+from rlhfjax.models.attention import takes_prefixes
 from rlhfjax.models.decoder import Decoder
 from rlhfjax.models.decoding import Cache, Weights
 from rlhfjax.models.heads import apply_head, init_head, with_head
@@ -67,14 +68,15 @@ class LanguageModel:
         dropout: float = 0.0,
         key: jax.Array | None = None,
         read: Int[Array, "B N"] | None = None,
+        prefixes: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states; tokens attend to earlier tokens of the same segment. Dropout needs a key.
 
-        With `read` those at these columns of each row alone, [B, N, D].
+        With `read` those at these columns of each row alone, [B, N, D]; `prefixes` as in `TokenBatch`.
         """
         rngs = None if key is None else {"dropout": key}
         rate = dropout if key is not None else 0.0
-        return self._apply("hidden", params, tokens, positions, segments, read, dropout=rate, rngs=rngs)
+        return self._apply("hidden", params, tokens, positions, segments, read, prefixes, dropout=rate, rngs=rngs)
 
     def batch_hidden(
         self,
@@ -85,7 +87,11 @@ class LanguageModel:
         read: Int[Array, "B N"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states of a packed batch; the one at a token predicts what comes after it. `read` as above."""
-        return self.hidden(params, batch.tokens, batch.positions, batch.segments, dropout, key, read)
+        return self.hidden(params, batch.tokens, batch.positions, batch.segments, dropout, key, read, batch.prefixes)
+
+    def shares_prompts(self, width: int) -> bool:
+        """Whether rows of so many tokens may hold a prompt once for several responses (`TokenBatch.prefixes`)."""
+        return takes_prefixes(self.config.attention, self.config.window, width)
 
     def unembedding(self, params: Params) -> tuple[Array, dict[str, Any]]:
         """What hidden states are multiplied with to make logits, and the form of it (`functional/vocabulary.py`)."""

@@ -36,6 +36,7 @@ def cudnn_attention(
     key: Float[Array, "B T K D"],
     value: Float[Array, "B T K D"],
     segments: Int[Array, "B T"],
+    prefixes: Int[Array, "B T"] | None = None,
     *,
     window: int | None,
     scale: float,
@@ -49,12 +50,16 @@ def cudnn_attention(
     """
     del softcap
     length = query.shape[1]
-    query, key, value, segments = (_padded(x, length + length % 2) for x in (query, key, value, segments))
+    even = length + length % 2
+    query, key, value, segments = (_padded(x, even) for x in (query, key, value, segments))
+    related = segments[:, :, None] == segments[:, None, :]
+    if prefixes is not None:
+        related |= _padded(prefixes, even)[:, :, None] == segments[:, None, :]
     out = jax.nn.dot_product_attention(
         query,
         key,
         value,
-        mask=(segments[:, :, None] == segments[:, None, :])[:, None],
+        mask=related[:, None],
         scale=scale,
         is_causal=True,
         local_window_size=None if window is None else (window - 1, 0),

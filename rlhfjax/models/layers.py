@@ -108,6 +108,7 @@ class Sight(NamedTuple):
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"]  # 0 is padding
+    prefixes: Int[Array, "B T"] | None  # the segments that those go on from, where there are such
     turns: dict[bool, Turn]  # of the kinds of layers that there are, `local` or not; none without RoPE
     read: Int[Array, "B N"] | None = None  # the columns whose output is wanted, where it is not that of all
 
@@ -247,9 +248,9 @@ class Attention(nn.Module):
             turn = _either(local, sight.turns)
             query, key = rotate(query, turn), rotate(key, turn)
         scale = None if c.query_scalar is None else c.query_scalar**-0.5
-        how = {"window": c.window, "softcap": c.attention_softcap, "implementation": c.attention}
+        how = {"softcap": c.attention_softcap, "implementation": c.attention, "prefixes": sight.prefixes}
         query, key, value = keep(query, key, value)
-        out = sight.wanted(keep(attend(query, key, value, sight.segments, local, scale=scale, **how)))
+        out = sight.wanted(keep(attend(query, key, value, sight.segments, local, window=c.window, scale=scale, **how)))
         # GPT-2's residual scaling: outputs of both blocks start smaller by 1/sqrt(2 x layers).
         return _linear(c, c.width, "out", axis=(-2, -1), std=c.init_std / (2 * c.layers) ** 0.5)(out)
 

@@ -6,11 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from rlhfjax.algorithms import LanguageModelling, RewardModelling, RoutedLanguageModelling
-from rlhfjax.algorithms.likelihood import cross_entropy
+from rlhfjax.algorithms.likelihood import cross_entropy, token_scores
 from rlhfjax.algorithms.multi_token import MultiTokenPrediction, Sums, head_sums
 from rlhfjax.config import schema
 from rlhfjax.models import EncoderDecoder, SequenceModel
-from rlhfjax.types import Params, RankedBatch
+from rlhfjax.types import Params, RankedBatch, TokenRanking
 
 
 def language_modelling(
@@ -71,9 +71,11 @@ def _multi_token(model: Any, dropout: float, decoder: Callable, smoothing: float
 
 
 def reward_modelling(model: SequenceModel, loss: schema.RankingLoss, dropout: float = 0.0) -> RewardModelling:
-    """The ranking loss of a scalar model: one forward pass a candidate."""
+    """The ranking loss of a scalar model, of candidates in rows of their own or packed with their prompt."""
 
-    def scores(params, batch: RankedBatch, key):
+    def scores(params, batch: RankedBatch | TokenRanking, key):
+        if isinstance(batch, TokenRanking):
+            return batch.of_candidates(token_scores(model, params, batch.batch, dropout, key))
         flat = (-1, batch.tokens.shape[-1])
         prompts = jnp.repeat(batch.prompt_lengths, batch.ranks.shape[1])
         rows = model.scores(params, batch.tokens.reshape(flat), batch.token_mask.reshape(flat), prompts, dropout, key)

@@ -20,6 +20,7 @@ from rlhfjax.stages.job import Job, default_slots
 from rlhfjax.stages.losses import language_modelling
 from rlhfjax.training.checkpoint import find_checkpoint, load_model
 from rlhfjax.training.state import abstract
+from rlhfjax.training.update import Pack, summed
 from rlhfjax.types import Params, PromptBatch
 
 
@@ -75,7 +76,9 @@ def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[P
     return lambda params: {"eval/reward_score": float(mean_score(params, reward, job.key("samples")))}
 
 
-def accuracy_meter(job: Job, algorithm: RewardModelling | Dpo, metric: str = "train/rm/accuracy") -> Meter:
+def accuracy_meter(
+    job: Job, algorithm: RewardModelling | Dpo, pack: Pack | None, metric: str = "train/rm/accuracy"
+) -> Meter:
     """Share of the ranked pairs of a data set that the scores, or implicit rewards, order as people did."""
 
     @jax.jit
@@ -83,7 +86,9 @@ def accuracy_meter(job: Job, algorithm: RewardModelling | Dpo, metric: str = "tr
         counted = jnp.arange(batch.ranks.shape[0]) < rows
         batch = replace(batch, mask=batch.mask & counted[:, None])
         weight = algorithm.weight(batch)
-        return algorithm.loss(params, batch, weight)[1][metric] * weight["pairs"], weight["pairs"]
+        parts, used = pack(batch) if pack else (jax.tree.map(lambda x: x[None], batch), 1)
+        share = summed(lambda part: algorithm.loss(params, part, weight)[1][metric], (parts,), used)
+        return share * weight["pairs"], weight["pairs"]
 
     return Meter(total, job.mesh)
 

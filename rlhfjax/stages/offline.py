@@ -29,6 +29,7 @@ from rlhfjax.stages.guarded import go_back, restored_counts
 from rlhfjax.stages.job import Job, default_slots
 from rlhfjax.stages.losses import reward_modelling, training_loss
 from rlhfjax.stages.meters import Meter, accuracy_meter, loss_meter, named, reward_meter
+from rlhfjax.stages.parts import ranking_packer
 from rlhfjax.text.loading import AnyTokenizer, load_tokenizer
 from rlhfjax.text.tokenizer import Tokenizer
 from rlhfjax.training.checkpoint import Checkpoints, find_checkpoint, meta_of, read_meta, tokenizer_of
@@ -40,7 +41,7 @@ from rlhfjax.training.optimizer import learning_rate, make_optimizer
 from rlhfjax.training.profiling import Trace
 from rlhfjax.training.state import abstract, init_state
 from rlhfjax.training.stopping import held
-from rlhfjax.training.update import offline_step
+from rlhfjax.training.update import Pack, offline_step
 from rlhfjax.types import Params, PromptBatch, TrainState
 
 Facts = dict[str, Any]
@@ -90,7 +91,8 @@ def reward(job: Job) -> Facts:
     c: schema.Reward = job.config
     model, policy = job.policy_from("sft", "pretrain") if c.start_from == "sft" else job.policy_from("pretrain")
     params = with_head(policy, init_head(job.key("init"), model.config.width))
-    measure = accuracy_meter(job, reward_modelling(model, c.loss))
+    pack = ranking_packer(job, model, open_batches(job).values(), ends=True)
+    measure = accuracy_meter(job, reward_modelling(model, c.loss), pack)
 
     def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:
         return named("eval/rm/accuracy", {name: measure(params, data) for name, data in held_out(opened).items()})
@@ -103,6 +105,7 @@ def reward(job: Job) -> Facts:
         role="reward",
         meter=measure,
         validate=validate,
+        pack=pack,
         finish=partial(normalize_scores, job, model),
         shown=("train/rm/loss", "train/rm/accuracy", "eval/rm/accuracy", "perf/mfu"),
     )
@@ -191,6 +194,7 @@ def train_stage(
     meter: Meter,
     validate: Validate,
     shown: tuple[str, ...],
+    pack: Pack | None = None,
     finish: Callable[[Params], tuple[Params, Facts]] = lambda params: (params, {}),
     beside: Params | None = None,
 ) -> Facts:
@@ -245,12 +249,13 @@ def train_stage(
     @partial(jax.jit, donate_argnums=1, out_shardings=(layout, None), compiler_options=training_options())
     def step_fn(frozen: Params, state: TrainState, batch: Any, key: jax.Array, *poison: jax.Array):
         restricted = restrict(algorithm, partial(join, frozen))
-        state, metrics = offline_step(restricted, optimizer, state, batch, key, parts, c.optimizer.ema_decay, *poison)
+        how = (parts, c.optimizer.ema_decay, poison[0] if poison else None, pack)
+        state, metrics = offline_step(restricted, optimizer, state, batch, key, *how)
         return state, metrics | (seen_by(batch) if flops else {})
 
-    flops = (
-        None if isinstance(model, EncoderDecoder) else OfflineFlops(forward_flops(model.config, params), bool(frozen))
-    )
+    flops = None
+    if not isinstance(model, EncoderDecoder):
+        flops = OfflineFlops(forward_flops(model.config, params), bool(frozen), predicts=role == "policy")
     first = next(job.put(iter([batches[int(state.step) + guard.memory.left_out]])))
     ahead = Ahead(job)
     poison = (np.float32(1),) if faults.wanted("update") else ()

@@ -1,24 +1,66 @@
-"""How many packed rows go through the models together."""
+"""How many packed rows go through the models together, and what shares a row."""
+
+from collections.abc import Iterable
+from functools import partial
 
 import jax
 
+from rlhfjax.algorithms.packing import packed_ranking, row_width
 from rlhfjax.config import schema
-from rlhfjax.sharding import row_shards
+from rlhfjax.data.pipeline import Batches
+from rlhfjax.models import SequenceModel
+from rlhfjax.sharding import constrain_parts, row_shards
+from rlhfjax.stages.job import Job
+from rlhfjax.training.update import Pack
 
 _CPU_TOKENS, _TOKENS = 512, 8192  # a device wants at least so many at a time
+_WIDEST = 4  # times the width of the model: attention over longer rows costs over a third of the products of a layer
 
 
-def rows_at_a_time(c: schema.Ppo | schema.Evaluate, mesh: jax.sharding.Mesh) -> int:
+def rows_at_a_time(c: schema.Ppo | schema.Evaluate, mesh: jax.sharding.Mesh, group: int = 1) -> int:
     """`batch.micro`, or enough rows for a device to do; on accelerators a quarter of a minibatch at least.
 
     Smaller parts skip more of what short responses leave empty, but gradients are added up once a part. Every device
-    has rows of a part.
+    has rows of a part. `group` responses share a row.
     """
-    shards, minibatch = row_shards(mesh), c.batch.minibatch or c.batch.size
-    width = c.batch.prompt_length + c.sampling.max_new_tokens
+    minibatch = (c.batch.minibatch or c.batch.size) // group
+    width = row_width(c.batch.prompt_length, c.sampling.max_new_tokens, group)
+    return _rows(mesh, width, minibatch, c.batch.micro)
+
+
+def _rows(mesh: jax.sharding.Mesh, width: int, minibatch: int, micro: int | None) -> int:
+    shards = row_shards(mesh)
     if jax.default_backend() == "cpu":
         enough = -(-_CPU_TOKENS * shards // width)
     else:
         enough = max(-(-minibatch // 4), -(-_TOKENS * shards // width))
-    rows = c.batch.micro or min(minibatch, enough)
+    rows = micro or min(minibatch, enough)
     return -(-rows // shards) * shards
+
+
+def responses_a_row(c: schema.Ppo, group: int, policy: SequenceModel, reward: SequenceModel) -> int:
+    """How many of `group` responses to one prompt share it: a divisor of the group."""
+
+    def fits(count: int) -> bool:
+        width = row_width(c.batch.prompt_length, c.sampling.max_new_tokens, count)
+        return group % count == 0 and _sharing(policy, width) and reward.shares_prompts(width)
+
+    return max(filter(fits, range(2, group + 1)), default=1)
+
+
+def ranking_packer(job: Job, model: SequenceModel, opened: Iterable[Batches], ends: bool = False) -> Pack | None:
+    """How the comparisons of these data become packed rows with each prompt once, `batch.micro` rows at a time.
+
+    None where candidates are read one a row: by models that can't share a prompt, and where comparisons are very long.
+    `ends` as in `packed_ranking`.
+    """
+    c: schema.Reward | schema.Dpo = job.config
+    width = max(batches.longest for batches in opened)
+    if not _sharing(model, width):
+        return None
+    part = _rows(job.mesh, width, c.batch.size, c.batch.micro)
+    return partial(packed_ranking, part, width, place=partial(constrain_parts, job.mesh), ends=ends)
+
+
+def _sharing(model: SequenceModel, width: int) -> bool:
+    return model.shares_prompts(width) and width <= _WIDEST * model.config.width

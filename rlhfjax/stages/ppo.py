@@ -29,7 +29,7 @@ from rlhfjax.stages.guarded import go_back, restored_counts
 from rlhfjax.stages.job import Job, sampler_of, sampling_params
 from rlhfjax.stages.losses import training_loss
 from rlhfjax.stages.offline import Facts
-from rlhfjax.stages.parts import rows_at_a_time
+from rlhfjax.stages.parts import responses_a_row, rows_at_a_time
 from rlhfjax.training.checkpoint import Checkpoints, meta_of
 from rlhfjax.training.flops import OnlineFlops, attended, forward_flops, seen_by
 from rlhfjax.training.guards import Guard, Memory, memory_of, with_rollbacks
@@ -215,7 +215,8 @@ def compiled_steps(
     rows, layout = batch_sharding(job.mesh), state_shardings(job.mesh, state)
     minibatch = c.batch.minibatch or c.batch.size
     sampler = split_caches(job.mesh, sampler_of(policy_model, c.sampling))
-    part, place = rows_at_a_time(c, job.mesh), partial(constrain_parts, job.mesh)
+    group = responses_a_row(c, getattr(estimator, "group", 1), policy_model, reward_model)
+    part, place = rows_at_a_time(c, job.mesh, group), partial(constrain_parts, job.mesh)
 
     def rollout(base: Params, trained: Params, prompts: PromptBatch, key: jax.Array) -> Rollout:
         return generate(sampler, join(base, trained)["policy"], prompts, key, sampling)
@@ -229,7 +230,7 @@ def compiled_steps(
             own, _, values = estimator.predict(params, rows)
             return own, reference, values, token_scores(reward_model, frozen["reward"], batch)
 
-        own, reference, values, scores = on_packed(part, rollout, of_rows, place)
+        own, reference, values, scores = on_packed(part, rollout, of_rows, place, group)
         log_probs = own if c.sampling.old_log_probs == "recompute" else rollout.sampled_log_probs
         return rollout.scored(log_probs, reference, values, at_last(scores, rollout.response_mask))
 
@@ -248,7 +249,8 @@ def compiled_steps(
             epochs=c.batch.epochs,
             minibatches=c.batch.size // minibatch,
             parts=minibatch // (c.batch.micro or minibatch),
-            pack=partial(packed_experience, part, place=place),
+            pack=partial(packed_experience, part, place=place, group=group),
+            group=getattr(estimator, "group", 1),
             kl_stop=c.kl.stop,
             ema_decay=c.optimizer.ema_decay,
         )

@@ -67,12 +67,17 @@ def attended(positions: Int[Array, "*B T"], real: Bool[Array, "*B T"]) -> Float[
 
 
 def seen_by(batch: TokenBatch | RankedBatch | Rollout) -> dict[str, Array]:
-    """The counts that FLOPs are worked out from, as metrics that the loops take out again."""
+    """The counts that FLOPs are worked out from, as metrics that the loops take out again.
+
+    A prompt counts once for all its candidates, however often it is read.
+    """
     if isinstance(batch, TokenBatch):
         return {"work/pairs": attended(batch.positions, batch.segments > 0)}
     if isinstance(batch, RankedBatch):
-        real = batch.token_mask & batch.mask[:, :, None]
-        return {"work/pairs": attended(jnp.cumsum(real, axis=-1) - 1, real)}
+        real, prompts = batch.token_mask & batch.mask[:, :, None], batch.prompt_lengths.astype(jnp.float32)
+        again = jnp.maximum(batch.mask.sum(axis=1) - 1, 0).astype(jnp.float32)
+        pairs = attended(jnp.cumsum(real, axis=-1) - 1, real) - (again * prompts * (prompts + 1) / 2).sum()
+        return {"work/pairs": pairs, "work/tokens": real.sum(dtype=jnp.float32) - (again * prompts).sum()}
     real = jnp.concatenate([batch.prompt_mask, batch.response_mask], axis=1)
     pairs = attended(jnp.cumsum(real, axis=-1) - 1, real)
     return {"work/prompt": batch.prompt_mask.sum(dtype=jnp.float32), "work/pairs": pairs}
@@ -84,9 +89,11 @@ class OfflineFlops:
 
     model: ForwardFlops
     frozen: bool = False  # the backward pass through weights that nothing trains costs as much as the forward pass
+    predicts: bool = True  # logits of every token; a reward model has none
 
     def __call__(self, counts: Mapping[str, float]) -> float:
-        forward = self.model(counts["tokens"], counts["work/pairs"], counts["tokens"])
+        tokens = counts.get("work/tokens", counts["tokens"])
+        forward = self.model(tokens, counts["work/pairs"], tokens if self.predicts else 0.0)
         return (2 if self.frozen else 3) * forward
 
 

@@ -105,7 +105,7 @@ def _write(
     seconds: float,
     rows: Any,
 ) -> dict[str, float]:
-    counts = {name: float(metrics[name]) for name in ("tokens", "work/pairs") if name in metrics}
+    counts = {name: float(metrics[name]) for name in ("tokens", "work/tokens", "work/pairs") if name in metrics}
     speed = {"timing/step_s": seconds, "perf/train_tokens_per_s": counts["tokens"] / seconds}
     if flops and "work/pairs" in counts:
         speed["perf/mfu"] = flops(counts) / (seconds * machine_peak())

@@ -25,7 +25,7 @@ def gradients(
 ) -> tuple[Params, dict[str, Array]]:
     """Gradient of the loss over `batch`, taken in `parts` equal parts one after the other.
 
-    `pack(batch)` gives the parts of an experience instead, stacked, and how many of them hold anything. The loss is
+    `pack(batch)` gives the parts of packed rows instead, stacked, and how many of them hold anything. The loss is
     normalised by the count of the whole batch, so the result does not depend on either. `loss/total` is that loss.
     """
     if isinstance(algorithm, Mix):
@@ -45,11 +45,11 @@ def gradients(
     if len(inputs[1]) == 1:
         return part_gradients(*jax.tree.map(lambda x: x[0], inputs))
     if survey := getattr(algorithm, "survey", None):  # with the same keys, it sees what the losses will see
-        weight |= _summed(partial(survey, params), (inputs[0], jax.random.clone(inputs[1])), used)
-    return _summed(part_gradients, inputs, used)
+        weight |= summed(partial(survey, params), (inputs[0], jax.random.clone(inputs[1])), used)
+    return summed(part_gradients, inputs, used)
 
 
-def _summed(function: Callable[..., Any], inputs: Any, count: int | Array) -> Any:
+def summed(function: Callable[..., Any], inputs: Any, count: int | Array) -> Any:
     """Σ function(*inputs[i]) over the first `count`, one after the other."""
     function = jax.jit(function, inline=True)  # traced once, not for its shapes and again for the loop
     shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], inputs))
@@ -135,13 +135,14 @@ def offline_step(
     parts: int = 1,
     ema_decay: float | None = None,
     poison: Array | None = None,
+    pack: Pack | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step of pretraining, supervised fine-tuning or reward modelling.
+    """One step of pretraining, supervised fine-tuning or reward modelling; `parts` and `pack` as in `gradients`.
 
     Skipped where its loss or the norm of its gradient is not finite. `poison`, in tests of that, multiplies the
     gradient. `updates` among the metrics is how many updates the optimizer had taken before.
     """
-    grads, metrics = gradients(algorithm, state.params, batch, key, parts)
+    grads, metrics = gradients(algorithm, state.params, batch, key, parts, pack)
     if poison is not None:
         grads = jax.tree.map(lambda g: poison.astype(g.dtype) * g, grads)
     norm, updates = optax.tree.norm(grads), state.step - state.skipped.total
@@ -163,13 +164,15 @@ def online_update(
     minibatches: int,
     parts: int = 1,
     pack: Pack | None = None,
+    group: int = 1,
     kl_stop: float | None = None,
     ema_decay: float | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """`epochs` passes over the experience, reshuffled each time, `minibatches` steps a pass, as one scan.
 
     `pretraining` (None without ptx) holds the sequences of all the steps. A minibatch is taken in `parts` equal parts,
-    or as `pack` lays it out. Once the approximate KL of a step exceeds `kl_stop`, the steps that are left do nothing.
+    or as `pack` lays it out; each `group` rows next to each other stay together. Once the approximate KL of a step
+    exceeds `kl_stop`, the steps that are left do nothing.
 
     A step is skipped where a number of its minibatch (scores, log-probabilities, advantages, returns), its loss or the
     norm of a gradient is not finite. Metrics are means over the steps that were taken: NaN when there was none.
@@ -177,7 +180,8 @@ def online_update(
     size = jax.tree.leaves(experience)[0].shape[0]
     steps = epochs * minibatches
     shuffle_key, step_key = jax.random.split(key)
-    order = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(shuffle_key, epochs))
+    order = jax.vmap(lambda k: jax.random.permutation(k, size // group))(jax.random.split(shuffle_key, epochs))
+    order = order[:, :, None] * group + jnp.arange(group, dtype=jnp.int32)[None, None, :]
     order = order.reshape(steps, size // minibatches)
     extra = jax.tree.map(lambda x: _split(x, steps), pretraining)
     updates = state.step - state.skipped.total

@@ -45,15 +45,19 @@ def arrays(runs, key_heads, dtype=jnp.float32):
     return [np.asarray(jnp.asarray(x, dtype), np.float64) for x in made], segments
 
 
-def by_loops(query, key, value, grad, segments, window=None, scale=None, softcap=None):
-    """Output and gradients, one query at a time; a token sees a neighbour when all between are of its segment."""
+def by_loops(query, key, value, grad, segments, window=None, scale=None, softcap=None, prefixes=None):
+    """Output and gradients, one query at a time; a token sees a neighbour when all between are of its segment, and
+    every token of the segment that it goes on from.
+    """
     scale, group = scale or SIZE**-0.5, HEADS // key.shape[2]
     out, d_query, d_key, d_value = (np.zeros_like(x) for x in (query, query, key, value))
     for b, t, h in np.ndindex(query.shape[:3]):
         k, first = h // group, t
         while first > 0 and segments[b, first - 1] == segments[b, t] and (window is None or t - first + 1 < window):
             first -= 1
-        seen = slice(first, t + 1)
+        seen = list(range(first, t + 1))
+        if prefixes is not None and prefixes[b, t] != segments[b, t]:
+            seen += np.flatnonzero(segments[b] == prefixes[b, t]).tolist()
         raw = scale * key[b, seen, k] @ query[b, t, h]
         scores = raw if softcap is None else softcap * np.tanh(raw / softcap)
         p = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
@@ -89,6 +93,38 @@ def test_every_program_equals_the_loops(program, case):
         computed(program, tensors, segments, **how), by_loops(*tensors, segments, **how), strict=True
     ):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-5)
+
+
+# Two groups in a row: a prompt and what goes on from it; the second prompt is empty, and so is a response of the first.
+FORKED = [(1, 60), (2, 3), (3, 70), (5, 1), (7, 9), (8, 40), (0, 17)], [(1, 1), (2, 99), (3, 100)]
+FROM = {2: 1, 3: 1, 4: 1, 5: 1, 7: 6, 8: 6}
+
+
+# fails when a response sees the others of its prompt, or not its prompt, and when a prompt sees responses: seen
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(
+    "program", ["xla", "blocked", pytest.param("cudnn", marks=pytest.mark.skipif(not ON_GPU, reason="no GPU"))]
+)
+def test_responses_see_the_prompt_that_they_share_and_not_each_other(program, softcap):
+    dtype, near = (
+        (jnp.bfloat16, {"rtol": 0.02, "atol": 0.05})
+        if program == "cudnn"
+        else (jnp.float32, {"rtol": 1e-4, "atol": 2e-5})
+    )
+    tensors, segments = arrays(FORKED, 2, dtype)
+    prefixes = np.vectorize(lambda name: FROM.get(name, name))(segments).astype(np.int32)
+    how = {"prefixes": prefixes, "softcap": softcap}
+    for got, wanted in zip(
+        computed(program, tensors, segments, dtype=dtype, **how), by_loops(*tensors, segments, **how), strict=True
+    ):
+        np.testing.assert_allclose(np.asarray(got, np.float64), wanted, **near)
+
+
+@pytest.mark.parametrize(("program", "window"), [("splash", None), ("blocked", 9)])
+def test_what_takes_no_shared_prompts_says_so(program, window):
+    tensors, segments = arrays(SHORT, 2)
+    with pytest.raises(ValueError, match="prefixes"):
+        computed(program, tensors, segments, prefixes=segments, window=None if window is None else 3)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="cuDNN needs a GPU of NVIDIA's; tests take one with RLHFJAX_TEST_PLATFORM=cuda")

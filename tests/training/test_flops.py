@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from tiny import experience, ranked_batch, tiny, token_batch
+from tiny import experience, one_prompt_each, ranked_batch, tiny, token_batch
 
 from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.lora import init_lora, join
@@ -60,9 +60,24 @@ def test_tokens_see_their_own_document_up_to_themselves():
     segments = np.asarray(batch.segments)
     lengths = [int((row == number).sum()) for row in segments for number in (1, 2)]
     assert float(seen_by(batch)["work/pairs"]) == brute(lengths)
-    ranked = ranked_batch(3, 4, 7)
-    lengths = np.asarray((ranked.token_mask & ranked.mask[:, :, None]).sum(-1)).ravel().tolist()
-    assert float(seen_by(ranked)["work/pairs"]) == brute(lengths)
+
+
+def test_the_prompt_of_a_comparison_is_read_once():
+    # fails when it counts for every candidate, there or not
+    ranked = one_prompt_each(ranked_batch(3, 4, 7))
+    seen = set()
+    for b, k in zip(*np.nonzero(np.asarray(ranked.mask)), strict=True):
+        for t in range(int(ranked.token_mask[b, k].sum())):
+            shared = t < int(ranked.prompt_lengths[b])
+            seen |= {(b, 0 if shared else k, t, other) for other in range(t + 1)}
+    counts = seen_by(ranked)
+    assert float(counts["work/pairs"]) == len(seen)
+    assert float(counts["work/tokens"]) == len({place[:3] for place in seen}) < int(ranked.real_tokens())
+    counts = {"tokens": 1e9} | {name: float(x) for name, x in counts.items()}
+    forward = ForwardFlops(10.0, 3.0, 1.0)
+    wanted = 3 * (20 * counts["work/tokens"] + 4 * counts["work/pairs"])
+    assert OfflineFlops(forward, predicts=False)(counts) == wanted
+    assert OfflineFlops(forward)(counts) == wanted + 3 * 6 * counts["work/tokens"]
 
 
 def test_a_rollout_sees_prompt_and_response_as_one_sequence():
