@@ -12,7 +12,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from rlhfjax.data import batches as rows_of
+from rlhfjax.data import batches, token_rows
 from rlhfjax.data.datasets import open_source
 from rlhfjax.errors import DataError
 from rlhfjax.text.chat import encode_demonstration
@@ -103,8 +103,8 @@ class Reader:
 
     def _document_source(self, entry, length: int, packed: bool):
         def make():
-            rows = rows_of.document_rows(self.open(entry, "document"), self.tokenizer, length)
-            return rows_of.PackedRows(rows, length, packed=packed, pad_id=self.tokenizer.pad_id)
+            rows = token_rows.document_rows(self.open(entry, "document"), self.tokenizer, length)
+            return batches.PackedRows(rows, length, packed=packed, pad_id=self.tokenizer.pad_id)
 
         return self._once(("documents", entry.source, entry.split, length, packed), make)
 
@@ -124,10 +124,10 @@ class Reader:
 
     def _demonstration_source(self, entry, batch, train_on: str):
         def make():
-            rows = rows_of.demonstration_rows(self.open(entry, "demonstration"), self.tokenizer, train_on)
-            fits = rows_of.within(entry.source, rows.tokens.lengths, batch.length, batch.overlong, self.report)
-            rows = rows_of.TokenRows(rows.tokens.select(fits), rows.targets.select(fits))
-            return rows_of.PackedRows(rows, batch.length, packed=batch.pack, pad_id=self.tokenizer.pad_id)
+            rows = token_rows.demonstration_rows(self.open(entry, "demonstration"), self.tokenizer, train_on)
+            fits = token_rows.within(entry.source, rows.tokens.lengths, batch.length, batch.overlong, self.report)
+            rows = token_rows.TokenRows(rows.tokens.select(fits), rows.targets.select(fits))
+            return batches.PackedRows(rows, batch.length, packed=batch.pack, pad_id=self.tokenizer.pad_id)
 
         return self._once(("demonstrations", entry.source, entry.split, batch, train_on), make)
 
@@ -141,11 +141,11 @@ class Reader:
         return self._once(("comparisons", entry.source, entry.split, batch), lambda: self._ranked_items(entry, batch))
 
     def _ranked_items(self, entry, batch):
-        rows = rows_of.ranked_rows(self.open(entry, "comparison"), self.tokenizer)
+        rows = token_rows.ranked_rows(self.open(entry, "comparison"), self.tokenizer)
         if batch.overlong == "error":  # a comparison is as long as its longest response: the row to name
             longest = np.maximum.reduceat(rows.tokens.lengths, rows.groups[:-1])
-            rows_of.within(entry.source, longest, batch.length, "error")
-        fits = rows_of.within(f"{entry.source} responses", rows.tokens.lengths, batch.length, "drop", self.report)
+            token_rows.within(entry.source, longest, batch.length, "error")
+        fits = token_rows.within(f"{entry.source} responses", rows.tokens.lengths, batch.length, "drop", self.report)
         counts = np.bincount(np.searchsorted(rows.groups, fits, side="right") - 1)
         if counts.max() > batch.candidates:
             raise DataError(
@@ -158,7 +158,7 @@ class Reader:
             raise DataError(f"{entry.source}: expected comparisons that prefer one response, got ties alone")
         if left_out:
             self.report(f"{entry.source}: {left_out} of {count} comparisons without a preference left out")
-        return rows_of.RankedItems(kept, batch.candidates, batch.length, self.tokenizer.pad_id)
+        return batches.RankedItems(kept, batch.candidates, batch.length, self.tokenizer.pad_id)
 
     def prompts(self, data: Sequence, batch, shuffle: bool = True) -> Batches:
         """Left-padded prompts."""
@@ -167,9 +167,9 @@ class Reader:
 
     def _prompt_source(self, entry, batch):
         def make():
-            rows = rows_of.prompt_rows(self.open(entry, "prompt"), self.tokenizer)
-            keep = rows_of.within(entry.source, rows.lengths, batch.prompt_length, batch.overlong, self.report)
-            return rows_of.PromptItems(rows, keep, batch.prompt_length, self.tokenizer.pad_id)
+            rows = token_rows.prompt_rows(self.open(entry, "prompt"), self.tokenizer)
+            keep = token_rows.within(entry.source, rows.lengths, batch.prompt_length, batch.overlong, self.report)
+            return batches.PromptItems(rows, keep, batch.prompt_length, self.tokenizer.pad_id)
 
         return self._once(("prompts", entry.source, entry.split, batch.prompt_length, batch.overlong), make)
 

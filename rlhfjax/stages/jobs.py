@@ -24,10 +24,12 @@ from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.dpo import dpo
 from rlhfjax.stages.exact_match import pairs_of
 from rlhfjax.stages.job import Job, sampling_params
-from rlhfjax.stages.offline import pretrain, reward, sft, tokenizer
 from rlhfjax.stages.parents import checkpoint_digest
+from rlhfjax.stages.policy import pretrain, sft
 from rlhfjax.stages.ppo import ppo
+from rlhfjax.stages.reward import reward
 from rlhfjax.stages.sources import Entry, entries_of
+from rlhfjax.stages.tokenizer import tokenizer
 from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.training.checkpoint import find_checkpoint, read_meta, require_writable, tokenizer_of
 from rlhfjax.training.metrics_catalogue import METRICS, metric_of

@@ -1,6 +1,5 @@
-"""Tokenizer, pretraining, supervised fine-tuning and the reward model."""
+"""A stage that trains on batches, from its last checkpoint to its facts: pretraining, SFT, reward model and DPO."""
 
-import itertools
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -8,31 +7,20 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax import faults
 from rlhfjax.algorithms import restrict
-from rlhfjax.config import schema
-from rlhfjax.data.batches import left_padded, right_padded
-from rlhfjax.data.datasets import open_source
 from rlhfjax.data.pipeline import Batches
-from rlhfjax.errors import ConfigError
-from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models import EncoderDecoder, SequenceModel
-from rlhfjax.models.heads import init_head, rescale_head, with_head
 from rlhfjax.models.lora import join, split
-from rlhfjax.sharding import processes, state_shardings
+from rlhfjax.sharding import state_shardings
 from rlhfjax.stages.compilation import Ahead, training_options
 from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.guarded import go_back, restored_counts
-from rlhfjax.stages.job import Job, default_slots
-from rlhfjax.stages.losses import reward_modelling, training_loss
-from rlhfjax.stages.meters import Meter, accuracy_meter, loss_meter, named, reward_meter
-from rlhfjax.stages.parts import ranking_packer
-from rlhfjax.text.loading import AnyTokenizer, load_tokenizer
-from rlhfjax.text.tokenizer import Tokenizer
-from rlhfjax.training.checkpoint import Checkpoints, find_checkpoint, meta_of, read_meta, tokenizer_of
+from rlhfjax.stages.job import Job
+from rlhfjax.stages.meters import Meter
+from rlhfjax.training.checkpoint import Checkpoints, meta_of
 from rlhfjax.training.flops import OfflineFlops, forward_flops, seen_by
 from rlhfjax.training.guards import Guard, Memory, memory_of, with_rollbacks
 from rlhfjax.training.metrics import MetricsWriter
@@ -42,146 +30,10 @@ from rlhfjax.training.profiling import Trace
 from rlhfjax.training.state import abstract, init_state
 from rlhfjax.training.stopping import held
 from rlhfjax.training.update import Pack, offline_step
-from rlhfjax.types import Params, PromptBatch, TrainState
+from rlhfjax.types import Params, TrainState
 
 Facts = dict[str, Any]
 Validate = Callable[[Params, dict[str, Batches]], dict[str, float]]
-
-
-def tokenizer(job: Job) -> Facts:
-    """Train the tokenizer on documents, or take the one that the configuration or the starting model has."""
-    processes.by_first(lambda: _tokenizer_of(job).save(job.dir), "tokenizer")
-    made = load_tokenizer(job.dir)
-    return {"vocab_size": made.vocab_size, "fingerprint": made.fingerprint}
-
-
-def _tokenizer_of(job: Job) -> AnyTokenizer:
-    c = job.run.tokenizer
-    if c.path:
-        return load_tokenizer(c.path)
-    if job.run.model.checkpoint:
-        made = tokenizer_of(read_meta(find_checkpoint(job.run.model.checkpoint)))
-        if made is None:
-            raise ConfigError(
-                f"model.checkpoint: expected a model with a tokenizer, got {job.run.model.checkpoint} with none; "
-                "import it again with its tokenizer files beside the weights"
-            )
-        return made
-    texts = itertools.chain.from_iterable(
-        (record["text"] for record in open_source(entry.source, entry.split, job.data_dir, kind="document"))
-        for entry in c.data
-    )
-    return Tokenizer.train(itertools.islice(texts, c.documents), c.vocab_size, model_type=c.kind, seed=job.run.seed)
-
-
-def pretrain(job: Job) -> Facts:
-    """Next-token prediction on packed documents."""
-    model, params = job.policy_from()
-    return _train_policy(job, model, params)
-
-
-def sft(job: Job) -> Facts:
-    """Supervised fine-tuning on demonstrations, with an optional share of pretraining text."""
-    model, params = job.policy_from("pretrain")
-    return _train_policy(job, model, params)
-
-
-def reward(job: Job) -> Facts:
-    """The reward model: the policy's decoder with a scalar head, on K-way rankings; then its scores are centred."""
-    c: schema.Reward = job.config
-    model, policy = job.policy_from("sft", "pretrain") if c.start_from == "sft" else job.policy_from("pretrain")
-    params = with_head(policy, init_head(job.key("init"), model.config.width))
-    pack = ranking_packer(job, model, open_batches(job).values(), ends=True)
-    measure = accuracy_meter(job, reward_modelling(model, c.loss), pack)
-
-    def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:
-        return named("eval/rm/accuracy", {name: measure(params, data) for name, data in held_out(opened).items()})
-
-    return train_stage(
-        job,
-        reward_modelling(model, c.loss, c.dropout),
-        model,
-        params,
-        role="reward",
-        meter=measure,
-        validate=validate,
-        pack=pack,
-        finish=partial(normalize_scores, job, model),
-        shown=("train/rm/loss", "train/rm/accuracy", "eval/rm/accuracy", "perf/mfu"),
-    )
-
-
-def normalize_scores(job: Job, model: SequenceModel, params: Params) -> tuple[Params, Facts]:
-    """Shift (and scale) the head so that the scores of reference responses have mean 0 (and deviation 1).
-
-    The responses are people's demonstrations (Ouyang et al. 2022, C.2) or samples of the policy (Ziegler et al. 2019).
-    """
-    c: schema.Reward = job.config
-    n = c.normalize
-    if n.on == "none":
-        return params, {}
-    pairs = job.reader.demonstration_ids(n.data, c.batch.length, n.count)
-    if n.on == "samples":
-        pairs = _sampled(job, [prompt for prompt, _ in pairs], c.batch.length)
-    tokens, mask = right_padded([prompt + response for prompt, response in pairs], job.tokenizer.pad_id)
-    lengths = np.asarray([len(prompt) for prompt, _ in pairs], np.int32)
-
-    def one(params: Params, row: tuple) -> jax.Array:
-        return model.scores(params, *(part[None] for part in row))[0]
-
-    score = jax.jit(lambda p, *rows: jax.lax.map(partial(one, p), rows, batch_size=64))
-    before = score(params, tokens, mask, lengths)
-    gain = 1.0 / jnp.maximum(before.std(), 1e-6) if n.scale else jnp.float32(1.0)
-    params = params | {"head": rescale_head(params["head"], gain, -gain * before.mean())}
-    after = score(params, tokens, mask, lengths)
-    return params, {
-        "eval/rm/normalized_mean": float(after.mean()),
-        "eval/rm/normalized_std": float(after.std()),
-        "normalized_gain": float(gain),
-        "normalized_on": f"{len(pairs)} {n.on}",
-    }
-
-
-def _sampled(job: Job, prompts: list[list[int]], length: int) -> list[tuple[list[int], list[int]]]:
-    model, policy = job.policy_from("sft", "pretrain")
-    tokens, mask = left_padded(prompts, job.tokenizer.pad_id)
-    t = job.tokenizer
-    settings = SamplingParams(length - tokens.shape[1], t.eos_id, t.pad_id, slots=default_slots())
-    batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
-    rollout = processes.fetch(jax.jit(partial(generate, model, sampling=settings))(policy, batch, job.key("samples")))
-    return [
-        (prompt, response[kept].tolist())
-        for prompt, response, kept in zip(prompts, rollout.response, rollout.response_mask, strict=True)
-    ]
-
-
-def _train_policy(job: Job, model: SequenceModel, params: Params) -> Facts:
-    measure = loss_meter(job, model)
-
-    def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:
-        losses = {name: measure(params, data) for name, data in held_out(opened).items()}
-        return named("loss/validation", losses) | (reward_score(params) if reward_score else {})
-
-    smoothing = job.config.loss.label_smoothing if job.stage == "sft" else 0.0
-    reward_score = None
-    if getattr(job.config, "select_by", "last") == "reward_score":
-        reward_score = reward_meter(job, model)
-    return train_stage(
-        job,
-        training_loss(
-            model,
-            job.config.dropout,
-            label_smoothing=smoothing,
-            gather=job.mesh.size == 1,
-            ahead="mtp_heads" in split(params)[1],  # adapters leave the heads of their base as they are
-        ),
-        model,
-        params,
-        role="policy",
-        meter=measure,
-        validate=validate,
-        shown=("loss/train", "loss/validation", "perf/train_tokens_per_s", "perf/mfu"),
-    )
 
 
 def train_stage(

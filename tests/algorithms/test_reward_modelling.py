@@ -13,7 +13,7 @@ from rlhfjax.config import schema
 from rlhfjax.models import LanguageModel
 from rlhfjax.models.heads import apply_head
 from rlhfjax.stages.losses import reward_modelling
-from rlhfjax.stages.offline import normalize_scores
+from rlhfjax.stages.reward import normalize_scores
 
 MODEL = tiny("gpt2")
 BATCH = ranked_batch(3, 4, 6, seed=1)

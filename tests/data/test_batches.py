@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfjax.algorithms.language_modelling import predicted
-from rlhfjax.data import batches
-from rlhfjax.data.batches import PackedRows, PromptItems, Ragged, RankedItems, RankedRows, TokenRows, pack, within
+from rlhfjax.data import batches, token_rows
+from rlhfjax.data.batches import PackedRows, PromptItems, RankedItems, pack
+from rlhfjax.data.token_rows import Ragged, RankedRows, TokenRows, within
 from rlhfjax.errors import DataError
 from rlhfjax.text.tokenizer import BOS, EOS, PAD, Tokenizer
 from rlhfjax.types import TokenBatch
@@ -50,7 +51,7 @@ def test_ragged_rows_come_back_whole():
 @settings(max_examples=60, deadline=None)
 def test_every_token_of_every_document_is_a_target_exactly_once(tokenizer, texts, length, packed):
     source = Source({"text": text} for text in texts)
-    made = PackedRows(batches.document_rows(source, tokenizer, length), length, packed=packed, pad_id=PAD)
+    made = PackedRows(token_rows.document_rows(source, tokenizer, length), length, packed=packed, pad_id=PAD)
     items = [made[i] for i in range(len(made))]
     batch = TokenBatch(**{name: np.stack([item[name] for item in items]) for name in items[0]})
     counted = Counter()
@@ -64,7 +65,7 @@ def test_windows_overlap_by_one_token(tokenizer):
     text = " ".join(WORDS * 3)
     whole = [BOS, *tokenizer.encode(text), EOS]
     for length in (2, 5, len(whole) - 1, len(whole), len(whole) + 1):
-        rows = batches.document_rows(Source([{"text": text}]), tokenizer, length).tokens
+        rows = token_rows.document_rows(Source([{"text": text}]), tokenizer, length).tokens
         windows = [rows[i].tolist() for i in range(len(rows))]
         assert max(map(len, windows)) <= length
         assert all(before[-1] == after[0] for before, after in pairwise(windows))
@@ -72,9 +73,9 @@ def test_windows_overlap_by_one_token(tokenizer):
 
 
 def test_documents_are_read_in_chunks(tokenizer, monkeypatch):
-    monkeypatch.setattr(batches, "CHUNK", 2)
+    monkeypatch.setattr(token_rows, "CHUNK", 2)
     source = Source({"text": word} for word in WORDS[:5])
-    rows = batches.document_rows(source, tokenizer, 32).tokens
+    rows = token_rows.document_rows(source, tokenizer, 32).tokens
     assert [tokenizer.decode(rows[i]) for i in range(len(rows))] == WORDS[:5]
 
 
@@ -147,7 +148,7 @@ def conversation(*contents):
 def test_demonstration_targets_are_the_completion_and_its_eos(tokenizer):
     source = Source([{"prompt": "the film", "completion": " was dull"}, conversation("a story", "of music")])
     for train_on in ("last", "all"):
-        rows = batches.demonstration_rows(source, tokenizer, train_on)
+        rows = token_rows.demonstration_rows(source, tokenizer, train_on)
         trained = [rows.tokens[i][rows.targets[i]].tolist() for i in range(2)]
         assert trained == [[*tokenizer.encode(text), EOS] for text in (" was dull", "of music")]
         assert rows.tokens[0].tolist() == [BOS, *tokenizer.encode("the film"), *tokenizer.encode(" was dull"), EOS]
@@ -155,7 +156,7 @@ def test_demonstration_targets_are_the_completion_and_its_eos(tokenizer):
 
 def test_train_on_all_adds_the_earlier_answers(tokenizer):
     source = Source([conversation("the", "film", "was", "warm and dull")])
-    last, every = (batches.demonstration_rows(source, tokenizer, train_on) for train_on in ("last", "all"))
+    last, every = (token_rows.demonstration_rows(source, tokenizer, train_on) for train_on in ("last", "all"))
     assert last.tokens[0].tolist() == every.tokens[0].tolist()
     film, warm = ([*tokenizer.encode(text), EOS] for text in ("film", "warm and dull"))
     assert last.tokens[0][last.targets[0]].tolist() == warm
@@ -201,7 +202,7 @@ def test_ranked_rows_are_prompt_response_and_eos(tokenizer):
             {**conversation("a"), "responses": ["of music", "", "dull"], "ranks": [1, 3, 1]},
         ]
     )
-    rows = batches.ranked_rows(source, tokenizer)
+    rows = token_rows.ranked_rows(source, tokenizer)
     assert rows.groups.tolist() == [0, 2, 5]
     assert rows.ranks.tolist() == [2, 1, 1, 3, 1]
     plain = [BOS, *tokenizer.encode("the")]
@@ -228,7 +229,7 @@ def test_ranked_items_are_padded_on_the_right():
 
 
 def test_prompts_are_padded_on_the_left(tokenizer):
-    rows = batches.prompt_rows(Source([{"prompt": "the film"}, conversation("a")]), tokenizer)
+    rows = token_rows.prompt_rows(Source([{"prompt": "the film"}, conversation("a")]), tokenizer)
     items = PromptItems(rows, np.array([1, 0]), 12, PAD)
     assert len(items) == 2
     for place, row in enumerate([1, 0]):

@@ -8,7 +8,7 @@ import pytest
 from tiny import ppo_config, tiny
 
 from rlhfjax.config.sections import RankedBatch
-from rlhfjax.data.batches import Ragged, RankedRows
+from rlhfjax.data.token_rows import Ragged, RankedRows
 from rlhfjax.models import EncoderDecoder, EncoderDecoderConfig
 from rlhfjax.sharding import make_mesh
 from rlhfjax.stages.parts import ranking_packer, responses_a_row, rows_at_a_time

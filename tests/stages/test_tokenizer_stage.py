@@ -9,7 +9,7 @@ import pytest
 from tiny import params_of, tiny
 
 from rlhfjax.errors import ConfigError
-from rlhfjax.stages.offline import tokenizer as tokenizer_stage
+from rlhfjax.stages.tokenizer import tokenizer as tokenizer_stage
 from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.training.checkpoint import Checkpoints, meta_of
 

@@ -1,0 +1,91 @@
+"""The reward model: trained on rankings, then centred."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhfjax.config import schema
+from rlhfjax.data.batches import left_padded, right_padded
+from rlhfjax.data.pipeline import Batches
+from rlhfjax.generation import SamplingParams, generate
+from rlhfjax.models import SequenceModel
+from rlhfjax.models.heads import init_head, rescale_head, with_head
+from rlhfjax.sharding import processes
+from rlhfjax.stages.data import held_out, open_batches
+from rlhfjax.stages.job import Job, default_slots
+from rlhfjax.stages.losses import reward_modelling
+from rlhfjax.stages.meters import accuracy_meter, named
+from rlhfjax.stages.offline import Facts, train_stage
+from rlhfjax.stages.parts import ranking_packer
+from rlhfjax.types import Params, PromptBatch
+
+
+def reward(job: Job) -> Facts:
+    """The reward model: the policy's decoder with a scalar head, on K-way rankings; then its scores are centred."""
+    c: schema.Reward = job.config
+    model, policy = job.policy_from("sft", "pretrain") if c.start_from == "sft" else job.policy_from("pretrain")
+    params = with_head(policy, init_head(job.key("init"), model.config.width))
+    pack = ranking_packer(job, model, open_batches(job).values(), ends=True)
+    measure = accuracy_meter(job, reward_modelling(model, c.loss), pack)
+
+    def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:
+        return named("eval/rm/accuracy", {name: measure(params, data) for name, data in held_out(opened).items()})
+
+    return train_stage(
+        job,
+        reward_modelling(model, c.loss, c.dropout),
+        model,
+        params,
+        role="reward",
+        meter=measure,
+        validate=validate,
+        pack=pack,
+        finish=partial(normalize_scores, job, model),
+        shown=("train/rm/loss", "train/rm/accuracy", "eval/rm/accuracy", "perf/mfu"),
+    )
+
+
+def normalize_scores(job: Job, model: SequenceModel, params: Params) -> tuple[Params, Facts]:
+    """Shift (and scale) the head so that the scores of reference responses have mean 0 (and deviation 1).
+
+    The responses are people's demonstrations (Ouyang et al. 2022, C.2) or samples of the policy (Ziegler et al. 2019).
+    """
+    c: schema.Reward = job.config
+    n = c.normalize
+    if n.on == "none":
+        return params, {}
+    pairs = job.reader.demonstration_ids(n.data, c.batch.length, n.count)
+    if n.on == "samples":
+        pairs = _sampled(job, [prompt for prompt, _ in pairs], c.batch.length)
+    tokens, mask = right_padded([prompt + response for prompt, response in pairs], job.tokenizer.pad_id)
+    lengths = np.asarray([len(prompt) for prompt, _ in pairs], np.int32)
+
+    def one(params: Params, row: tuple) -> jax.Array:
+        return model.scores(params, *(part[None] for part in row))[0]
+
+    score = jax.jit(lambda p, *rows: jax.lax.map(partial(one, p), rows, batch_size=64))
+    before = score(params, tokens, mask, lengths)
+    gain = 1.0 / jnp.maximum(before.std(), 1e-6) if n.scale else jnp.float32(1.0)
+    params = params | {"head": rescale_head(params["head"], gain, -gain * before.mean())}
+    after = score(params, tokens, mask, lengths)
+    return params, {
+        "eval/rm/normalized_mean": float(after.mean()),
+        "eval/rm/normalized_std": float(after.std()),
+        "normalized_gain": float(gain),
+        "normalized_on": f"{len(pairs)} {n.on}",
+    }
+
+
+def _sampled(job: Job, prompts: list[list[int]], length: int) -> list[tuple[list[int], list[int]]]:
+    model, policy = job.policy_from("sft", "pretrain")
+    tokens, mask = left_padded(prompts, job.tokenizer.pad_id)
+    t = job.tokenizer
+    settings = SamplingParams(length - tokens.shape[1], t.eos_id, t.pad_id, slots=default_slots())
+    batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
+    rollout = processes.fetch(jax.jit(partial(generate, model, sampling=settings))(policy, batch, job.key("samples")))
+    return [
+        (prompt, response[kept].tolist())
+        for prompt, response, kept in zip(prompts, rollout.response, rollout.response_mask, strict=True)
+    ]
