@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.models.experts import Experts
-from rlhfjax.models.layers import DecoderConfig, norm, rotate, turns
+from rlhfjax.models.layers import DecoderConfig, at_columns, norm, rotate, turns
 from rlhfjax.models.lora import has_adapters, merge
 from rlhfjax.models.quantized import Int8Vectors, empty_vectors, is_quantized, read_vectors, vectors
 from rlhfjax.types import Params
@@ -192,16 +192,20 @@ def _norm(config: DecoderConfig, params: Params, name: str, x: Array) -> Array:
     return norm(config, name).apply({"params": params[name]}, x)  # pyright: ignore[reportReturnType]
 
 
-def _attention(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: Array, store: Any) -> Any:
-    """Attention of T new tokens a row to what `store` answers with once it has their keys and values."""
-    c, (batch, length) = config, x.shape[:2]
-    joined = _all(c, layer["qkv"], x).reshape(batch, length, c.heads + 2 * c.kv_heads, c.head_dim)
+def _attention(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: Array, store: Any, read: Any) -> Any:
+    """Attention of T new tokens a row, or of those at `read`, to what `store` answers with once it has their keys and
+    values.
+    """
+    c, batch = config, len(x)
+    joined = _all(c, layer["qkv"], x).reshape(batch, x.shape[1], c.heads + 2 * c.kv_heads, c.head_dim)
     query, key, value = jnp.split(joined, [c.heads, c.heads + c.kv_heads], axis=2)
     if c.qk_norm:
         query, key = _norm(c, layer, "query_norm", query), _norm(c, layer, "key_norm", key)
     if turn is not None:
         query, key = rotate(query, turn), rotate(key, turn)
     keys, values = store(key.astype(c.compute_dtype), value.astype(c.compute_dtype))
+    query, mask = _wanted(query, read), _wanted(mask, read)
+    length = query.shape[1]
     grouped = query.reshape(batch, length, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
     numbers, scales = read_vectors(keys, query.dtype)
     scores = jnp.einsum("btkgd,bksd->bkgts", grouped, numbers, preferred_element_type=jnp.float32)
@@ -219,6 +223,10 @@ def _attention(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: 
     return _apply(c, layer["out"], out.reshape(batch, length, -1)), (keys, values)
 
 
+def _wanted(x: Float[Array, "B T *D"], read: Int[Array, "B N"] | None) -> Float[Array, "B N *D"]:
+    return x if read is None else at_columns(x, read)
+
+
 def _fed(config: DecoderConfig, layer: Params, x: Array) -> Array:
     c = config
     if c.experts:
@@ -230,11 +238,13 @@ def _fed(config: DecoderConfig, layer: Params, x: Array) -> Array:
     return _apply(c, layer["down"], _GATED[c.activation](gate) * up)
 
 
-def _block(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: Array, store: Any) -> Any:
-    """One layer, its norms where `norm_place` says (`layers.Block`)."""
+def _block(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: Array, store: Any, read: Any) -> Any:
+    """One layer, its norms where `norm_place` says (`layers.Block`); nothing but keys and values beside `read`."""
     c = config
     before = c.norm_place != "post"
-    attended, kept = _attention(c, layer, _norm(c, layer, "attention_norm", x) if before else x, turn, mask, store)
+    normed = _norm(c, layer, "attention_norm", x) if before else x
+    attended, kept = _attention(c, layer, normed, turn, mask, store, read)
+    x = _wanted(x, read)
     if c.norm_place == "sandwich":
         attended = _norm(c, layer, "attention_post_norm", attended)
     x = x + attended if before else _norm(c, layer, "attention_norm", x + attended)
@@ -257,9 +267,18 @@ def _embedded(config: DecoderConfig, weights: Weights, tokens: Array, positions:
 
 
 def _forward(
-    config: DecoderConfig, weights: Weights, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], slots: int, store
+    config: DecoderConfig,
+    weights: Weights,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    slots: int,
+    store: Store,
+    read: Int[Array, "B N"] | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple, tuple]:
-    """Hidden states of T tokens a row that see the slots up to their own, and the keys and values of every layer."""
+    """Hidden states of T tokens a row that see the slots up to their own, and the keys and values of every layer.
+
+    With `read` the states of these columns of each row alone, [B, N, D].
+    """
     c = config
     distance = positions[:, :, None] - jnp.arange(slots, dtype=jnp.int32)[None, None, :]
     everything = distance >= 0
@@ -268,8 +287,8 @@ def _forward(
     turned = turns(c, positions)
     x, kept = _embedded(c, weights, tokens, positions), []
     for i, (layer, local) in enumerate(zip(weights.layers, c.local_layers, strict=True)):
-        mask = near if local else everything
-        x, pair = _block(c, layer, x, turned.get(local), mask, lambda key, value, i=i: store(i, key, value))
+        mask, last = near if local else everything, read if i == c.layers - 1 else None
+        x, pair = _block(c, layer, x, turned.get(local), mask, lambda key, value, i=i: store(i, key, value), last)
         kept.append(pair)
     if c.norm_place != "post":
         x = _norm(c, weights.ends, "final_norm", x)
@@ -306,8 +325,10 @@ def extend(
 
 def prefill(
     config: DecoderConfig, weights: Weights, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], int8: bool = False
-) -> tuple[Float[Array, "B T D"], Cache]:
-    """`extend` of empty rows by their first `lengths` tokens, with as many slots as there are columns."""
+) -> tuple[Float[Array, "B D"], Cache]:
+    """`extend` of empty rows by their first `lengths` tokens, with as many slots as there are columns; the hidden state
+    of the last of them.
+    """
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
 
@@ -315,8 +336,9 @@ def prefill(
         kept = vectors(key, int8), vectors(value, int8)
         return jax.tree.map(lambda x: x.transpose(0, 2, 1, 3), kept)
 
-    hidden, keys, values = _forward(config, weights, tokens, positions, length, store)
-    return hidden, Cache(keys, values, lengths)
+    last = jnp.maximum(lengths - 1, 0)[:, None]
+    hidden, keys, values = _forward(config, weights, tokens, positions, length, store, last)
+    return hidden[:, 0], Cache(keys, values, lengths)
 
 
 def unembed(config: DecoderConfig, weights: Weights, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

@@ -212,8 +212,7 @@ class LanguageModel:
         """`prefill` with the hidden state of each row's last token in the place of its logits."""
         weights, lengths = self.arrange(params), prompt_mask.sum(axis=1, dtype=jnp.int32)
         front, int8 = to_front(prompt, prompt_mask), self.precision in ("int8", "int8_cache")
-        hidden, cache = decoding.prefill(self._sampled, weights, front, lengths, int8)
-        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+        last, cache = decoding.prefill(self._sampled, weights, front, lengths, int8)
         if new_tokens:
             cache = self.empty_cache(len(prompt), prompt.shape[1], new_tokens).put(cache, jnp.arange(len(prompt)))
         return last, cache
