@@ -11,11 +11,11 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/rlhfjax run quickstart
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Every fault: what `make test` leaves out because it waits for deadlines and heartbeats.
 faults: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n auto --dist loadfile -m faults
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m faults
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

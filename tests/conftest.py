@@ -7,8 +7,11 @@ import hypothesis
 import jax
 import pytest
 
-# Most of a run is compiling programs that then run once; these two take two thirds of that time away.
-FASTER_COMPILER = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# Most of a run is compiling programs that then run once; the first two take two thirds of that time away, and programs
+# as small as these cost a quarter less whole than in 32 parts for 32 cores.
+FASTER_COMPILER = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 # With the scheduler that is the default, programs on several CPU devices may start their collectives in different
 # orders and wait for each other until XLA gives up and ends the process.
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
@@ -31,6 +34,11 @@ def pytest_configure(config):
     # How long an example takes says nothing about the code on a busy machine.
     hypothesis.settings.register_profile("no deadline", deadline=None)
     hypothesis.settings.load_profile("no deadline")
+
+
+def pytest_collection_modifyitems(items):
+    """Whole stages first, whose files take longest: no worker is left with one of them at the end."""
+    items.sort(key=lambda item: not {"stages", "sharding"} & set(item.path.parts))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,6 +1,7 @@
 """Tiny models for tests. Their parameters are nowhere 0 or 1, and are made without compiling anything."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -46,14 +47,20 @@ def random_tree(shapes, seed: int = 0, std: float = 0.4):
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
+@cache
+def shapes_of(model: LanguageModel, init: str = "init"):
+    """Of the parameters; found once for equal models, since each time is a trace of the model."""
+    return jax.eval_shape(getattr(model, init), jax.random.key(0))
+
+
 def params_of(model: LanguageModel, seed: int = 0, std: float = 0.4):
     """Parameters of a policy; a smaller `std` makes all tokens likelier."""
-    return random_tree(jax.eval_shape(model.init, jax.random.key(0)), seed, std)
+    return random_tree(shapes_of(model), seed, std)
 
 
 def scalar_params_of(model: LanguageModel, seed: int = 0, std: float = 0.4):
     """Parameters of a reward or value model."""
-    return random_tree(jax.eval_shape(model.init_scalar, jax.random.key(0)), seed, std)
+    return random_tree(shapes_of(model, "init_scalar"), seed, std)
 
 
 def random_tokens(*shape: int, seed: int = 0, low: int = 0, high: int = VOCAB):

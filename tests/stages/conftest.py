@@ -1,5 +1,6 @@
-"""One finished run of the tiny recipe for all tests, and ways to run parts of it again."""
+"""One finished run of the tiny recipe for all tests of all processes, and ways to run parts of it again."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -19,14 +20,35 @@ os.environ["XLA_FLAGS"] = f"--xla_cpu_enable_concurrency_optimized_scheduler=fal
 
 
 @pytest.fixture(scope="session")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("recipe"))
+def for_all(tmp_path_factory, request):
+    """Makes a folder once for all processes that run tests: the first that asks makes it, the others wait."""
+    root = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        root = root.parent  # which the workers of pytest-xdist share
+
+    def made(name, make):
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (root / f"{name}.made").exists():
+                shutil.rmtree(root / name, ignore_errors=True)
+                (root / name).mkdir()
+                make(root / name)
+                (root / f"{name}.made").touch()
+        return root / name
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def files(for_all):
+    """The recipe's files. Tests only read them, but for `prepared`, where more data may be prepared."""
+    return for_all("recipe", lambda folder: write_recipe(write_files(folder) / "tiny.yaml", folder))
 
 
 @pytest.fixture(scope="session")
 def config(files):
     """The file of the tiny recipe."""
-    return write_recipe(files / "tiny.yaml", files)
+    return files / "tiny.yaml"
 
 
 @pytest.fixture(scope="session")
@@ -63,12 +85,14 @@ def command(start):
 
 
 @pytest.fixture(scope="session")
-def finished(config, command, tmp_path_factory):
+def finished(config, command, for_all):
     """The directory of a run that went through without a break, on one device. Tests only read it."""
-    run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    code, _, err = command("run", config, "--run-dir", run_dir)
-    assert code == 0, err
-    return run_dir
+
+    def make(folder):
+        code, _, err = command("run", config, "--run-dir", folder / "finished")
+        assert code == 0, err
+
+    return for_all("runs", make) / "finished"
 
 
 @pytest.fixture

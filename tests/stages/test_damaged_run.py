@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rlhfjax.cli import app
+from rlhfjax.data.jsonl import prepare_file
 from rlhfjax.integrity import MANIFEST
 from stages.conftest import assert_same_bits, rows_of, saved
 from stages.tiny_recipe import STEPS, write_jsonl
@@ -118,27 +119,22 @@ def test_exports_have_a_manifest_too(finished, tmp_path):
 def test_data_that_changed_since_a_stage_began_are_refused(whole_copy, config, files, tmp_path):
     # fails when they are not compared: seen
     unfinished(whole_copy, "sft")
-    changed = tmp_path / "files"
-    shutil.copytree(files, changed, ignore=shutil.ignore_patterns("prepared"))
-    text = config.read_text(encoding="utf-8")
-    demonstrations = [json.loads(line) for line in (files / "demonstrations.jsonl").read_text().splitlines()]
-    path = files / "demonstrations.jsonl"
-    before = path.read_bytes()
-    try:
-        write_jsonl(path, demonstrations[:-1])
-        for _ in range(2):  # the attempt that was refused must not be what the next is compared with
-            message = invoke("run", config, "--run-dir", whole_copy, "--only", "sft", code=3).stderr
-            assert f"{path}@train has changed since this stage began: expected fingerprint" in message
-            assert "--from sft" in message
-    finally:
-        path.write_bytes(before)
-    assert config.read_text(encoding="utf-8") == text
+    own = Path(shutil.copytree(files, tmp_path / "files", ignore=shutil.ignore_patterns("prepared")))
+    (own / "prepared").symlink_to(files / "prepared")
+    for path in (own / config.name, *whole_copy.glob("*.*"), *whole_copy.glob("*/complete.json")):  # as if made there
+        path.write_text(path.read_text(encoding="utf-8").replace(str(files), str(own)), encoding="utf-8")
+    path = own / "demonstrations.jsonl"
+    write_jsonl(path, rows_of(path)[:-1])
+    for _ in range(2):  # the attempt that was refused must not be what the next is compared with
+        message = invoke("run", own / config.name, "--run-dir", whole_copy, "--only", "sft", code=3).stderr
+        assert f"{path}@train has changed since this stage began: expected fingerprint" in message
+        assert "--from sft" in message
 
 
 def test_a_shard_that_is_missing_is_refused(whole_copy, files, tmp_path):
     unfinished(whole_copy, "sft")
-    prepared = Path(shutil.copytree(files / "prepared", tmp_path / "prepared"))
-    shard = next(prepared.glob("jsonl_demonstration_*/1.0.0/*array_record*"))
+    prepared = tmp_path / "prepared"
+    shard = next(prepare_file(files / "demonstrations.jsonl", "demonstration", prepared).glob("*array_record*"))
     recipe = json.loads((files / "tiny.yaml").read_text(encoding="utf-8"))
     recipe["data_dir"] = str(prepared)
     own = tmp_path / "own.yaml"

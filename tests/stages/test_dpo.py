@@ -1,6 +1,7 @@
 """The stage of direct preference optimisation, through the command line, and its rows against a sum by hand."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -43,31 +44,33 @@ def test_rows_hold_nothing_of_absent_candidates():
 
 
 @pytest.fixture(scope="module")
-def finished(files, command, tmp_path_factory):
-    """A run of tokenizer, sft and dpo."""
+def preferring(files, finished, command, tmp_path_factory):
+    """A run of dpo after the stages that the finished run has too."""
     tree, folder = recipe(files), tmp_path_factory.mktemp("dpo")
-    sft, reward = tree["stages"]["sft"], tree["stages"]["reward"]
+    stages, reward = tree["stages"], tree["stages"]["reward"]
     offline = {key: reward[key] for key in ("data", "validation", "batch", "steps", "validate_every")}
     dpo = offline | {"optimizer": {"lr": 3e-3}, "loss": {"beta": 0.5}}
-    tree["stages"] = {"sft": sft | {"steps": 2}, "dpo": dpo}
+    tree["stages"] = {"pretrain": stages["pretrain"], "sft": stages["sft"], "dpo": dpo}
+    for stage in ("tokenizer", "pretrain", "sft"):
+        shutil.copytree(finished / stage, folder / "run" / stage)
     (folder / "dpo.yaml").write_text(json.dumps(tree), encoding="utf-8")
     code, _, err = command("run", folder / "dpo.yaml", "--run-dir", folder / "run")
     assert code == 0, err
     return folder / "run"
 
 
-def test_a_run_starts_at_its_reference_and_learns_what_people_prefer(finished):
-    rows = [json.loads(line) for line in (finished / "dpo" / "metrics.jsonl").read_text().splitlines()]
+def test_a_run_starts_at_its_reference_and_learns_what_people_prefer(preferring):
+    rows = [json.loads(line) for line in (preferring / "dpo" / "metrics.jsonl").read_text().splitlines()]
     assert 0.3 < rows[0]["loss/train"] < np.log(2)  # some pairs are ties, which count among C(K,2)
     assert (rows[0]["rewards/margins"], rows[0]["rewards/accuracies"]) == (pytest.approx(0, abs=1e-5), 0.5)
     assert rows[-1]["rewards/margins"] > 0.01
     assert 0.5 < rows[-1]["eval/dpo/accuracy"] <= 1
 
 
-def test_what_is_left_is_a_policy_and_the_last_of_the_run(finished):
-    path = find_checkpoint(finished)
-    assert path.parent.parent == finished / "dpo"
+def test_what_is_left_is_a_policy_and_the_last_of_the_run(preferring):
+    path = find_checkpoint(preferring)
+    assert path.parent.parent == preferring / "dpo"
     params = load_model(path)[1]
     assert set(params) == {"embed", "blocks", "final_norm"}  # no reference among them
-    before = load_model(find_checkpoint(finished / "sft"))[1]
+    before = load_model(find_checkpoint(preferring / "sft"))[1]
     assert max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (params, before)), strict=True)) > 1e-4

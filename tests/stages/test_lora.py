@@ -23,13 +23,14 @@ from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.models.lora import init_lora, join, linears, split
 from rlhfjax.sharding import make_mesh
 from rlhfjax.sharding.rules import path_name
-from rlhfjax.stages import ppo, run_recipe
+from rlhfjax.stages import offline, ppo, run_recipe
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.losses import language_modelling
 from rlhfjax.training.checkpoint import find_checkpoint, load_model, read_meta
 from rlhfjax.training.update import offline_step
 from rlhfjax.types import TokenBatch, TrainState
 from stages.conftest import assert_same_bits, rows_of, saved
+from stages.once import keeping, once
 from stages.tiny_recipe import STEPS, recipe
 
 LORA = {"rank": 2, "alpha": 8.0, "targets": ["attention/(query|value)", "mlp/up"]}
@@ -38,12 +39,14 @@ MESH = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
 
 
 @pytest.fixture(scope="module")
-def adapted(files, command, tmp_path_factory):
-    """The directory of a finished run on one device."""
+def adapted(files, finished, command, tmp_path_factory):
+    """The directory of a finished run on one device, over the pretraining of the run without adapters."""
     folder = tmp_path_factory.mktemp("adapted")
     settings = recipe(files)
     settings["model"]["lora"] = LORA
     (folder / "lora.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    for stage in ("tokenizer", "pretrain"):
+        shutil.copytree(finished / stage, folder / "run" / stage)
     code, _, err = command("run", folder / "lora.yaml", "--run-dir", folder / "run")
     assert code == 0, err
     return folder / "run"
@@ -51,7 +54,7 @@ def adapted(files, command, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sharded(files, adapted, tmp_path_factory):
-    """A run on eight devices: its directory, its configuration, and what was on the devices when PPO was sampling."""
+    """A run on eight devices: its directory, its configuration, its programs, and what was there when PPO sampled."""
     folder = tmp_path_factory.mktemp("sharded")
     settings = recipe(files) | {"model": {"checkpoint": str(adapted / "pretrain"), "lora": LORA}}
     settings["checkpoints"]["keep"] = STEPS
@@ -60,7 +63,7 @@ def sharded(files, adapted, tmp_path_factory):
     (folder / "lora.yaml").write_text(json.dumps(settings), encoding="utf-8")
     run = load_config(str(folder / "lora.yaml"), MESH)
     before = {id(array) for array in jax.live_arrays()}
-    live, loop = [], ppo.train_online
+    live, loop, programs = [], ppo.train_online, {}
 
     def watched(steps, state, *args, **kwargs):
         def rollout(*inputs):
@@ -72,10 +75,12 @@ def sharded(files, adapted, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "train_online", watched)
+        for module in (offline, ppo):
+            patch.setattr(module, "Ahead", keeping(programs))
         run_recipe(run, folder / "run")
         buffers = {a.addressable_data(0).unsafe_buffer_pointer(): a for a in live[-1] if not a.is_deleted()}
     shapes = Counter((array.shape, array.dtype.name) for array in buffers.values())
-    return SimpleNamespace(run=run, dir=folder / "run", shapes=shapes)
+    return SimpleNamespace(run=run, dir=folder / "run", shapes=shapes, programs=programs)
 
 
 def leaves(tree):
@@ -178,7 +183,9 @@ def _others(name):
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_a_run_that_stopped_ends_the_same(sharded, tmp_path, stage):
+def test_a_run_that_stopped_ends_the_same(sharded, monkeypatch, tmp_path, stage):
+    for module in (offline, ppo):
+        monkeypatch.setattr(module, "Ahead", once(sharded.programs))
     run_dir = tmp_path / "run"
     shutil.copytree(sharded.dir, run_dir)
     (run_dir / stage / "complete.json").unlink()

@@ -9,9 +9,12 @@ import sys
 
 import jax
 import pytest
+from typer.testing import CliRunner
 
 from rlhfjax import environment
+from rlhfjax.cli import app
 from rlhfjax.config import load_config
+from rlhfjax.data.jsonl import prepare_file
 from rlhfjax.errors import ConfigError, Diverged, IntegrityError, Stopped
 from rlhfjax.integrity import MANIFEST
 from rlhfjax.stages.comparison import first_differences
@@ -242,8 +245,8 @@ def test_two_processes_give_the_same_bits_and_a_byte_is_noticed(short, command, 
     assert [row["loss/train"] for row in rows_of(again / "pretrain" / "metrics.jsonl")] == [
         row["loss/train"] for row in rows_of(run_dir / "pretrain" / "metrics.jsonl")
     ]
-    code, _, err = command("reproduce", run_dir)  # it is there already
-    assert (code, "expected a new directory" in err) == (2, True)
+    result = CliRunner().invoke(app, ["reproduce", str(run_dir)], prog_name="rlhfjax")  # it is there already
+    assert (result.exit_code, "expected a new directory" in result.stderr) == (2, True)
 
     optax = tmp_path / "site" / "optax-9.9.9.dist-info"
     optax.mkdir(parents=True)
@@ -283,8 +286,8 @@ def test_nothing_has_changed_here(here):
 def test_a_flipped_byte_of_prepared_records_is_named(here, files, tmp_path, manifest):
     # fails when only the digests noted at preparation are compared: seen
     run, attempts = here
-    shutil.copytree(files / "prepared", tmp_path / "prepared")
-    [folder] = {path.parent for path in (tmp_path / "prepared").glob("jsonl_prompt_*/**/dataset_info.json")}
+    shutil.copytree(files / "prepared", tmp_path / "prepared", ignore=shutil.ignore_patterns(".incomplete-*"))
+    folder = prepare_file(files / "prompts.jsonl", "prompt", tmp_path / "prepared")  # which is there
     [path] = folder.glob("*.array_record*")
     data = bytearray(path.read_bytes())
     if not manifest:  # as an older version prepared it
