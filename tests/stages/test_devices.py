@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -9,9 +10,10 @@ import jax
 import pytest
 
 from rlhfjax.config import load_config
-from rlhfjax.stages import ppo, run_recipe
+from rlhfjax.stages import offline, ppo, run_recipe
 from rlhfjax.training.checkpoint import Checkpoints
 from stages.conftest import assert_same_bits, rows_of, saved
+from stages.once import keeping, once
 from stages.tiny_recipe import STEPS
 
 MESH = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
@@ -20,8 +22,14 @@ TRAINED = ("pretrain", "sft", "reward", "ppo")
 
 
 @pytest.fixture(scope="module")
-def sharded(config, tmp_path_factory):
-    """A run on the mesh: its directory, and how much had been compiled when each PPO iteration began and at the end."""
+def programs():
+    """What the run on the mesh compiled, by stage."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def sharded(config, programs, tmp_path_factory):
+    """A run on the mesh up to PPO: its directory; how much was compiled as each PPO iteration began and at the end."""
     run_dir = tmp_path_factory.mktemp("sharded") / "run"
     compiled, counts, loop = [], [], ppo.train_online
 
@@ -41,7 +49,9 @@ def sharded(config, tmp_path_factory):
     jax.monitoring.register_event_duration_secs_listener(listen)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "train_online", counted)
-        run_recipe(load_config(config, [*MESH, PROFILE]), run_dir)
+        for module in (offline, ppo):
+            patch.setattr(module, "Ahead", keeping(programs))
+        run_recipe(load_config(config, [*MESH, PROFILE, "stages.evaluate=null"]), run_dir)
     jax.monitoring.unregister_event_duration_listener(listen)
     return run_dir, counts
 
@@ -102,7 +112,7 @@ def test_the_numbers_are_those_of_one_device(sharded, finished, stage):
         assert {name: row[name] for name in wanted} == pytest.approx(wanted, abs=1e-4)
 
 
-def test_interrupted_in_every_stage_it_ends_the_same(sharded, config, tmp_path):
+def test_interrupted_in_every_stage_it_ends_the_same(sharded, programs, config, tmp_path):
     run = load_config(config, [*MESH, "stages.evaluate=null"])
     stops, save = Counter(), Checkpoints.save
 
@@ -115,6 +125,8 @@ def test_interrupted_in_every_stage_it_ends_the_same(sharded, config, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "save", interrupted)
+        for module in (offline, ppo):
+            patch.setattr(module, "Ahead", once(programs))
         for _ in TRAINED:
             with pytest.raises(KeyboardInterrupt):
                 run_recipe(run, tmp_path / "run")
@@ -129,3 +141,13 @@ def test_interrupted_in_every_stage_it_ends_the_same(sharded, config, tmp_path):
         assert steps == sorted(set(steps))
         one, other = (saved(place / stage / "checkpoints" / str(STEPS)) for place in (tmp_path / "run", sharded[0]))
         assert_same_bits(one, other)
+
+
+@pytest.mark.faults  # no fault, but long, and evaluation on one device is in every run
+def test_the_evaluation_is_that_of_one_device(sharded, config, finished, tmp_path):
+    run_dir = shutil.copytree(sharded[0], tmp_path / "run")
+    run_recipe(load_config(config, MESH), run_dir)
+    many, one = (json.loads((place / "evaluate" / "evaluation.json").read_text()) for place in (run_dir, finished))
+    assert many["heldout_losses"].keys() == one["heldout_losses"].keys()
+    for stage, expected in one["heldout_losses"].items():
+        assert many["heldout_losses"][stage] == pytest.approx(expected, abs=1e-4)
