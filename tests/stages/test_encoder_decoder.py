@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import rlhfjax
+from rlhfjax.cli import app
 from rlhfjax.config import check, load_config
 from rlhfjax.errors import ConfigError
 from rlhfjax.models import EncoderDecoder
@@ -149,13 +151,19 @@ def test_beam_search_says_what_it_expects(policy):
         policy.beam_search([" a"], max_new_tokens=64)
 
 
-def test_the_command_line_searches(run_dir, command):
+def invoked(*words):
+    """The command line in this process: (exit code, stdout, stderr)."""
+    result = CliRunner().invoke(app, [str(word) for word in words], prog_name="rlhfjax")
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command_line_searches(run_dir):
     sft = run_dir / "sft"
     words = ("generate", sft, "--prompt", " a d", "--max-new-tokens", 6)
-    code, out, err = command(*words, "--beams", 3, "--length-penalty", 0.8)
+    code, out, err = invoked(*words, "--beams", 3, "--length-penalty", 0.8)
     assert (code, out) == (0, " d a\n"), err
-    assert "a search draws nothing" in command(*words, "--beams", 3, "--n", 2)[2]
-    assert "expected --beams with it" in command(*words, "--length-penalty", 1)[2]
+    assert "a search draws nothing" in invoked(*words, "--beams", 3, "--n", 2)[2]
+    assert "expected --beams with it" in invoked(*words, "--length-penalty", 1)[2]
 
 
 DOCUMENTS, ADAM = [{"source": "a.jsonl"}], {"lr": 1}

@@ -9,7 +9,6 @@ import re
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import jax
 import pytest
@@ -24,6 +23,7 @@ from rlhfjax.training.checkpoint import stored_digests
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.types import PromptBatch, TokenBatch
 from stages.conftest import rows_of
+from stages.once import once
 from stages.tiny_recipe import STAGES, STEPS
 
 SFT = pytest.param("sft", marks=pytest.mark.faults)  # what PPO keeps is more
@@ -59,28 +59,10 @@ ARRAYS = {
 COUNTED = r"(\.train)?\.skipped"
 
 
-class Once:
-    """In the place of `Ahead`: the programs of the first run serve all runs after it, and nothing is compiled anew."""
-
-    made: ClassVar[dict] = {}
-
-    def __init__(self, job):
-        self._stage, self.facts = job.stage, {"compiled": 0.0}
-
-    def program(self, function, *_):
-        return self.made.setdefault(self._stage, function)
-
-    def online(self, steps, *_):
-        return self.made.setdefault(self._stage, steps)
-
-    def afterwards(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
 def run_stage(config):
     """Runs one stage in a directory, on one device; `forget` maps the restored state and a fresh one to another."""
-    shared, module = {}, {"sft": offline, "ppo": ppo}
+    shared, module, programs = {}, {"sft": offline, "ppo": ppo}, once({})
 
     def ran(run_dir, stage, forget=None, overrides=()):
         run = load_config(config, [*OVERRIDES[stage], *overrides])
@@ -94,11 +76,10 @@ def run_stage(config):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module[stage], "_restore", forgetful)
-            patch.setattr(module[stage], "Ahead", Once)
+            patch.setattr(module[stage], "Ahead", programs)
             return execute(job)
 
-    yield ran
-    Once.made.clear()
+    return ran
 
 
 @pytest.fixture(scope="module")
