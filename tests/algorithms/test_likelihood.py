@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import assert_equal_gradients, params_of, scalar_params_of, tiny, token_batch
+from tiny import assert_equal_gradients, params_of, right_mask, scalar_params_of, tiny, token_batch
 
 from rlhfjax.algorithms.likelihood import (
     cross_entropy,
@@ -38,10 +38,12 @@ def documents():
                 yield row, at
 
 
-def alone(model, params, row, at):
-    """Logits of one document that is read by itself."""
-    tokens = BATCH.tokens[row, at][None]
-    return np.asarray(model.logits(params, tokens, jnp.ones(tokens.shape, bool))[0], np.float64)
+def apart():
+    """Each document in a row of its own, so that one program reads them all: tokens and mask [D, 9], positions."""
+    each = [BATCH.tokens[row, at] for row, at in documents()]
+    mask = right_mask([len(tokens) for tokens in each], 9)
+    tokens = jnp.stack([jnp.pad(tokens, (0, 9 - len(tokens))) for tokens in each])
+    return tokens, mask, jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), mask.shape)
 
 
 @pytest.mark.parametrize("gather", [True, False])
@@ -52,8 +54,8 @@ def test_log_probs_entropies_and_cross_entropy(style, gather):
     model = tiny(family, **changes)
     params = params_of(model)
     wanted, spread, total = np.zeros((5, 9)), np.zeros((5, 9)), 0.0
-    for row, at in documents():
-        z = alone(model, params, row, at)
+    logits = np.asarray(jax.jit(model.logits)(params, *apart()[:2]), np.float64)
+    for (row, at), z in zip(documents(), logits, strict=True):
         for before, slot in enumerate(at[1:]):
             if BATCH.loss_mask[row, slot]:
                 for temperature in (TEMPERATURE, 1.0):
@@ -75,11 +77,10 @@ def test_values_are_of_the_state_before_and_scores_of_the_token():
     values = jax.jit(lambda p: token_values(model, p, BATCH))(params)
     scores = jax.jit(lambda p: token_scores(model, p, BATCH))(params)
     head, decoder = params["head"], params["decoder"]
-    for row, at in documents():
-        tokens = BATCH.tokens[row, at][None]
-        ones = jnp.ones(tokens.shape, jnp.int32)
-        hidden = model.hidden(decoder, tokens, jnp.arange(len(at), dtype=jnp.int32)[None], ones)[0]
-        each = np.asarray(hidden) @ np.asarray(head["kernel"]) + float(head["bias"])
+    tokens, mask, positions = apart()
+    hidden = jax.jit(model.hidden)(decoder, tokens, positions, mask.astype(jnp.int32))
+    for (row, at), state in zip(documents(), np.asarray(hidden), strict=True):
+        each = state[: len(at)] @ np.asarray(head["kernel"]) + float(head["bias"])
         np.testing.assert_allclose(scores[row, at], each, atol=1e-5)
         np.testing.assert_allclose(values[row, at[1:]], each[:-1], atol=1e-5)
 
