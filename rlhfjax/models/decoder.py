@@ -1,5 +1,8 @@
 """One decoder-only transformer; GPT, Llama, Mistral, Mixtral, Qwen and Gemma are configurations of it."""
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -85,6 +88,15 @@ def compute_dtype(wanted: str = "auto") -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
+@lru_cache
+def _traced_once(config: DecoderConfig) -> Callable:
+    """A layer of this configuration as a jitted function: what has the same shape shares its trace and its gradient's.
+
+    PPO reads four models of one shape, and tracing them is most of what a start from compiled programs takes.
+    """
+    return jax.jit(Block(config, 0.0, parent=None).apply)
+
+
 class Decoder(nn.Module):
     """Token ids to final hidden states, and hidden states to logits."""
 
@@ -141,7 +153,10 @@ class Decoder(nn.Module):
 
         Where layers are few that is a good part of the work, a fifth of a reward model of four.
         """
-        block, stacked = jax.jit(Block(self.config, 0.0, parent=None).apply), self.variables["params"]["blocks"]
+        # The kernels are spread over the mesh of the moment, so their trace is not for others.
+        shared = self.config.attention in ("auto", "xla", "blocked")
+        block = _traced_once(self.config) if shared else _traced_once.__wrapped__(self.config)
+        stacked = self.variables["params"]["blocks"]
         count = self.config.layers
         # One split and not slices, whose gradients would be padded and added up.
         leaves, tree = jax.tree.flatten(stacked)
