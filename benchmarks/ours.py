@@ -19,9 +19,10 @@ from benchmarks.peers.worker import Worker
 standins.install()
 
 from benchmarks.flops import parameters  # noqa: E402
-from rlhfjax.stages.freed_memory import keep_freed_memory  # noqa: E402
+from rlhfjax.stages.freed_memory import collect_seldom, keep_freed_memory  # noqa: E402
 
 if __name__ == "__main__":  # as `rlhfjax run` does before it imports jax
+    collect_seldom()
     keep_freed_memory(parameters(json.loads(sys.argv[1])["shape"]))
 
 import jax  # noqa: E402

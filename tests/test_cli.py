@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import rlhfjax
 from rlhfjax.cli import app
+from rlhfjax.cli.launching import _SEVERAL, one_of_several
 from rlhfjax.config import load_config, resolved_yaml
 from rlhfjax.errors import ConfigError, DataError, IntegrityError, Stopped
 from rlhfjax.integrity import Checked
@@ -74,9 +75,13 @@ def calls(monkeypatch):
     again = types.ModuleType("rlhfjax.stages.reproduce")
     again.reproduce = record("reproduce")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, again.__name__, again)
-    for name, function in (("compile_cache", "use_compile_cache"), ("freed_memory", "keep_freed_memory_of")):
+    for name, functions in (
+        ("compile_cache", ("use_compile_cache",)),
+        ("freed_memory", ("collect_seldom", "keep_freed_memory_of")),
+    ):
         settings = types.ModuleType(f"rlhfjax.stages.{name}")
-        setattr(settings, function, lambda _: False)
+        for function in functions:
+            setattr(settings, function, lambda *_, **__: False)
         monkeypatch.setitem(sys.modules, settings.__name__, settings)
     module("data.benchmark", prepare=record("prepare", lambda kind, where, cache, say: [Path(where) / kind]))
     module("data.movies", Movies="movies")
@@ -429,3 +434,13 @@ def test_env_lists_versions_and_no_other_variable():
     assert rows["XLA_FLAGS"].strip() == secrets["XLA_FLAGS"]
     assert rows["devices"].strip() == "2 x cpu (cpu)"
     assert "hunter2" not in done.stdout
+
+
+def test_flags_or_variables_tell_that_a_run_has_several_processes(monkeypatch):
+    for name in _SEVERAL:
+        monkeypatch.delenv(name, raising=False)
+    assert not one_of_several(None, None, None)
+    assert one_of_several("localhost:1234", None, None)
+    assert one_of_several(None, None, 0)  # the first of them, whose number counts as none where it is asked for truth
+    monkeypatch.setenv("RLHFJAX_DEVICES_PER_PROCESS", "2")
+    assert one_of_several(None, None, None)

@@ -11,7 +11,15 @@ import typer
 from rlhfjax import config as configuration
 from rlhfjax.cli.checking import NoVerify, verify
 from rlhfjax.cli.datasets import OPTIONS, Overrides, data, known_stage, pairs
-from rlhfjax.cli.launching import Coordinator, NumProcesses, ProcessId, among_processes, die_with_launcher, launch
+from rlhfjax.cli.launching import (
+    Coordinator,
+    NumProcesses,
+    ProcessId,
+    among_processes,
+    die_with_launcher,
+    launch,
+    one_of_several,
+)
 from rlhfjax.cli.reproducing import reproduce
 from rlhfjax.errors import ConfigError
 from rlhfjax.integrity import unverified
@@ -70,10 +78,12 @@ def run(
         known_stage(option, stage, loaded)
     sources = configuration.key_sources(config, pairs(overrides))
     from rlhfjax import stages
-    from rlhfjax.stages.freed_memory import keep_freed_memory_of
+    from rlhfjax.stages.freed_memory import collect_seldom, keep_freed_memory_of
 
-    keep_freed_memory_of(loaded)
-    with among_processes(loaded.reliability, coordinator, num_processes, process_id), unverified(no_verify):
+    among = (coordinator, num_processes, process_id)
+    collect_seldom()
+    keep_freed_memory_of(loaded, alone=not one_of_several(*among))
+    with among_processes(loaded.reliability, *among), unverified(no_verify):
         stages.run_recipe(loaded, run_dir or Path("runs") / loaded.name, only, start_from, sources)
 
 

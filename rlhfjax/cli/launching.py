@@ -91,6 +91,12 @@ def run_dir_of(arguments: list[str]) -> Path | None:
         return None  # the processes will say it
 
 
+def one_of_several(coordinator: str | None, num_processes: int | None, process_id: int | None) -> bool:
+    """Whether flags or variables speak of several processes; a cluster's may mean one after all."""
+    flags = (coordinator, num_processes, process_id)
+    return any(flag is not None for flag in flags) or any(name in os.environ for name in _SEVERAL)
+
+
 @contextmanager
 def among_processes(
     settings: Any, coordinator: str | None, num_processes: int | None, process_id: int | None
@@ -100,7 +106,7 @@ def among_processes(
     `settings` is the `reliability` section. Raises ConfigError or Stopped when the processes do not come together.
     """
     flags = (coordinator, num_processes, process_id)
-    if all(flag is None for flag in flags) and not any(name in os.environ for name in _SEVERAL):
+    if not one_of_several(*flags):
         yield
         return
     from rlhfjax.sharding.processes import place_of, started

@@ -1,6 +1,8 @@
 """What this process does with host memory that it no longer needs."""
 
 import ctypes
+import gc
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,14 +18,22 @@ _GROWTH, _KEPT = 64 * 2**20, 2**30  # bytes by which the heap grows at least, an
 _PAGE = 4096
 
 
-def keep_freed_memory_of(run: Run) -> bool:
+def keep_freed_memory_of(run: Run, alone: bool) -> bool:
     """`keep_freed_memory` for the model of a configuration; one whose size no configuration tells counts as large."""
     if run.model.checkpoint or run.tokenizer.path:
         return False
-    return keep_freed_memory(parameter_count(model_shape(run.model), run.tokenizer.vocab_size))
+    return keep_freed_memory(parameter_count(model_shape(run.model), run.tokenizer.vocab_size), alone)
 
 
-def keep_freed_memory(parameters: int) -> bool:
+def collect_seldom() -> None:
+    """Let Python look for cycles that nobody holds after 50,000 new objects, not after 700.
+
+    Traces and modules are many objects that stay, and are looked through again and again: a tenth of a warm start.
+    """
+    gc.set_threshold(50_000)
+
+
+def keep_freed_memory(parameters: int, alone: bool = True) -> bool:
     """Let glibc keep what is freed for the next allocation; False without glibc or where the model is not small.
 
     On a CPU XLA allocates the arrays inside a program anew in every call. Beyond 32 MiB glibc gives such a block back
@@ -31,14 +41,24 @@ def keep_freed_memory(parameters: int) -> bool:
     model, a seventh of its time. The price is memory: an aligned block does not always go where one of its size has
     been, so the heap grows. A thread gives free pages back whenever it has grown by a GiB. Larger models keep what
     glibc does by itself. Call it before jax is imported: threads that exist keep their own heaps.
+
+    Only the main thread's heap holds such blocks; what is too large for another's is mapped and unmapped again. A
+    process that is `alone`, with one device, therefore runs its programs in the thread that calls them, and compiling
+    threads have heaps of their own: with one for all they wait for each other a quarter of the time. jax runs programs
+    of several devices in other threads, so there all have the main thread's.
     """
     libc = ctypes.CDLL(None)
     if not sys.platform.startswith("linux") or not hasattr(libc, "mallopt") or parameters > SMALL:
         return False
-    # One heap for all threads: a block that is too large for a thread's own heap would be mapped and unmapped again.
-    for name, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _GROWTH)):
+    alone = alone and "device_count" not in os.environ.get("XLA_FLAGS", "") and "JAX_NUM_CPU_DEVICES" not in os.environ
+    one_heap = () if alone else ((_ARENA_MAX, 1),)
+    for name, value in (*one_heap, (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _GROWTH)):
         if libc.mallopt(name, value) != 1:
             return False
+    if alone:
+        import jax
+
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     Thread(target=_bound, args=(libc,), name="freed-memory", daemon=True).start()
     return True
 
