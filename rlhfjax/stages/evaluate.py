@@ -8,7 +8,8 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from rlhfjax.evaluation.results import AccuracyRow, Calibration, Evaluation, Pol
 from rlhfjax.evaluation.rows import REWARD_MODEL, accuracy_row, comparison_row, human_row, policy_row, win_row
 from rlhfjax.evaluation.run_data import read_run
 from rlhfjax.functional.masking import at_last
-from rlhfjax.generation import generate
+from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models import SequenceModel
 from rlhfjax.sharding import constrain_parts, place_share, processes
 from rlhfjax.sharding.sampling import split_caches
@@ -162,8 +163,23 @@ def _sampler(job: Job, compared: dict[str, tuple[SequenceModel, Params]], stage:
     reward_model, reward = job.load("reward") if job.run.stages.reward else (model, None)
     settings = sampling_params(job.config.sampling, job.tokenizer)
     sampler = split_caches(job.mesh, sampler_of(model, job.config.sampling))
+    part = rows_at_a_time(job.config, job.mesh)
+    return partial(
+        _program(sampler, model, reference_model, reward_model, settings, part, job.mesh), params, reference, reward
+    )
 
-    part, gather = rows_at_a_time(job.config, job.mesh), job.mesh.size == 1
+
+@lru_cache(maxsize=4)  # policies of one shape share what is traced and compiled
+def _program(
+    sampler: Any,
+    model: SequenceModel,
+    reference_model: SequenceModel,
+    reward_model: SequenceModel,
+    settings: SamplingParams,
+    part: int,
+    mesh: jax.sharding.Mesh,
+) -> Callable:
+    gather = mesh.size == 1
 
     @partial(jax.jit, compiler_options=training_options())
     def sample(params, reference, reward, batch, key):
@@ -175,10 +191,10 @@ def _sampler(job: Job, compared: dict[str, tuple[SequenceModel, Params]], stage:
             scores = jnp.zeros_like(kl) if reward is None else token_scores(reward_model, reward, rows)
             return kl, entropies, scores
 
-        kl, entropies, scores = on_packed(part, made, of_rows, partial(constrain_parts, job.mesh))
+        kl, entropies, scores = on_packed(part, made, of_rows, partial(constrain_parts, mesh))
         return made, kl.sum(axis=1), entropies.sum(axis=1), at_last(scores, made.response_mask)
 
-    return lambda batch, key: sample(params, reference, reward, batch, key)
+    return sample
 
 
 def _judged_text(c: schema.Evaluate, text: str) -> str:

@@ -16,6 +16,7 @@ SMALL = 32_000_000  # parameters
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8  # of glibc's malloc.h
 _GROWTH, _KEPT = 64 * 2**20, 2**30  # bytes by which the heap grows at least, and that it may hold for nothing
 _PAGE = 4096
+_in_caller: list[bool] = []  # whether programs run in the thread that calls them; of the process
 
 
 def keep_freed_memory_of(run: Run, alone: bool) -> bool:
@@ -43,8 +44,8 @@ def keep_freed_memory(parameters: int, alone: bool = True) -> bool:
     glibc does by itself. Call it before jax is imported: threads that exist keep their own heaps.
 
     Only the main thread's heap holds such blocks; what is too large for another's is mapped and unmapped again. A
-    process that is `alone`, with one device, therefore runs its programs in the thread that calls them, and compiling
-    threads have heaps of their own: with one for all they wait for each other a quarter of the time. jax runs programs
+    process that is `alone`, with one device, therefore runs its programs there (`run_in_caller`), and compiling threads
+    have heaps of their own: with one for all they wait for each other a quarter of the time. jax runs programs
     of several devices in other threads, so there all have the main thread's.
     """
     libc = ctypes.CDLL(None)
@@ -55,12 +56,17 @@ def keep_freed_memory(parameters: int, alone: bool = True) -> bool:
     for name, value in (*one_heap, (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _GROWTH)):
         if libc.mallopt(name, value) != 1:
             return False
-    if alone:
+    _in_caller.append(alone)
+    Thread(target=_bound, args=(libc,), name="freed-memory", daemon=True).start()
+    return True
+
+
+def run_in_caller() -> None:
+    """Where `keep_freed_memory` needs it, let jax run programs in the thread that calls them; before the first one."""
+    if any(_in_caller):
         import jax
 
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-    Thread(target=_bound, args=(libc,), name="freed-memory", daemon=True).start()
-    return True
 
 
 def _bound(libc: Any) -> None:

@@ -129,11 +129,13 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
     began = time.monotonic()
     # jax and the models are imported here, so that a finished run answers at once.
     from rlhfjax.stages.compile_cache import use_compile_cache
+    from rlhfjax.stages.freed_memory import run_in_caller
     from rlhfjax.stages.jobs import agree_on_data, agree_on_tokenizer, check_data, execute, make_jobs, origins
     from rlhfjax.stages.parents import parents, tokenizer_facts
     from rlhfjax.stages.sources import refuse_other_data
 
     use_compile_cache(report)
+    run_in_caller()
     jobs = make_jobs(run, run_dir, stages, report)
     begins = origins(jobs)
     agree_on_data(begins)

@@ -10,9 +10,10 @@ from rlhfjax.stages.freed_memory import collect_seldom
 
 PROGRAM = """
 import ctypes, resource, sys
-from rlhfjax.stages.freed_memory import SMALL, keep_freed_memory
+from rlhfjax.stages.freed_memory import SMALL, keep_freed_memory, run_in_caller
 beyond, alone = map(int, sys.argv[1:])
 assert keep_freed_memory(SMALL + beyond, bool(alone)) == (beyond == 0)
+run_in_caller()
 import jax, jax.numpy as jnp
 
 @jax.jit
