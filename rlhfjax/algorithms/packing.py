@@ -117,12 +117,7 @@ def _packed(
         values = jnp.broadcast_to(values, real.shape).reshape(-1)
         return flat.at[nowhere].set(values, mode="drop").reshape(parts, part, width)
 
-    segment = prefix = places.number[:, None]
-    if group > 1:
-        prefix = (places.number[:, None] - 1) * (group + 1) + 1
-        segment = prefix + 1 + jnp.arange(group, dtype=jnp.int32)[None, :]
-        prefix = jnp.repeat(prefix, group)[:, None]
-    segment = segment.reshape(-1, 1)
+    prefix, segment = _numbers(places.number, group)
     return Packing(
         scattered(jnp.arange(len(prompts), dtype=jnp.int32)[:, None] * joined + column, -1),
         scattered(jnp.where(shared, prefix, segment), 0),
@@ -133,6 +128,15 @@ def _packed(
         -(-places.used // part),
         most,
     )
+
+
+def _numbers(number: Int[Array, "G"], group: int) -> tuple[Int[Array, "B 1"], Int[Array, "B 1"]]:
+    """Segments of each sequence, in the group of that number in its row: the shared prompt's, and its own."""
+    if group == 1:
+        return number[:, None], number[:, None]
+    prefix = (number[:, None] - 1) * (group + 1) + 1
+    own = prefix + 1 + jnp.arange(group, dtype=jnp.int32)[None, :]
+    return jnp.repeat(prefix, group, axis=0), own.reshape(-1, 1)
 
 
 def packed_experience(
