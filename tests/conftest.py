@@ -1,5 +1,6 @@
 """Eight CPU devices, strict ranks and types, and checks of key reuse."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Whole stages first, whose files take longest: no worker is left with one of them at the end."""
     items.sort(key=lambda item: not {"stages", "sharding"} & set(item.path.parts))
+
+
+@pytest.fixture(autouse=True)
+def own_collector():
+    """A command that runs in this process lets Python look for cycles seldom; the tests after it don't."""
+    threshold = gc.get_threshold()
+    yield
+    gc.set_threshold(*threshold)
 
 
 @pytest.fixture(autouse=True, scope="module")

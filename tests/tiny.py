@@ -31,6 +31,12 @@ WINDOWED = {
 }
 
 
+def stored(path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, and the file closed."""
+    with np.load(path) as file:
+        return dict(file)
+
+
 def tiny(style: str = "llama-gqa", **changes) -> LanguageModel:
     """A decoder of width 16, of two layers unless the style has more."""
     family, own = (STYLES | WINDOWED)[style]

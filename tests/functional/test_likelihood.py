@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from tiny import stored
 
 from rlhfjax.functional import entropy, filter_logits, masked_mean, masked_sum, smoothed_cross_entropy, token_log_probs
 
@@ -73,7 +74,7 @@ def test_label_smoothing_of_a_hand_worked_row():
 
 
 def test_label_smoothing_is_torchs_for_every_reduction():
-    golden = np.load(Path(__file__).parents[1] / "golden" / "encoder_decoder.npz")
+    golden = stored(Path(__file__).parents[1] / "golden" / "encoder_decoder.npz")
     targets = golden["following"] != -100
     assert not targets.all()
     made = smoothed_cross_entropy(golden["logits"], np.where(targets, golden["following"], 0), 0.1)

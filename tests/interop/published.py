@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
+from tiny import stored
 
 from rlhfjax.interop.families import config_of, weights
 from rlhfjax.interop.pretrained import names_of
@@ -15,7 +16,7 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "families"
 
 def golden(name):
     """What transformers computed, and the configuration it had."""
-    data = np.load(GOLDEN / f"{name}.npz")
+    data = stored(GOLDEN / f"{name}.npz")
     return data, json.loads(str(data["config"]))
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from tiny import stored
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.generation import SamplingParams, generate
@@ -31,7 +32,7 @@ def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def golden(family):
-    data = np.load(GOLDEN / f"{family}.npz")
+    data = stored(GOLDEN / f"{family}.npz")
     return data, json.loads(str(data["config"]))
 
 

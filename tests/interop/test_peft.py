@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import stored
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop.exporting import export_model
@@ -28,7 +29,7 @@ PYTHON = os.environ.get("PYTHON_WITH_PEFT", sys.executable)
 
 @pytest.fixture(scope="module")
 def golden():
-    return dict(np.load(GOLDEN))
+    return stored(GOLDEN)
 
 
 @pytest.fixture(scope="module")

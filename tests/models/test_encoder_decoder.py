@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import VOCAB, assert_equal_gradients, left_mask, params_of, random_tokens, right_mask, scalar_params_of
+from tiny import (
+    VOCAB,
+    assert_equal_gradients,
+    left_mask,
+    params_of,
+    random_tokens,
+    right_mask,
+    scalar_params_of,
+    stored,
+)
 
 from rlhfjax.models import EncoderDecoder, EncoderDecoderConfig
 from rlhfjax.models.transformer_2017 import sinusoids
@@ -72,7 +81,7 @@ def check_parity(golden: dict) -> None:
 
 
 def test_logits_are_those_of_torch():
-    check_parity(dict(np.load(GOLDEN / "encoder_decoder.npz")))
+    check_parity(stored(GOLDEN / "encoder_decoder.npz"))
 
 
 @pytest.mark.live
