@@ -1,8 +1,8 @@
-"""The speed table of README.md, from the result file that is committed; nothing is measured here.
+"""The speed tables of README.md, from the result files that are committed; nothing is measured here.
 
     python -m benchmarks.speed_table
 
-writes it between the two markers.
+writes them between the two markers.
 """
 
 import json
@@ -23,10 +23,9 @@ Row = dict[str, Any]
 def speed_tables(folder: Path) -> str:
     """All committed speed results as Markdown, CPU first."""
     parts = []
-    for path in (folder / "speed_cpu.json", folder / "speed_gpu.json"):
-        if path.is_file():
-            rows = json.loads(path.read_text("utf-8"))
-            parts.append(f"{caption(rows, path.name)}\n\n{speeds(rows)}\n\n{others(rows)}".rstrip())
+    for path in sorted(folder.glob("speed_*.json")):
+        rows = json.loads(path.read_text("utf-8"))
+        parts.append(f"{caption(rows, path.name)}\n\n{speeds(rows)}\n\n{others(rows)}".rstrip())
     return "\n\n".join(parts) or "No results are committed yet."
 
 
