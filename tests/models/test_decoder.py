@@ -88,9 +88,8 @@ def test_models_of_one_shape_share_the_traces_of_their_layers(attention, functio
     first, second = scalar_params_of(model, 0), scalar_params_of(model, 1)
     both = jax.jit(lambda *models: [model.scores(params, tokens, mask) for params in models])
     lowered = both.lower(first, second).as_text()
-    assert (
-        len(re.findall(r"func private @apply(_\d+)?\(", lowered)) == functions
-    )  # two layers, of which one is the last
+    layers = re.findall(r"func private @apply(_\d+)?\(", lowered)
+    assert len(layers) == functions  # two of a model, of which one is the last
     for got, params in zip(both(first, second), (first, second), strict=True):
         np.testing.assert_allclose(got, jax.jit(model.scores)(params, tokens, mask), **CLOSE)
 
