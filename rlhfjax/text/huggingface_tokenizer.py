@@ -5,8 +5,8 @@ text into the special token, so that whoever writes a message can end it and spe
 tokens are *sealed*. In memory each has a name with a random part, in the vocabulary too, and only what the chat
 template writes is translated to those names. Text that says "<|im_end|>" stays text, as with SentencePiece.
 
-`eos_id` is the one id on which generation stops and which ends a response in training: the special token that the
-chat template writes after an answer, or else the model's end of text. `eos_ids` are all that the model's files name.
+`eos_id` is the id that ends a response in training: the special token that the chat template writes after an answer,
+or else the model's end of text. Generation stops at any of `end_ids`: that one, and all that the model's files name.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from typing import Any
 import tokenizers
 
 from rlhfjax.errors import ConfigError, DataError, IntegrityError
+from rlhfjax.text.continuation import without_prefix
 from rlhfjax.text.huggingface_files import files, read_files
 from rlhfjax.text.templates import ChatTemplate
 from rlhfjax.text.tokenizer import check_unicode, write_atomically
@@ -125,6 +126,11 @@ class HuggingFaceTokenizer:
         found = self._special_text.search(after)
         return self._special[found[0]] if found else self.eos_ids[0]
 
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Every id that ends a response: `eos_id` first, then the others that the model's files name."""
+        return tuple(dict.fromkeys((self.eos_id, *self.eos_ids)))
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens. Raises DataError on a lone surrogate."""
         check_unicode(text)
@@ -135,6 +141,20 @@ class HuggingFaceTokenizer:
         for text in texts:
             check_unicode(text)
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on after other text: no space is put before it. Raises DataError as `encode`.
+
+        `decode(encode(prompt) + encode_continuation(response))` is prompt + response.
+        """
+        check_unicode(text)
+        return self._continuing.encode(text, add_special_tokens=False).ids
+
+    def encode_continuation_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_continuation` of each text."""
+        for text in texts:
+            check_unicode(text)
+        return [encoding.ids for encoding in self._continuing.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> list[int]:
         """Ids of a conversation by the model's template, with the beginning of an answer after it if asked for.
@@ -166,16 +186,30 @@ class HuggingFaceTokenizer:
 
         Raises DataError on an id outside the vocabulary.
         """
-        ids = [int(token) for token in ids]
-        outside = next((token for token in ids if not 0 <= token < self.vocab_size), None)
-        if outside is not None:
-            raise DataError(f"expected token ids in 0…{self.vocab_size - 1}, got {outside}; is this its tokenizer?")
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._tokenizer.decode(self._known(ids), skip_special_tokens=True)
+
+    def decode_continuation(self, ids: Iterable[int]) -> str:
+        """Text of ids that go on after others, a space at its beginning included. Raises DataError as `decode`."""
+        return self._continuing.decode(self._known(ids), skip_special_tokens=True)
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """What each id stands for, as the vocabulary writes it ("Ġthe", "<|im_end|>"): for labels and tables."""
         names = {index: token for token, index in self._special.items()}
         return [names.get(int(token)) or self._tokenizer.id_to_token(int(token)) or "" for token in ids]
+
+    def _known(self, ids: Iterable[int]) -> list[int]:
+        ids = [int(token) for token in ids]
+        outside = next((token for token in ids if not 0 <= token < self.vocab_size), None)
+        if outside is not None:
+            raise DataError(f"expected token ids in 0…{self.vocab_size - 1}, got {outside}; is this its tokenizer?")
+        return ids
+
+    @cached_property
+    def _continuing(self) -> tokenizers.Tokenizer:
+        given = self.description["tokenizer"]
+        made = without_prefix(given)
+        changed = any(made[key] != given.get(key) for key in ("normalizer", "pre_tokenizer", "decoder"))
+        return tokenizers.Tokenizer.from_str(json.dumps(_sealed(made, self._seal))) if changed else self._tokenizer
 
     def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         if self.chat_template is None:

@@ -42,6 +42,7 @@ class Tokenizer:
 
     kind = "sentencepiece"
     pad_id, bos_id, eos_id, unk_id = PAD, BOS, EOS, UNK
+    end_ids = (EOS,)  # every id that ends a response
 
     def __init__(self, model: bytes):
         """Open a serialised model. Raises IntegrityError on bytes that are none, ConfigError on foreign special ids."""
@@ -152,6 +153,20 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
         return [self.encode(text) for text in texts]
+
+    # There is no space before a text, so one that goes on after another has the same ids, and they the same text.
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on after other text: those of `encode`."""
+        return self.encode(text)
+
+    def encode_continuation_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_continuation` of each text."""
+        return self.encode_batch(texts)
+
+    def decode_continuation(self, ids: Iterable[int]) -> str:
+        """Text of ids that go on after others: that of `decode`."""
+        return self.decode(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens dropped; bytes that are no UTF-8 (a cut character) become U+FFFD.

@@ -1,0 +1,35 @@
+"""The same tokenizer for text that goes on after other text.
+
+Many tokenizers put a space before a text, so that its first word is the word that it is elsewhere (the dummy prefix of
+SentencePiece). Before a response that follows a prompt it would be a space that nobody wrote. Here tokenizer.json is
+rewritten so that it puts no space before a text, and takes none from what it decodes.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+_PARTS = ("normalizers", "pretokenizers", "decoders")
+
+
+def without_prefix(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer.json without a space before a text. Equal to what was given where there is none."""
+    made = dict(tokenizer)
+    for step in ("normalizer", "pre_tokenizer", "decoder"):
+        made[step] = _without(tokenizer.get(step), step)
+    return made
+
+
+def _without(part: Mapping[str, Any] | None, step: str) -> dict[str, Any] | None:
+    if part is None:
+        return None
+    made = dict(part)
+    for key in _PARTS:  # a sequence
+        if key in made:
+            made[key] = [kept for each in made[key] if (kept := _without(each, step)) is not None]
+    if made["type"] == "Prepend" or (step == "decoder" and made["type"] == "Strip" and made.get("content") == " "):
+        return None
+    if made["type"] == "Metaspace":
+        made["prepend_scheme"] = "never"
+    if "add_prefix_space" in made and step == "pre_tokenizer":  # of ByteLevel, and of an older Metaspace
+        made["add_prefix_space"] = False
+    return made
