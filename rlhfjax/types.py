@@ -94,7 +94,7 @@ class TokenRanking:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PromptBatch:
-    """Left-padded prompts. `uid` names the sample: equal uids and keys draw equal responses."""
+    """Left-padded prompts. `uid` names the sample, not the prompt: equal uids and keys draw equal responses."""
 
     tokens: Int[Array, "B P"]
     mask: Bool[Array, "B P"]

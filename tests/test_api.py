@@ -104,8 +104,9 @@ def test_each_prompt_has_n_completions_of_its_own(policy, tokenizer):
     assert [len(row) for row in texts] == [3, 3]
     assert policy.generate(ids, max_new_tokens=6, n=3, seed=5) == texts
     assert policy.generate(["a bad film", "the"], max_new_tokens=6, n=3, seed=6) != texts
-    samples = {tuple(made.tokens) for row in texts for made in row}
-    assert len(samples) == 6
+    twice = policy.generate(["the", "the"], max_new_tokens=6, n=3, seed=5)
+    for answers in (texts, twice):  # fails where noise belongs to a prompt in place of a sample
+        assert len({tuple(made.tokens) for row in answers for made in row}) == 6
     for made in texts[0]:
         assert 1 <= len(made.tokens) == len(made.log_probs) <= 6
         assert (made.finish_reason == "stop") == (made.tokens[-1] == tokenizer.eos_id)

@@ -99,7 +99,7 @@ class PromptItems:
         row = self.rows[self.keep[i]]
         tokens[self.length - len(row) :] = row
         mask[self.length - len(row) :] = True
-        return {"tokens": tokens, "mask": mask, "uid": np.asarray(self.keep[i], np.int32)}
+        return {"tokens": tokens, "mask": mask}
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:

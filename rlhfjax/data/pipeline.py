@@ -73,6 +73,19 @@ class _Steps:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+class _Placed:
+    """Prompts with their place in the order as `uid`.
+
+    A row number would come again: in the next epoch, which may begin inside a batch, and in another source.
+    """
+
+    def __init__(self, dataset: Any):
+        self._dataset = dataset
+
+    def __getitem__(self, place: int) -> dict[str, np.ndarray]:
+        return self._dataset[place] | {"uid": np.asarray(place % 2**31, np.int32)}
+
+
 @dataclass(frozen=True)
 class Reader:
     """What every stage needs to open data: the tokenizer, the directory of prepared data, the seed, where to report.
@@ -161,9 +174,10 @@ class Reader:
         return batches.RankedItems(kept, batch.candidates, batch.length, self.tokenizer.pad_id)
 
     def prompts(self, data: Sequence, batch, shuffle: bool = True) -> Batches:
-        """Left-padded prompts."""
+        """Left-padded prompts, whose `uid` is their place in the order."""
         sources = [self._prompt_source(entry, batch) for entry in data]
-        return self._batches(sources, [entry.weight for entry in data], batch.size, PromptBatch, shuffle)
+        made = self._batches(sources, [entry.weight for entry in data], batch.size, PromptBatch, shuffle)
+        return replace(made, dataset=_Placed(made.dataset))
 
     def _prompt_source(self, entry, batch):
         def make():

@@ -99,13 +99,15 @@ def pairwise_accuracy(
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    clusters: Int[np.ndarray, "G"] | None = None,
 ) -> Interval | None:
     """The share of rated pairs that the scores order as the people did; a tie of the scores counts one half.
 
     `mean(½ (1 + sign(s_a − s_b) sign(r_a − r_b)))` over pairs with `|r_a − r_b| > min_difference` rating points: once
     for each held-out labeler (`against="heldout"`), for each labeler ("labelers"), or once by the mean rating ("mean").
     `pairs="within"` takes both texts from one batch, "across" from two, where only means compare. The interval draws
-    whole batches. None when there is no such pair. Raises DataError unless there is one score, a number, for each text.
+    whole batches, and those of one cluster together, where `clusters` numbers that of each batch (from 0; "within"
+    alone). None when there is no such pair. Raises DataError unless there is one score, a number, for each text.
     Source: Ouyang et al. 2022, section 3.5.
     """
     values = np.asarray(scores, np.float64)
@@ -117,7 +119,7 @@ def pairwise_accuracy(
     if pairs == "across" and against != "mean":
         raise DataError(f"expected against='mean' across batches, where no labeler saw both texts, got {against!r}")
     tally = _tally(values[:, None], _reference(texts, against), texts.members(), pairs, min_difference, drop_ties=False)
-    return tally.interval(level, resamples, seed)
+    return (tally if clusters is None else tally.by_cluster(clusters)).interval(level, resamples, seed)
 
 
 def human_ceiling(
@@ -159,6 +161,10 @@ class _Tally:
         self.correct += other.correct
         self.total += other.total
         return self
+
+    def by_cluster(self, clusters: Int[np.ndarray, "G"]) -> "_Tally":
+        """The counts of each cluster of batches."""
+        return _Tally(np.bincount(clusters, self.correct), np.bincount(clusters, self.total))
 
     def interval(self, level: float, resamples: int, seed: int) -> Interval | None:
         """Draws batches; a pair across two batches weighs the product of how often each was drawn."""

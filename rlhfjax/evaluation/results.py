@@ -56,7 +56,7 @@ class PolicyRow:
     """What a policy's responses to the evaluation prompts look like.
 
     `kl` is nats a response against the SFT policy, `entropy` nats a token, `length` tokens, `reward` the mean score of
-    the reward model, the others shares in [0, 1].
+    the reward model, the others shares in [0, 1]. `prompts` counts the different ones.
     """
 
     name: str
@@ -69,6 +69,7 @@ class PolicyRow:
     kl: float | None = None
     entropy: float | None = None
     reward: float | None = None
+    prompts: int | None = None
 
 
 @dataclass(frozen=True, config=_CONFIG)

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from jaxtyping import Int
 from numpy.typing import ArrayLike
 
 from rlhfjax.errors import DataError
@@ -60,13 +61,27 @@ def human_row(texts: RatedTexts, name: str = "human labelers", seed: int = 0) ->
     )
 
 
-def comparison_row(name: str, scores: ArrayLike, ranks: Sequence[Sequence[int]], seed: int = 0) -> AccuracyRow:
+def comparison_row(
+    name: str,
+    scores: ArrayLike,
+    ranks: Sequence[Sequence[int]],
+    prompts: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> AccuracyRow:
     """A scorer's agreement with ranked comparisons; `scores` lists all candidates, one comparison after the other.
 
-    None where no two candidates differ in rank. Raises DataError unless there is one score a candidate.
+    With several comparisons of a prompt, `prompts` names the prompt of each so that the interval draws prompts. None
+    where no two candidates differ in rank. Raises DataError unless there is one score a candidate.
     """
-    texts = RatedTexts.from_comparisons(ranks)
-    return AccuracyRow(name, {"comparisons": pairwise_accuracy(scores, texts, "labelers", seed=seed)})
+    texts, clusters = RatedTexts.from_comparisons(ranks), None if prompts is None else numbered(prompts)
+    interval = pairwise_accuracy(scores, texts, "labelers", seed=seed, clusters=clusters)
+    return AccuracyRow(name, {"comparisons": interval})
+
+
+def numbered(prompts: Sequence[Hashable]) -> Int[np.ndarray, "N"]:
+    """A number for each prompt, the same for equal ones, in the order in which they first come."""
+    numbers: dict[Hashable, int] = {}
+    return np.asarray([numbers.setdefault(prompt, len(numbers)) for prompt in prompts], np.int64)
 
 
 def win_row(
@@ -75,7 +90,7 @@ def win_row(
     policy_texts: Sequence[str],
     baseline: str,
     baseline_texts: Sequence[str],
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[Hashable] | None = None,
     seed: int = 0,
 ) -> WinRow:
     """One judge's verdict on two policies; text i of both answers the same prompt.
@@ -84,7 +99,7 @@ def win_row(
     DataError when there are no texts or not equally many.
     """
     ours, theirs = judge(policy_texts), judge(baseline_texts)
-    win = win_rate(ours, theirs, None if prompts is None else np.asarray(prompts), seed=seed)
+    win = win_rate(ours, theirs, None if prompts is None else numbered(prompts), seed=seed)
     return WinRow(judge.name, policy, baseline, win, float(ours.mean()), float(theirs.mean()))
 
 
@@ -96,10 +111,11 @@ def policy_row(
     kl: float | None = None,
     entropy: float | None = None,
     reward: float | None = None,
+    prompts: Sequence[Hashable] | None = None,
 ) -> PolicyRow:
     """Length of the responses in tokens, diversity, and the share that ended by themselves (`ended`, bools).
 
-    Diversity is counted over `words` where they are given, as Li et al. 2016 do.
+    Diversity is counted over `words` where they are given, as Li et al. 2016 do. `prompts` has the one of each.
     Raises DataError without responses or unless `ended` has one element for each.
     """
     finished = np.asarray(ended, bool)
@@ -116,4 +132,5 @@ def policy_row(
         kl=kl,
         entropy=entropy,
         reward=reward,
+        prompts=None if prompts is None else len(set(prompts)),
     )

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from rlhfjax.evaluation import plots
-from rlhfjax.evaluation.display import number, percent, percent_interval
+from rlhfjax.evaluation.display import NONE, number, percent, percent_interval
 from rlhfjax.evaluation.results import AccuracyRow, Evaluation, Sample
 from rlhfjax.evaluation.rows import MEASURES
 from rlhfjax.evaluation.run_data import ReportData
@@ -170,6 +170,7 @@ def _win_rates(evaluation: Evaluation) -> Section:
 def _policies(evaluation: Evaluation) -> Section:
     columns: dict[str, Callable[[Any], str]] = {
         "Responses": lambda row: str(row.responses),
+        "Prompts": lambda row: NONE if row.prompts is None else str(row.prompts),
         "Reward": lambda row: number(row.reward),
         "KL, nats a response": lambda row: number(row.kl),
         "Entropy, nats a token": lambda row: number(row.entropy),
@@ -180,7 +181,10 @@ def _policies(evaluation: Evaluation) -> Section:
         "Ends by itself": lambda row: percent(row.eos_rate),
     }
     rows = [[row.name, *(shown(row) for shown in columns.values())] for row in evaluation.policies]
-    note = "Responses to the evaluation prompts. Distinct-n is the share of different n-grams over all responses."
+    note = (
+        "Responses to the evaluation prompts, and how many of these are different. Distinct-n is the share of "
+        "different n-grams over all responses."
+    )
     return Section("Length and diversity", note, tables=[Table(["Policy", *columns], rows)] if rows else [])
 
 

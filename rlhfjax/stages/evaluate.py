@@ -76,8 +76,10 @@ def _evaluate(job: Job, watch: Watch) -> Facts:
     accuracy, judge_accuracy, judges, calibrated = _accuracies(job, scorer)
     rows = []
     if len(compared) == 2:
-        ours, theirs = responses["ppo"].texts, responses["sft"].texts
-        rows = [win_row(judge, "ppo", ours, "sft", theirs, seed=job.run.seed) for judge in judges]
+        ours, theirs = responses["ppo"], responses["sft"]
+        rows = [
+            win_row(judge, "ppo", ours.texts, "sft", theirs.texts, ours.prompts, seed=job.run.seed) for judge in judges
+        ]
     seconds = {
         stage: json.loads((job.run_dir / stage / COMPLETE).read_text())["seconds"]
         for stage in ("tokenizer", *stages, *(["reward"] if scorer else []))
@@ -262,11 +264,10 @@ def _accuracies(
             for entry in c.comparisons
             for record in open_source(entry.source, entry.split, job.data_dir, kind="comparison")
         ]
-        pairs = [
-            (tuple(encode_prompt(job.tokenizer, record)), text) for record in records for text in record["responses"]
-        ]
+        asked = [tuple(encode_prompt(job.tokenizer, record)) for record in records]
+        pairs = [(prompt, text) for prompt, record in zip(asked, records, strict=True) for text in record["responses"]]
         scores = scorer([prompt for prompt, _ in pairs], [text for _, text in pairs])
-        row = comparison_row(REWARD_MODEL, scores, [record["ranks"] for record in records], seed)
+        row = comparison_row(REWARD_MODEL, scores, [record["ranks"] for record in records], asked, seed)
         others = [other for other in accuracy if other.name != REWARD_MODEL]
         rated_values = next((other.values for other in accuracy if other.name == REWARD_MODEL), {})
         accuracy = [AccuracyRow(REWARD_MODEL, rated_values | row.values), *others]
@@ -282,6 +283,7 @@ def _policy_row(stage: str, made: Responses) -> PolicyRow:
         kl=float(np.mean(made.kl)),
         entropy=made.entropy,
         reward=float(np.mean(made.scores)),
+        prompts=made.prompts,
     )
 
 

@@ -53,5 +53,5 @@ def _ranked(tokenizer: Any, item: RankedBatch) -> Iterator[str]:
 
 def _prompt(tokenizer: Any, item: PromptBatch) -> Iterator[str]:
     ids = item.tokens[item.mask].tolist()
-    yield f"prompt {item.uid}: {len(item.tokens) - len(ids)} slots of padding on the left, then {len(ids)} tokens"
+    yield f"{len(item.tokens) - len(ids)} slots of padding on the left, then {len(ids)} tokens"
     yield "  " + " ".join(tokenizer.pieces(ids))

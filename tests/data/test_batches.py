@@ -236,7 +236,6 @@ def test_prompts_are_padded_on_the_left(tokenizer):
         item, ids = items[place], rows[row].tolist()
         assert item["tokens"].tolist() == [PAD] * (12 - len(ids)) + ids
         assert item["mask"].tolist() == [False] * (12 - len(ids)) + [True] * len(ids)
-        assert item["uid"] == row
     assert rows[1].tolist()[-1] == tokenizer.role_ids["assistant"]
 
 

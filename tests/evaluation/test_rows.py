@@ -58,6 +58,23 @@ def test_comparison_row():
     assert row.values["comparisons"].estimate == 0.5
 
 
+def test_comparisons_of_one_prompt_are_drawn_together():
+    """Prompt x three times right, prompt y twice wrong: resamples are x alone, y alone or both, so 0 to 1."""
+    ranks, prompts = [[1, 2]] * 5, ["x", "y", "x", "x", "y"]
+    scores = [2.0, 1.0, 1.0, 2.0, 2.0, 1.0, 2.0, 1.0, 1.0, 2.0]
+    together = comparison_row("model", scores, ranks, prompts).values["comparisons"]
+    assert (together.estimate, together.low, together.high) == (pytest.approx(0.6), 0.0, 1.0)
+    apart = comparison_row("model", scores, ranks).values["comparisons"]
+    assert comparison_row("model", scores, ranks, "abcde").values["comparisons"] == apart
+    assert apart.low > 0.0
+
+
+def test_responses_to_one_prompt_are_drawn_together():
+    # fails where NumPy's texts are compared, which lose a NUL at the end
+    row = win_row(LENGTH, "ppo", ["aa", "aa", "aa", "b"], "sft", ["a", "a", "a", "bb"], ["x", "x", "x", "x\0"])
+    assert (row.win.estimate, row.win.low, row.win.high) == (0.75, 0.0, 1.0)
+
+
 def test_win_row_by_hand():
     row = win_row(LENGTH, "ppo", ["long text", "a", "tie"], "sft", ["text", "ab", "two"])
     assert (row.judge, row.policy, row.baseline) == ("length", "ppo", "sft")
@@ -69,7 +86,8 @@ def test_policy_row_by_hand():
     row = policy_row("sft", [[1, 1, 1, 1], [2]], [True, False], kl=0.5)
     assert (row.length, row.distinct_1, row.distinct_2, row.eos_rate) == (2.5, 2 / 5, 1 / 3, 0.5)
     assert row.repetition == 0.5  # 111 twice in the first response
-    assert (row.kl, row.entropy) == (0.5, None)
+    assert (row.kl, row.entropy, row.prompts) == (0.5, None, None)
+    assert policy_row("sft", [[1], [2], [3]], [True] * 3, prompts=["x", "y", "x"]).prompts == 2
 
 
 def test_wrong_input_is_named():

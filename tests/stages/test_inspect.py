@@ -63,13 +63,11 @@ def test_rankings_show_where_the_score_is_read(shown, files):
 
 def test_prompts_show_their_padding(shown, files, finished):
     _, head, text = shown("ppo", "--index", "3")
-    row, padding, count = map(int, re.fullmatch(
-        r"prompt (\d+): (\d+) slots of padding on the left, then (\d+) tokens", head
-    ).groups())  # fmt: skip
+    padding, count = map(int, re.fullmatch(r"(\d+) slots of padding on the left, then (\d+) tokens", head).groups())
     assert padding + count == 10
-    prompt = rows_of(files / "prompts.jsonl")[row]["prompt"]
     tokenizer = Tokenizer.load(finished / "tokenizer")
-    assert text.split() == ["<s>", *tokenizer.pieces(tokenizer.encode(prompt))]
+    asked = [tokenizer.encode(record["prompt"]) for record in rows_of(files / "prompts.jsonl")]
+    assert text.split() in [["<s>", *tokenizer.pieces(ids)] for ids in asked]
 
 
 def test_without_a_tokenizer_it_says_how_to_make_one(shown, tmp_path):

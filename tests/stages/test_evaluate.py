@@ -1,0 +1,37 @@
+"""What the evaluation counts as one observation."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from rlhfjax.config import load_config
+from rlhfjax.sharding import make_mesh
+from rlhfjax.stages.data import open_batches
+from rlhfjax.stages.evaluate import respond
+from rlhfjax.stages.job import Job
+from rlhfjax.training.supervision import Watch
+from stages.tiny_recipe import write_jsonl
+
+
+@pytest.fixture
+def job(finished, config):
+    """The evaluation of the finished run, with other settings."""
+
+    def made(*settings):
+        run = load_config(config, settings)
+        return Job(run, "evaluate", finished, Path(run.data_dir), make_mesh(devices=jax.devices()[:1]), print, {})
+
+    return made
+
+
+def test_a_prompt_that_comes_again_has_another_response(job, tmp_path):
+    """At temperature 1 two draws of 8 tokens of 320 agree with a chance of about 320^-8.
+
+    Fails where noise belongs to the prompt: three different responses, each 13 or 14 times.
+    """
+    prompts = write_jsonl(tmp_path / "three.jsonl", ({"prompt": text} for text in ("the film", "music", "a story")))
+    made = job(f'stages.evaluate.data=[{{"source": "{prompts}"}}]', "stages.evaluate.samples=40")
+    said = respond(made, open_batches(made)["train"], {"sft": made.load("sft")}, "sft", Watch())
+    assert len(set(said.prompts)) == 3
+    assert len(set(map(tuple, said.tokens))) == len(said.tokens) == 40
