@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,7 @@ from rlhfjax.cli.reproducing import reproduce
 from rlhfjax.errors import ConfigError
 from rlhfjax.integrity import unverified
 from rlhfjax.terminal import Door, printable, say
+from rlhfjax.xla_flags import check_flags
 
 app = typer.Typer(cls=Door, no_args_is_help=True, **OPTIONS)
 app.add_typer(data, name="data")
@@ -49,6 +51,7 @@ def _door(
     Example:
       rlhfjax run quickstart
     """
+    check_flags(os.environ)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from rlhfjax.errors import ConfigError, DataError, IntegrityError, RlhfjaxError, Stopped
 from rlhfjax.sharding.rendezvous import Place, meet
+from rlhfjax.xla_flags import refused, words_of
 
 VARIABLES = ("RLHFJAX_COORDINATOR", "RLHFJAX_NUM_PROCESSES", "RLHFJAX_PROCESS_ID")
 DEVICES = "RLHFJAX_DEVICES_PER_PROCESS"
@@ -24,7 +25,8 @@ _ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, IntegrityErr
 _ABORTED = 134  # what a process ends with that jax aborts because another one died
 _SIGNS_OF_LOSS = ("Gloo ", "NCCL", "coordination service", "Connection reset by peer")
 # With the scheduler that is the default, programs may start their collectives in another order in each process.
-_IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"
+_IN_ORDER = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+_SCHEDULERS = ("--xla_cpu_scheduler_type", "--xla_cpu_enable_concurrency_optimized_scheduler")  # somebody's choice
 
 
 def place_of(
@@ -91,7 +93,7 @@ def started(
     seconds.
     """
     cluster = place is None and in_cluster(os.environ)
-    _settings(several=cluster or (place is not None and place.count > 1))
+    _settings(cluster or (place is not None and place.count > 1), say)
     if not cluster and (place is None or place.count == 1):
         yield
         return
@@ -124,7 +126,7 @@ def started(
     jax.distributed.shutdown()
 
 
-def _settings(several: bool) -> None:
+def _settings(several: bool, say: Callable[[str], None]) -> None:
     """What must be set before jax starts its devices."""
     if DEVICES in os.environ:
         if not os.environ[DEVICES].isdigit() or int(os.environ[DEVICES]) == 0:
@@ -133,8 +135,18 @@ def _settings(several: bool) -> None:
     if not several:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if _IN_ORDER not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_IN_ORDER}=false".strip()
+    use_order(say)
+
+
+def use_order(say: Callable[[str], None]) -> None:
+    """Let XLA_FLAGS have programs start their collectives in one order, unless they choose a scheduler themselves."""
+    words = words_of(os.environ.get("XLA_FLAGS", ""))
+    if any(word.startswith(_SCHEDULERS) for word in words):
+        return
+    if refused([_IN_ORDER]):
+        say(f"this jaxlib takes no {_IN_ORDER}: collectives of processes on CPUs may wait for each other")
+        return
+    os.environ["XLA_FLAGS"] = " ".join([*words, _IN_ORDER])
 
 
 def lost_another(error: BaseException | None) -> str | None:

@@ -15,15 +15,18 @@ import jax
 from rlhfjax.sharding import processes
 from rlhfjax.stages.job import Job
 from rlhfjax.training.online import OnlineSteps
+from rlhfjax.xla_flags import refused
 
 
 def training_options() -> dict[str, str] | None:
     """Compiler options of programs that run whole models over whole batches.
 
     On GPUs they are not recorded as CUDA graphs: cuDNN's attention inside a recorded loop ended with a launch failure
-    (jax 0.11.2, H100), and such programs do not wait for launches.
+    (jax 0.11.2, H100), and such programs do not wait for launches. An XLA without that option has none of them.
     """
-    return {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else None
+    if jax.default_backend() != "gpu" or refused(["--xla_gpu_enable_command_buffer="]):
+        return None
+    return {"xla_gpu_enable_command_buffer": ""}
 
 
 class Program:

@@ -5,13 +5,13 @@ finish (scatters, atomic reductions), and autotuning chooses other kernels from 
 """
 
 import os
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.xla_flags import refused, words_of
 
 DETERMINISTIC = "xla_gpu_deterministic_ops"  # excludes nondeterministic operations and turns autotuning off
 EXCLUDE = "xla_gpu_exclude_nondeterministic_ops"
@@ -29,6 +29,10 @@ def use_determinism(kind: str) -> None:
     if kind != "strict":
         return
     wanted = strict_flags(os.environ)
+    if bad := refused(words_of(wanted)):
+        raise ConfigError(
+            f"reliability.determinism strict: this jaxlib takes no {' '.join(bad)}; choose determinism fast"
+        )
     started = sys.modules.get("jax._src.xla_bridge")
     if wanted != os.environ.get("XLA_FLAGS") and started and started.backends_are_initialized():
         import jax
@@ -49,7 +53,7 @@ def strict_flags(environment: Mapping[str, str]) -> str:
     algorithm = environment.get("NCCL_ALGO", "")
     if algorithm and algorithm.lower() not in (name.lower() for name in _ORDERED_NCCL):
         raise _contrary(f"NCCL_ALGO={algorithm}", f"one of {', '.join(_ORDERED_NCCL)}, or none")
-    words = _words(environment.get("XLA_FLAGS", ""))
+    words = words_of(environment.get("XLA_FLAGS", ""))
     flags = read_flags(words)
     for name in (DETERMINISTIC, EXCLUDE):
         if flags.get(name, "true").lower() in _FALSE:
@@ -72,17 +76,6 @@ def read_flags(words: list[str]) -> dict[str, str]:
         name, _, value = word.lstrip("-").partition("=")
         pairs[name] = value.strip("\"'")
     return pairs
-
-
-def _words(text: str) -> list[str]:
-    """The flags in the variable; a value that does not begin with a dash is the name of a file that holds them."""
-    text = text.strip()
-    if text and not text.startswith("-"):
-        try:
-            text = Path(text).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"XLA_FLAGS={text}: expected flags, or a file with flags: {error.strerror}") from None
-    return re.findall(r"(?:[^\s\"']|\"[^\"]*\"|'[^']*')+", text)
 
 
 def _contrary(got: str, expected: str) -> ConfigError:

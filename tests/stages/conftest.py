@@ -14,10 +14,6 @@ import pytest
 
 from stages.tiny_recipe import STAGES, write_files, write_recipe
 
-# Read when the first test starts the devices. With the scheduler that is the default, programs on several CPU devices
-# may start their collectives in different orders and wait for each other until XLA gives up and ends the process.
-os.environ["XLA_FLAGS"] = f"--xla_cpu_enable_concurrency_optimized_scheduler=false {os.environ.get('XLA_FLAGS', '')}"
-
 
 @pytest.fixture(scope="session")
 def for_all(tmp_path_factory, request):
