@@ -6,7 +6,11 @@ from typing import Any
 from rlhfjax.errors import DataError
 
 _MAX_DEPTH = 100
-ROLES = ("system", "user", "assistant")
+_SHOWN = 12  # fields named in an error
+_OPTIONAL = frozenset(
+    {"prompt", "messages", "completion", "responses", "ranks", "chosen", "rejected", "tools", "chat_template_kwargs"}
+    | {"prompt_id", "labeler_id", "use_case"}
+)
 _JSON_TYPES = {
     str: "a string",
     bool: "a boolean",
@@ -42,13 +46,17 @@ def type_name(value: Any) -> str:
 
 
 class Fields:
-    """The fields of one object: taken one by one with their checks; what nobody took is the record's `extra`."""
+    """The fields of one object: taken one by one with their checks; what nobody took is the record's `extra`.
+
+    A field that holds null counts as absent where it may be absent: tables have a value for every column.
+    """
 
     def __init__(self, kind: str, obj: dict[str, Any], where: str):
-        self.kind, self.where, self._left = kind, where, dict(obj)
+        self.kind, self.where, self.left = kind, where, dict(obj)
+        self._names = sorted(name for name in obj if isinstance(name, str))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._left
+        return self.left.get(name) is not None
 
     def error(self, name: str, expected: str, got: str, remedy: str = "") -> DataError:
         """The error to raise about the field `name`."""
@@ -56,14 +64,19 @@ class Fields:
 
     def take(self, name: str, kind: type, expected: str) -> Any:
         """The value of a field that must be there and of exactly this type."""
-        if name not in self._left:
-            near = difflib.get_close_matches(name, self._left, 1)
+        if name not in self.left:
+            near = difflib.get_close_matches(name, self.left, 1)
             hint = f" (is {near[0]!r} meant?)" if near else ""
-            raise self.error(name, f"this field in a {self.kind}", f"an object without it{hint}")
-        value = self._left.pop(name)
+            there = f"the fields {', '.join(self._names[:_SHOWN])}" if self._names else "an object without fields"
+            raise self.error(name, f"this field in a {self.kind}", f"{there}{hint}")
+        value = self.left.pop(name)
         if type(value) is not kind:  # a boolean is an int to isinstance
             raise self.error(name, expected, type_name(value))
         return value
+
+    def pop(self, name: str) -> Any:
+        """The value of a field that may be absent and of any type; None where it is."""
+        return self.left.pop(name, None)
 
     def text(self, name: str) -> str:
         """A string with more in it than white space."""
@@ -74,41 +87,30 @@ class Fields:
 
     def optional(self, *names: str) -> dict[str, Any]:
         """Those of the named text fields that the object has."""
-        return {name: self.text(name) for name in names if name in self._left}
+        return {name: self.text(name) for name in names if name in self}
+
+    def identity(self, name: str) -> str:
+        """An id, as text: many tools number people and prompts."""
+        if type(self.left.get(name)) is int:
+            self.left[name] = str(self.left[name])
+        return self.text(name)
+
+    def ids(self, *names: str) -> dict[str, Any]:
+        """Those of the named ids that the object has."""
+        return {name: self.identity(name) for name in names if name in self}
 
     def rest(self) -> dict[str, Any]:
-        """The fields that nobody took, under `extra`."""
-        return {"extra": self._left} if self._left else {}
+        """The fields that nobody took, under `extra`; fields of records that hold null are none."""
+        left = {name: value for name, value in self.left.items() if value is not None or name not in _OPTIONAL}
+        return {"extra": left} if left else {}
 
-    def messages(self, last: str) -> dict[str, Any]:
-        """Checked `messages` whose last one is of role `last` and where what is to be answered is not empty."""
-        messages = self.take("messages", list, "a list of {role, content}")
-        for index, message in enumerate(messages):
-            self._check_message(f"messages[{index}]", message)
-        if not messages or messages[-1]["role"] != last:
-            got = f"one from the {messages[-1]['role']}" if messages else "an empty list"
-            raise self.error("messages", f"the last message of a {self.kind} from the {last}", got)
-        must_speak = messages[-2:] if last == "assistant" else messages[-1:]
-        if len(messages) < (2 if last == "assistant" else 1):
-            raise self.error("messages", "a message to answer before the answer", "the answer alone")
-        for message in must_speak:
-            if not message["content"].strip():
-                raise self.error("messages", f"text in the last {message['role']} message", "an empty prompt or answer")
-        return {"messages": messages}
-
-    def _check_message(self, name: str, message: Any) -> None:
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            got = f"the fields {sorted(message)}" if isinstance(message, dict) else type_name(message)
-            raise self.error(name, "an object with exactly role and content", got)
-        if message["role"] not in ROLES:
-            raise self.error(f"{name}.role", f"one of {', '.join(ROLES)}", repr(message["role"])[:40])
-        if not isinstance(message["content"], str):
-            raise self.error(f"{name}.content", "a string", type_name(message["content"]))
-
-    def prompt(self) -> dict[str, Any]:
-        """`messages` ending with the user, or a `prompt` string; not both."""
-        self.not_both("messages", "prompt")
-        return self.messages("user") if "messages" in self else {"prompt": self.text("prompt")}
+    def objects(self, name: str) -> list[dict[str, Any]]:
+        """A list of objects."""
+        value = self.take(name, list, "a list of objects")
+        for index, item in enumerate(value):
+            if not isinstance(item, dict):
+                raise self.error(f"{name}[{index}]", "an object", type_name(item))
+        return value
 
     def not_both(self, one: str, other: str) -> None:
         """Refuses two fields that say the same thing in two ways."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlhfjax.data.fields import Fields, check_values, type_name
+from rlhfjax.data.messages import conversation, prompt, settings
 from rlhfjax.errors import ConfigError, DataError
 
 MAX_LINE_BYTES = 16 << 20
@@ -111,15 +112,25 @@ def _document(fields: Fields) -> Record:
 
 
 def _demonstration(fields: Fields) -> Record:
+    if fields.left.get("label") is False:
+        raise fields.error("label", "a good answer to learn from", "false", "read the file as unpaired records")
     fields.not_both("messages", "prompt")
     fields.not_both("messages", "completion")
     if "messages" in fields:
-        return {**fields.messages("assistant"), **fields.optional("prompt_id")}
-    return {"prompt": fields.text("prompt"), "completion": fields.text("completion"), **fields.optional("prompt_id")}
+        return {**conversation(fields, "assistant"), **fields.ids("prompt_id")}
+    texts = {"prompt": fields.text("prompt"), "completion": fields.text("completion")}
+    return {**texts, **settings(fields), **fields.ids("prompt_id")}
+
+
+def _unpaired(fields: Fields) -> Record:
+    """An answer with a label, true where people found it good (Ethayarajh et al. 2024, KTO)."""
+    asked = prompt(fields)
+    answer = {"completion": fields.text("completion"), "label": fields.take("label", bool, "true or false")}
+    return {**asked, **answer, **fields.ids("labeler_id", "prompt_id")}
 
 
 def _comparison(fields: Fields) -> Record:
-    prompt = fields.prompt()
+    asked = prompt(fields)
     fields.not_both("responses", "chosen")
     if "chosen" in fields or "rejected" in fields:
         pair = [fields.take(name, str, "a string") for name in ("chosen", "rejected")]
@@ -128,7 +139,7 @@ def _comparison(fields: Fields) -> Record:
         responses, ranks = _ranked_responses(fields)
     if not any(response.strip() for response in responses):
         raise fields.error("responses", "at least one response with text in it", "only empty ones", "drop the record")
-    return {**prompt, "responses": responses, "ranks": ranks, **fields.optional("labeler_id", "prompt_id")}
+    return {**asked, "responses": responses, "ranks": ranks, **fields.ids("labeler_id", "prompt_id")}
 
 
 def _ranked_responses(fields: Fields) -> tuple[list[str], list[int]]:
@@ -150,11 +161,11 @@ def _ranked_responses(fields: Fields) -> tuple[list[str], list[int]]:
 
 
 def _prompt(fields: Fields) -> Record:
-    return {**fields.prompt(), **fields.optional("prompt_id", "use_case")}
+    return {**prompt(fields), **fields.ids("prompt_id"), **fields.optional("use_case")}
 
 
 def _rating(fields: Fields) -> Record:
-    ids = {name: fields.text(name) for name in ("output_id", "labeler_id")}
+    ids = {name: fields.identity(name) for name in ("output_id", "labeler_id")}
     likert = fields.take("likert", int, "a whole number from 1 to 7")
     if not 1 <= likert <= 7:
         raise fields.error("likert", "a whole number from 1 to 7", "one out of range")
@@ -166,6 +177,7 @@ _PARSERS: dict[str, Callable[[Fields], Record]] = {
     "demonstration": _demonstration,
     "comparison": _comparison,
     "prompt": _prompt,
+    "unpaired": _unpaired,
     "rating": _rating,
 }
 KINDS = tuple(_PARSERS)

@@ -1,6 +1,7 @@
 """How each record kind is stored as TFDS features, and the way there and back.
 
 Fields that a record may leave out are stored empty and left out again on reading; no record may hold them empty.
+A dataset that was prepared before there was a field is read as one whose records leave it out.
 """
 
 import json
@@ -10,7 +11,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-_OPTIONAL = frozenset({"prompt", "completion", "messages", "prompt_id", "labeler_id", "use_case", "extra"})
+_OPTIONAL = frozenset(
+    {
+        "prompt",
+        "completion",
+        "messages",
+        "tools",
+        "chat_template_kwargs",
+        "prompt_id",
+        "labeler_id",
+        "use_case",
+        "extra",
+    }
+)
 
 
 class _Form(NamedTuple):
@@ -24,9 +37,25 @@ def _as_is(value: Any) -> Any:
     return value
 
 
-def _decode_messages(columns: dict[str, Any]) -> list[dict[str, str]]:
-    pairs = zip(columns["role"], columns["content"], strict=True)
-    return [{"role": role.decode(), "content": content.decode()} for role, content in pairs]
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _encode_messages(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Role and content as text, and what few messages have, such as calls of tools, as JSON beside them."""
+    encoded = []
+    for message in messages:
+        more = {name: value for name, value in message.items() if name not in ("role", "content")}
+        encoded.append({"role": message["role"], "content": message["content"], "more": _json(more) if more else ""})
+    return encoded
+
+
+def _decode_messages(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    more = columns.get("more", [b""] * len(columns["role"]))
+    return [
+        {"role": role.decode(), "content": content.decode(), **(json.loads(rest) if rest else {})}
+        for role, content, rest in zip(columns["role"], columns["content"], more, strict=True)
+    ]
 
 
 def _vector(dtype: Any) -> Callable[[], Any]:
@@ -43,42 +72,38 @@ _FORMS = {
         lambda: tfds.features.Sequence(tfds.features.Text()), [], _as_is, lambda raw: [text.decode() for text in raw]
     ),
     "messages": _Form(
-        lambda: tfds.features.Sequence({"role": tfds.features.Text(), "content": tfds.features.Text()}),
+        lambda: tfds.features.Sequence({name: tfds.features.Text() for name in ("role", "content", "more")}),
         [],
-        _as_is,
+        _encode_messages,
         _decode_messages,
     ),
     "json": _Form(
         tfds.features.Text,
         {},
-        lambda value: json.dumps(value, ensure_ascii=False),
+        _json,
         lambda raw: json.loads(raw.decode()),
     ),
+    "bool": _Form(_scalar(np.bool_), False, _as_is, bool),
     "int": _Form(_scalar(np.int64), 0, _as_is, int),
     "float": _Form(_scalar(np.float32), 0.0, _as_is, float),
     "ints": _Form(_vector(np.int64), [], lambda value: np.asarray(value, np.int64), lambda raw: raw.tolist()),
     "bools": _Form(_vector(np.bool_), [], lambda value: np.asarray(value, np.bool_), lambda raw: raw.tolist()),
 }
 
+_ASKED = {
+    "prompt": "text",
+    "messages": "messages",
+    "tools": "json",
+    "chat_template_kwargs": "json",
+    "prompt_id": "text",
+    "extra": "json",
+}
 _TABLE: dict[str, dict[str, str]] = {
     "document": {"text": "text", "extra": "json"},
-    "demonstration": {
-        "prompt": "text",
-        "completion": "text",
-        "messages": "messages",
-        "prompt_id": "text",
-        "extra": "json",
-    },
-    "comparison": {
-        "prompt": "text",
-        "messages": "messages",
-        "responses": "texts",
-        "ranks": "ints",
-        "labeler_id": "text",
-        "prompt_id": "text",
-        "extra": "json",
-    },
-    "prompt": {"prompt": "text", "messages": "messages", "prompt_id": "text", "use_case": "text", "extra": "json"},
+    "demonstration": {**_ASKED, "completion": "text"},
+    "comparison": {**_ASKED, "responses": "texts", "ranks": "ints", "labeler_id": "text"},
+    "prompt": {**_ASKED, "use_case": "text"},
+    "unpaired": {**_ASKED, "completion": "text", "label": "bool", "labeler_id": "text"},
     "rating": {"output_id": "text", "labeler_id": "text", "likert": "int", "flags": "json", "extra": "json"},
     # One text with every rater's number: what judges and human agreement are computed from. Never read from JSONL.
     "rated_text": {
@@ -108,5 +133,5 @@ def encode(kind: str, record: dict[str, Any]) -> dict[str, Any]:
 
 def decode(kind: str, example: dict[str, Any]) -> dict[str, Any]:
     """A TFDS example as the canonical record it was made from."""
-    record = {name: _FORMS[form].decode(example[name]) for name, form in _TABLE[kind].items()}
+    record = {name: _FORMS[form].decode(example[name]) for name, form in _TABLE[kind].items() if name in example}
     return {name: value for name, value in record.items() if value or name not in _OPTIONAL}

@@ -17,13 +17,43 @@ from rlhfjax.data.datasets import fingerprint, open_source
 from rlhfjax.data.jsonl import prepare_jsonl
 from rlhfjax.errors import ConfigError, DataError
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "datasets"
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 EXTRA = st.fixed_dictionaries({}, optional={"note": ANY_TEXT, "nested": st.lists(st.floats(-1, 1) | st.none())})
+CALL = st.fixed_dictionaries({"type": st.just("function"), "function": st.fixed_dictionaries({"name": TEXT})})
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool"]), "content": ANY_TEXT},
+    optional={
+        "name": TEXT,
+        "tool_call_id": TEXT,
+        "reasoning_content": TEXT,
+        "of_a_template": st.integers(1, 9),
+        "weight": st.integers(0, 1),
+        "tool_calls": st.lists(CALL, min_size=1, max_size=2),
+    },
+)
 PROMPT = st.fixed_dictionaries({"prompt": TEXT}) | st.builds(
     lambda history, last: {"messages": [*history, {"role": "user", "content": last}]},
-    st.lists(st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": ANY_TEXT})),
+    st.lists(MESSAGE, max_size=3),
     TEXT,
+)
+SETTINGS = st.fixed_dictionaries(
+    {}, optional={"tools": st.lists(CALL, min_size=1, max_size=2), "chat_template_kwargs": st.just({"thinking": False})}
+)
+UNPAIRED = st.builds(
+    lambda prompt, settings, answer, label, extra: {
+        **prompt,
+        **settings,
+        "completion": answer,
+        "label": label,
+        **extra,
+    },
+    PROMPT,
+    SETTINGS,
+    TEXT,
+    st.booleans(),
+    EXTRA,
 )
 COMPARISON = st.builds(
     lambda prompt, ranked, ids, extra: {
@@ -66,15 +96,30 @@ def seen(data_dir: Path) -> list[str]:
 @given(
     documents=st.lists(st.builds(lambda t, e: {"text": t, **e}, TEXT, EXTRA), min_size=1, max_size=4),
     comparisons=st.lists(COMPARISON, min_size=1, max_size=4),
+    unpaired=st.lists(UNPAIRED, min_size=1, max_size=4),
     ratings=st.lists(RATING, min_size=1, max_size=3),
 )
-def test_round_trip(documents, comparisons, ratings):
+def test_round_trip(**given):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for kind, objects in [("document", documents), ("comparison", comparisons), ("rating", ratings)]:
+        for name, objects in given.items():
+            kind = {"documents": "document", "comparisons": "comparison", "ratings": "rating"}.get(name, name)
             source = str(write(folder / f"{kind}.jsonl", objects))
             records = open_source(source, "train", folder / "data", kind)
             assert [flat(record) for record in records] == objects
+
+
+def test_a_dataset_whose_messages_have_role_and_content_alone_is_still_read():
+    records = open_source("comparisons", "train", GOLDEN / "version_1", "comparison")
+    assert list(records) == [
+        {
+            "messages": [{"role": "user", "content": "How warm is it?"}],
+            "responses": ["21.", "Warm.", ""],
+            "ranks": [1, 2, 2],
+            "labeler_id": "anna",
+            "extra": {"source": "by hand"},
+        }
+    ]
 
 
 def test_demonstrations_of_both_forms_in_one_file(tmp_path):

@@ -14,6 +14,26 @@ from rlhfjax.errors import ConfigError, DataError
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 SYSTEM = {"role": "system", "content": ""}
 PAIR = {"prompt": "p", "responses": ["a", "b"], "ranks": [2, 1]}
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "warmth", "arguments": {"where": "here"}}}
+TOOL = {"type": "function", "function": {"name": "warmth", "parameters": {}}}
+CALLED = [
+    USER,
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "21", "tool_call_id": "c1"},
+    {"role": "assistant", "content": "21 degrees.", "reasoning_content": "It says 21.", "weight": 1, "name": "bot"},
+]
+WRITTEN = [  # the same as OpenAI's interface writes it
+    {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i", "image": None}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "tool_calls": [{**CALL, "function": {"name": "warmth", "arguments": '{"where": "here"}'}}],
+    },
+    {"role": "tool", "content": "21", "tool_call_id": "c1", "tool_calls": []},
+    {**CALLED[3], "weight": 1.0},
+]
 RATING = {"output_id": "o", "labeler_id": "l", "likert": 7, "flags": {"hate": True}}
 
 ACCEPTED = [
@@ -39,6 +59,22 @@ ACCEPTED = [
         {"messages": [USER, ASSISTANT, USER], "prompt_id": "1", "use_case": "chat"},
     ),
     ("rating", RATING, RATING),
+    ("rating", {**RATING, "labeler_id": 3, "output_id": 12}, {**RATING, "labeler_id": "3", "output_id": "12"}),
+    ("demonstration", {"messages": WRITTEN, "tools": [TOOL]}, {"messages": CALLED, "tools": [TOOL]}),
+    ("demonstration", {"messages": CALLED, "tools": [TOOL]}, {"messages": CALLED, "tools": [TOOL]}),
+    ("prompt", {"messages": CALLED[:3], "tools": [], "prompt_id": None}, {"messages": CALLED[:3]}),
+    (
+        "prompt",
+        {"messages": [{"role": "developer", "content": "d"}, USER], "chat_template_kwargs": {"enable_thinking": False}},
+        {"messages": [{"role": "developer", "content": "d"}, USER], "chat_template_kwargs": {"enable_thinking": False}},
+    ),
+    (
+        "unpaired",
+        {"messages": [USER], "completion": "c", "label": False, "labeler_id": 4},
+        {"messages": [USER], "completion": "c", "label": False, "labeler_id": "4"},
+    ),
+    ("unpaired", {"prompt": "p", "completion": "c", "label": True}, {"prompt": "p", "completion": "c", "label": True}),
+    ("demonstration", {"prompt": "p", "completion": "c", "messages": None}, {"prompt": "p", "completion": "c"}),
     ("document", {"text": "a", "source": None, "extra": 1}, {"text": "a", "extra": {"source": None, "extra": 1}}),
 ]
 
@@ -70,11 +106,15 @@ REFUSED = [
     ("prompt", {"messages": []}, "got an empty list"),
     ("prompt", {"messages": [USER, ASSISTANT]}, "from the user, got one from the assistant"),
     ("prompt", {"messages": "Hi"}, "messages: expected a list"),
-    ("prompt", {"messages": ["Hi"]}, "messages[0]: expected an object with exactly role and content, got a string"),
-    ("prompt", {"messages": [{"role": "user"}]}, "exactly role and content"),
-    ("prompt", {"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role: expected one of system, user"),
-    ("prompt", {"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content: expected a string"),
-    ("prompt", {"prompt": "p", "prompt_id": 7}, "prompt_id: expected a string, got a whole number"),
+    ("prompt", {"messages": ["Hi"]}, "messages[0]: expected an object with role and content, got a string"),
+    ("prompt", {"messages": [{"role": "user"}]}, "messages[0].content: expected a string, got null"),
+    ("prompt", {"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role: expected one of system, developer"),
+    (
+        "prompt",
+        {"messages": [{"role": "user", "content": ["x"]}]},
+        "messages[0].content[0]: expected a part of type text, got a string",
+    ),
+    ("prompt", {"prompt": "p", "prompt_id": 7.5}, "prompt_id: expected a string, got a number"),
     ("prompt", {"prompt": "p", "use_case": ""}, "use_case: expected text"),
     ("comparison", {"prompt": "p"}, "responses: expected this field"),
     ("comparison", {**PAIR, "ranks": [1]}, "one rank for each of 2 responses, got 1 ranks"),
@@ -91,7 +131,30 @@ REFUSED = [
     ("rating", {**RATING, "likert": 8}, "likert: expected a whole number from 1 to 7"),
     ("rating", {**RATING, "likert": True}, "got a boolean"),
     ("rating", {**RATING, "flags": []}, "flags: expected an object, got a list"),
-    ("rating", {**RATING, "labeler_id": 3}, "labeler_id: expected a string"),
+    ("rating", {**RATING, "labeler_id": [3]}, "labeler_id: expected a string"),
+    ("demonstration", {"prompt": "p", "completions": "c"}, "the fields completions, prompt (is 'completions' meant?)"),
+    ("demonstration", {"prompt": "p", "completion": "c", "label": False}, "label: expected a good answer"),
+    ("unpaired", {"prompt": "p", "completion": "c"}, "label: expected this field"),
+    ("unpaired", {"prompt": "p", "completion": "c", "label": 1}, "label: expected true or false, got a whole number"),
+    ("unpaired", {"messages": [USER, ASSISTANT], "completion": "c", "label": True}, "from the user, got one from the"),
+    ("unpaired", {"prompt": "p", "completion": " ", "label": True}, "completion: expected text"),
+    ("prompt", {"messages": [USER], "tools": "[]"}, "tools: expected a list of objects, got a string"),
+    ("prompt", {"messages": [USER], "tools": ["t"]}, "tools[0]: expected an object, got a string"),
+    ("prompt", {"messages": [USER], "chat_template_kwargs": []}, "chat_template_kwargs: expected an object"),
+    ("demonstration", {"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "messages[1].weight: expected 0"),
+    ("demonstration", {"messages": [USER, {**ASSISTANT, "name": 5}]}, "messages[1].name: expected a string"),
+    ("demonstration", {"messages": [USER, {**ASSISTANT, "tool_calls": {"id": 1}}]}, "tool_calls: expected a list"),
+    ("demonstration", {"messages": [USER, {**ASSISTANT, "tool_calls": [1]}]}, "tool_calls[0]: expected an object"),
+    (
+        "demonstration",
+        {"messages": [USER, {"role": "assistant", "content": None}]},
+        "content: expected a string, got null",
+    ),
+    (
+        "prompt",
+        {"messages": [{"role": "user", "content": [IMAGE]}]},
+        "content[0]: expected a part of type text, got 'image_url'",
+    ),
 ]
 
 

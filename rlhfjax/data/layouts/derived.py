@@ -1,0 +1,80 @@
+"""Record kinds that follow from another: a prompt from whatever has one, a demonstration from the best response."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from rlhfjax.data.fields import Fields
+from rlhfjax.data.layouts.layout import Convert, Layout, Object, Way
+
+_UNLABELLED = "rows whose label is false (bad answers are never demonstrations)"
+
+
+def layout(
+    name: str, fields: str, fits: Callable[[Object], bool], kind: str, convert: Convert, explain: str, omits: str = ""
+) -> Layout:
+    """A layout that was made for one record kind, with the other kinds that follow from it."""
+    way = Way(explain, convert, omits)
+    return Layout(name, fields, fits, {kind: way, **{other: make(way) for other, make in _FOLLOWS[kind].items()}})
+
+
+def _each(convert: Convert, change: Callable[[Object], list[Object]], fields: Fields) -> list[Object]:
+    return [changed for row in convert(fields) for changed in change(row)]
+
+
+def _following(change: Callable[[Object], list[Object]], words: str, omits: str, way: Way) -> Way:
+    both = "; ".join(reason for reason in (way.omits, omits) if reason)
+    return Way(f"{way.explain}; {words}", partial(_each, way.convert, change), both)
+
+
+def _best(row: Object) -> list[Object]:
+    """The response of the best rank (the first of those that share it) as the answer."""
+    if "responses" in row:
+        ranked = dict(row)
+        responses, ranks = ranked.pop("responses"), ranked.pop("ranks")
+        answer = responses[min(range(len(ranks)), key=ranks.__getitem__)]
+    else:
+        ranked = {name: value for name, value in row.items() if name != "rejected"}
+        answer = ranked.pop("chosen")
+    return [_answered(ranked, answer)]
+
+
+def _good(row: Object) -> list[Object]:
+    """An unpaired answer that people found good; none for one that they did not."""
+    rest = {name: value for name, value in row.items() if name not in ("completion", "label")}
+    return [_answered(rest, row["completion"])] if row["label"] is True else []
+
+
+def _answered(row: Object, answer: str) -> Object:
+    if row.get("messages") is None:
+        return {**row, "completion": answer}
+    return {**row, "messages": [*row["messages"], {"role": "assistant", "content": answer}]}
+
+
+def _asked(row: Object) -> list[Object]:
+    """What is to be answered: messages without the last answer, or the prompt."""
+    rest = {
+        name: value
+        for name, value in row.items()
+        if name not in ("completion", "responses", "ranks", "chosen", "rejected", "label", "labeler_id")
+    }
+    messages = rest.get("messages")
+    if messages and messages[-1].get("role") == "assistant":
+        rest["messages"] = messages[:-1]
+    return [rest]
+
+
+_prompts = partial(_following, _asked, "of it the prompt alone", "")
+_FOLLOWS: Mapping[str, Mapping[str, Callable[[Way], Way]]] = {
+    "comparison": {
+        "demonstration": partial(_following, _best, "of it the best response as the answer", ""),
+        "prompt": _prompts,
+    },
+    "unpaired": {
+        "demonstration": partial(_following, _good, "of it the answers with label true", _UNLABELLED),
+        "prompt": _prompts,
+    },
+    "demonstration": {"prompt": _prompts},
+    "prompt": {},
+    "document": {},
+    "rating": {},
+}
