@@ -213,7 +213,9 @@ class Tokenizer(Section):
 class Optimizer(Section):
     """A direction (`_bf16`: its first moments in bfloat16) and a schedule. Adafactor has no `b1`, `b2` and `eps`.
 
-    `final` and `warmup_from` are fractions of `lr`; `clip_norm` null means no clipping.
+    `final` and `warmup_from` are fractions of `lr`; `clip_norm` null means no clipping. With `ema_decay` d a stage
+    hands on, and measures on held-out data, the average of its parameters: after n updates those of update i weigh
+    d^(n - i), those it began with nothing.
 
     `noam` is lr x width^-0.5 x min(step^-0.5, step x warmup_steps^-1.5) (Vaswani et al. 2017, eq. 3; they take lr 1,
     warmup_steps 4000, b2 0.98, eps 1e-9); it has no `final` and no `warmup_from`.

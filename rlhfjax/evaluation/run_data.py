@@ -16,13 +16,15 @@ STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
 
 @dataclass(frozen=True)
 class ReportData:
-    """A run as the report sees it; whatever did not run is empty. `metrics[stage]` is one dict a step."""
+    """A run as the report sees it; whatever did not run is empty. `metrics[stage]` is one dict a step, `served[stage]`
+    the step that a finished stage hands on."""
 
     name: str
     config: str = ""
     attempts: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     evaluation: Evaluation | None = None
+    served: dict[str, int] = field(default_factory=dict)
 
     @property
     def stages(self) -> list[str]:
@@ -66,7 +68,15 @@ def read_run(run_dir: str | Path) -> ReportData:
         attempts=_read_lines(root / "manifest.jsonl"),
         metrics={stage: _last_of_each_step(_read_lines(root / stage / "metrics.jsonl")) for stage in folders},
         evaluation=Evaluation.from_json(evaluation.read_text("utf-8"), evaluation) if evaluation.is_file() else None,
+        served={path.parent.name: step for path in root.glob("*/complete.json") if (step := _step(path)) is not None},
     )
+
+
+def _step(path: Path) -> int | None:
+    try:
+        return int(json.loads(path.read_text("utf-8"))["step"])
+    except (ValueError, KeyError, TypeError):  # a stage without steps
+        return None
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -91,7 +91,10 @@ def _losses(run: ReportData) -> Section:
             ranked = bool(run.series(stage, "train/rm/loss")[0].size)
             figure = plots.loss_curves(series, "nats a pair" if ranked else "nats a token")
             found.append(_plot(stage, figure, f"loss-{stage}", f"Loss of the {stage} stage over its steps"))
-    note = "Training loss by step (thin: as logged, thick: running mean) and loss on held-out data."
+    note = (
+        "Training loss by step (thin: as logged, thick: running mean) and loss on held-out data, of the weights that "
+        "the stage would hand on at that step: of their moving average where it keeps one."
+    )
     return Section("Losses", note, found)
 
 
@@ -104,7 +107,8 @@ def _online(run: ReportData, stage: str) -> Section:
             found.append(_plot(title, figure, f"{stage}-{i}", f"{title} over the steps of {stage}"))
     note = (
         "A score that rises while entropy, length or the share of responses that end falls is a policy that found a "
-        "weakness of its reward model."
+        "weakness of its reward model. All of it is of the policy that samples and trains. Where the stage keeps a "
+        "moving average, that is what it hands on, and what the other sections measure."
     )
     return Section(f"Online training: {stage}", note, found)
 

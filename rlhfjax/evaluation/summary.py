@@ -37,11 +37,19 @@ def _figure(run: ReportData, stage: str, timed: bool) -> str:
 
 def _loss_figure(run: ReportData, stage: str) -> str:
     _, train = run.series(stage, "loss/train")
-    _, validation = run.series(stage, "loss/validation")
     if not train.size:
         return ""
     figure = f"loss {number(train[0])} → {number(train[-1])} nats a token"
-    return f"{figure}, held out {number(validation[-1])}" if validation.size else figure
+    held_out = _of_served(run, stage, "loss/validation")
+    return figure if held_out is None else f"{figure}, held out {number(held_out)}"
+
+
+def _of_served(run: ReportData, stage: str, metric: str) -> float | None:
+    """The metric at the step that the stage hands on, which need not be its last; at the last where that is unknown."""
+    steps, values = run.series(stage, metric)
+    if not values.size:
+        return None
+    return float(values[steps == run.served[stage]][-1] if run.served.get(stage) in steps else values[-1])
 
 
 def _reward_figure(run: ReportData) -> str:
@@ -50,15 +58,26 @@ def _reward_figure(run: ReportData) -> str:
     for measure, said in (("within_heldout", "held-out labelers"), ("comparisons", "held-out comparisons")):
         if model and model.values.get(measure):
             return f"orders {percent_interval(model.values[measure])} of pairs as {said}"
-    _, accuracy = run.series("reward", "eval/rm/accuracy", "train/rm/accuracy")
-    return f"orders {percent(accuracy[-1])} of pairs right" if accuracy.size else ""
+    held_out, (_, training) = _of_served(run, "reward", "eval/rm/accuracy"), run.series("reward", "train/rm/accuracy")
+    if held_out is not None:
+        return f"orders {percent(held_out)} of held-out pairs right"
+    return f"orders {percent(training[-1])} of its last training pairs right" if training.size else ""
 
 
 def _online_figure(run: ReportData, stage: str) -> str:
+    """What the policy did that sampled in training, and what the one does that was handed on, where it was evaluated.
+
+    The two differ by the moving average, by the prompts and by the sampling settings.
+    """
     _, kl = run.series(stage, "objective/kl")
     _, scores = run.series(stage, "objective/scores")
     figure = f"KL {number(kl[-1], 1)} nats a response"
-    return f"score {number(scores[0])} → {number(scores[-1])}, {figure}" if scores.size else figure
+    figure = f"score {number(scores[0])} → {number(scores[-1])}, {figure}" if scores.size else figure
+    rows = run.evaluation.policies if run.evaluation else []
+    served = next((row for row in rows if row.name == stage), None)
+    if served is None or served.reward is None or served.kl is None:
+        return f"{figure}, in training"
+    return f"{figure}, in training; served: score {number(served.reward)}, KL {number(served.kl, 1)}"
 
 
 def _evaluation_figure(run: ReportData) -> str:

@@ -20,6 +20,7 @@ from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.guarded import go_back, restored_counts
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.meters import Meter
+from rlhfjax.training.averaging import handed_on
 from rlhfjax.training.checkpoint import Checkpoints, meta_of
 from rlhfjax.training.flops import OfflineFlops, forward_flops, seen_by
 from rlhfjax.training.guards import Guard, Memory, memory_of, with_rollbacks
@@ -83,7 +84,9 @@ def train_stage(
     last_measured: dict[str, float] = {}
 
     def measure(state: TrainState, step: int) -> dict[str, float]:
-        measured = validate(join(fixed, state.params), opened) if step % c.validate_every == 0 or step == steps else {}
+        if step % c.validate_every and step != steps:
+            return {}
+        measured = validate(join(fixed, handed_on(state)), opened)
         last_measured.update(measured)
         return measured
 
@@ -146,8 +149,7 @@ def train_stage(
     with held(), closing(checkpoints), closing(writer), closing(watch):
         back = partial(go_back, job, guard, checkpoints, writer, restore)
         state = with_rollbacks(train, state, back)
-        # What is served is finished: the moving average where one is kept.
-        served, facts = finish(join(frozen, state.params if state.average is None else state.average))
+        served, facts = finish(join(frozen, handed_on(state)))
         trained = split(served)[1]
         sizes = {"parameters": _size(served)} | ({"trainable_parameters": _size(trained)} if frozen else {})
         facts = {"step": steps} | sizes | facts | ahead.facts | watch.facts() | writer.gaps() | guard.memory.told()

@@ -44,7 +44,11 @@ from rlhfjax.types import OnlineState, Params, PromptBatch, Rollout, TokenBatch,
 
 
 def ppo(job: Job) -> Facts:
-    """Sample, score against the reward model and the frozen SFT policy, estimate advantages, update; c.steps times."""
+    """Sample, score against the reward model and the frozen SFT policy, estimate advantages, update; c.steps times.
+
+    With `optimizer.ema_decay` the moving average of the policy is handed on. What samples is the policy itself, and the
+    metrics are of that one: importance ratios and the KL penalty are those of the distribution that was sampled.
+    """
     c: schema.Ppo = job.config
     policy_model, policy = job.policy_from("sft", "pretrain")
     reward_model, reward = job.load("reward")
@@ -272,7 +276,10 @@ def compiled_steps(
 
 
 def sample_rows(job: Job, rollout: Rollout) -> list[dict[str, Any]]:
-    """Rows for samples.jsonl: what was asked, what was said, how it scored."""
+    """Rows for samples.jsonl: what was asked, what the policy that trains said, how it scored.
+
+    The policy that is handed on may be its moving average: the evaluation samples from that one.
+    """
     count = job.run.logging.samples
     some = processes.fetch(jax.tree.map(lambda x: x[:count], rollout))
     kl = jax.device_get(kl_estimate(some.log_probs, some.ref_log_probs, "k1")) * some.response_mask

@@ -1,20 +1,27 @@
-"""Every metric of metrics.jsonl: its unit, what it is taken over, and how it becomes one number. Imports no jax.
+"""Every metric of metrics.jsonl: its unit, what it is taken over, how it becomes one number, of which weights it is.
+
+Imports no jax.
 
 Sums over tokens run over real response tokens, the one that ended the response included; prompts and padding never
 count. Batch means are over the global batch, whatever the number of devices, minibatches or micro batches.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One column of metrics.jsonl; `mask` says which elements count, `reduction` how they become one number."""
+    """One column of metrics.jsonl; `mask` says which elements count, `reduction` how they become one number.
+
+    `weights` are those that the optimizer moves (`trained`; in PPO they also sample) or those that the stage hands on
+    (`served`). The two differ where `optimizer.ema_decay` keeps a moving average.
+    """
 
     name: str
     unit: str
     mask: str
     reduction: str
+    weights: str = field(default="trained", kw_only=True)
     meaning: str
 
 
@@ -156,8 +163,16 @@ _SPEED = (
       for part in ("reshard", "rollout", "score", "estimate", "update", "host")),
 )  # fmt: skip
 
+_SERVED = ("loss/validation", "eval/")
+_OF_NO_MODEL = ("step", "episode", "lr", "guard/", "objective/kl_coef", "policy/epochs_run", "perf/", "timing/")
+
+
+def _weights(name: str) -> str:
+    return "served" if name.startswith(_SERVED) else "-" if name.startswith(_OF_NO_MODEL) else "trained"
+
+
 METRICS: dict[str, Metric] = {
-    metric.name: metric
+    metric.name: replace(metric, weights=_weights(metric.name))
     for group in (_LEARNING, _GUARDS, _ROUTERS, _REWARD_MODEL, _PREFERENCES, _OBJECTIVE, _UPDATE, _GUESSES, _SPEED)
     for metric in group
 }

@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Bool
 
 from rlhfjax.algorithms.mix import Mix, MixedBatch
+from rlhfjax.training.averaging import moved_average
 from rlhfjax.types import Params, Skipped, TrainState
 
 Pack = Callable[[Any], tuple[Any, Array]]
@@ -84,13 +85,13 @@ def _mixed_gradients(
 def apply_gradients(
     optimizer: optax.GradientTransformation, state: TrainState, grads: Params, ema_decay: float | None = None
 ) -> TrainState:
-    """One optimizer step; the average moves as average = decay x average + (1 - decay) x params."""
+    """One optimizer step, after which the average moves (`moved_average`); skipped updates do not count for it."""
     updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     average = state.average
     if average is not None and ema_decay is not None:
-        tracked = params.get("policy", params)
-        average = optax.incremental_update(tracked, average, 1.0 - ema_decay)
+        taken = state.step - state.skipped.total + 1
+        average = moved_average(average, params.get("policy", params), ema_decay, taken)
     return replace(state, params=params, optimizer=opt_state, step=state.step + 1, average=average)
 
 

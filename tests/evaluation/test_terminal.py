@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -7,7 +8,10 @@ from rlhfjax.evaluation.display import change, duration, number, one_line, perce
 from rlhfjax.evaluation.results import Evaluation, Response, Sample
 from rlhfjax.evaluation.run_data import ReportData, read_run
 from rlhfjax.evaluation.statistics import Interval
+from rlhfjax.evaluation.summary import summary_rows
 from rlhfjax.evaluation.terminal import samples_table, summary_table
+
+from .conftest import write_lines
 
 HARD = "\u00a0"
 
@@ -23,6 +27,21 @@ def test_summary_says_what_each_stage_did(run_dir):
     shown = printed(summary_table(read_run(run_dir)))
     for said in ("3 min 11 s", "60.4 % [58.6, 62.1]", "77.0 % [71.0, 81.0] (ridge judge)", "held out"):
         assert said in shown
+
+
+def test_summary_is_of_what_is_handed_on(run_dir, evaluation):
+    """SFT chose step 2 of 3, whose held-out loss is 4. The average that PPO hands on has a KL of its own."""
+    rows = [
+        {"step": step, "loss/train": 9.0 - step, "loss/validation": loss} for step, loss in ((1, 6), (2, 4), (3, 5))
+    ]
+    write_lines(run_dir / "sft" / "metrics.jsonl", rows)
+    (run_dir / "sft" / "complete.json").write_text('{"step": 2}', "utf-8")
+    (run_dir / "tokenizer").mkdir()
+    (run_dir / "tokenizer" / "complete.json").write_text('{"vocab_size": 300}', "utf-8")
+    figures = {row.stage: row.figure for row in summary_rows(read_run(run_dir))}
+    assert figures["sft"] == "loss 8.00 → 6.00 nats a token, held out 4.00"
+    assert figures["ppo"].endswith(" nats a response, in training; served: score 1.13, KL 3.6")
+    assert summary_rows(replace(read_run(run_dir), evaluation=None))[4].figure.endswith("nats a response, in training")
 
 
 def test_summary_of_a_run_that_did_nothing():

@@ -8,6 +8,7 @@ import sys
 from itertools import pairwise
 
 import jax
+import numpy as np
 import pytest
 
 import rlhfjax
@@ -195,6 +196,22 @@ def test_the_evaluated_loss_is_that_of_the_training(finished, metrics):
     assert made.heldout_losses["pretrain"]["documents.jsonl"] == pytest.approx(last, abs=1e-5)
 
 
+def test_held_out_figures_are_of_the_model_that_is_handed_on(finished, files, metrics):
+    """Both stages keep a moving average: document by document from its logits, and pair by pair by the evaluation."""
+    model = rlhfjax.load(finished / "pretrain")
+    t, windows = model.tokenizer, []
+    for record in rows_of(files / "documents.jsonl"):
+        row = [t.bos_id, *t.encode(record["text"]), t.eos_id]
+        windows += [row[i : i + 32] for i in range(0, len(row) - 1, 31)]
+    tokens, mask = right_padded(windows, t.pad_id)
+    log_probs = jax.nn.log_softmax(model.logits(tokens, mask))[:, :-1]
+    targets = np.take_along_axis(np.asarray(log_probs), tokens[:, 1:, None], axis=2)[:, :, 0]
+    assert metrics["pretrain"][-1]["loss/validation"] == pytest.approx(-targets[mask[:, 1:]].mean(), abs=1e-5)
+    made = Evaluation.from_json((finished / "evaluate" / "evaluation.json").read_text(encoding="utf-8"))
+    share = made.reward_accuracy[0].values["comparisons"].estimate
+    assert metrics["reward"][-1]["eval/rm/accuracy"] == pytest.approx(share, abs=1e-6)
+
+
 # The models ----------------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +233,7 @@ def test_stages_start_from_each_other(finished):
         return tree[f"{item}{decoder}['embed']['embedding']"]
 
     for one, other, updates in (
-        (("sft", "policy"), ("pretrain", "policy"), STEPS),
+        (("sft", "policy"), ("pretrain", "average"), STEPS),
         (("reward", "reward"), ("sft", "policy"), STEPS),
         (("ppo", "policy"), ("sft", "policy"), STEPS * 4),
         (("ppo", "value"), ("reward", "reward"), STEPS * 4),

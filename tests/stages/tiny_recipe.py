@@ -66,7 +66,7 @@ def recipe(files: Path) -> dict:
                 "data": data("documents"),
                 "validation": data("documents"),
                 "batch": {"size": 8, "length": 32},
-            } | offline,
+            } | offline | {"optimizer": optimizer | {"ema_decay": 0.9}},
             "sft": {
                 "data": data("demonstrations"),
                 "batch": {"size": 16, "micro": 8, "length": 24, "overlong": "drop"},

@@ -12,7 +12,7 @@ from tiny import VOCAB, cross_entropy_from, experience, lenient, log_probs_from,
 from rlhfjax.algorithms import LanguageModelling, Mix, Ppo
 from rlhfjax.stages.ppo import ppo_optimizer
 from rlhfjax.training.update import all_finite, apply_gradients, offline_step, online_update
-from rlhfjax.types import TrainState
+from rlhfjax.types import Skipped, TrainState
 
 ROWS, COEF = 8, 3.0
 
@@ -177,12 +177,12 @@ def test_kl_stop_leaves_the_state_bit_for_bit_where_it_was():
 
 
 def test_the_average_follows_the_policy_alone():
-    # average_n = d^n p_0 + (1 - d) Σ d^(n-k) p_k. Meant to catch d and 1 - d exchanged
-    state, decay, update = start(average=True), 0.9, updater(PPO, ema_decay=0.9)
-    expected = np.asarray(state.average["embedding"], np.float64)
+    # average_3 = (d² p_1 + d p_2 + p_3) / (d² + d + 1). Meant to catch d and 1 - d exchanged, and a share of p_0
+    state, passed, update = start(average=True), [], updater(PPO, ema_decay=0.9)
     for step in range(3):
         state, _ = update(state, seed=step)
-        expected = decay * expected + (1 - decay) * np.asarray(state.params["policy"]["embedding"], np.float64)
+        passed.append(np.asarray(state.params["policy"]["embedding"], np.float64))
+    expected = (0.81 * passed[0] + 0.9 * passed[1] + passed[2]) / 2.71
     assert set(state.average) == {"embedding"}
     np.testing.assert_allclose(state.average["embedding"], expected, rtol=1e-5, atol=1e-6)
     assert np.abs(expected - np.asarray(state.params["policy"]["embedding"])).max() > 0.01
@@ -193,11 +193,12 @@ def test_the_average_of_an_offline_model_is_of_all_of_it():
     sgd = optax.sgd(1.0)
     state = TrainState(params, sgd.init(params), jnp.int32(4), params)
     gradient = jax.tree.map(jnp.ones_like, params)
-    moved = apply_gradients(sgd, state, gradient, ema_decay=0.75)
+    # Step 5, two of the four before having been skipped, is the third update: it weighs 1 / (1 + 3/4 + 9/16) = 16/37.
+    moved = apply_gradients(sgd, replace(state, skipped=Skipped(jnp.int32(2), jnp.int32(0))), gradient, ema_decay=0.75)
     assert moved.step == 5
     for name in params:
         np.testing.assert_allclose(moved.params[name], 0.0)
-        np.testing.assert_allclose(moved.average[name], 0.75)
+        np.testing.assert_allclose(moved.average[name], 21 / 37, rtol=1e-6)
     assert apply_gradients(sgd, replace(state, average=None), gradient).average is None
 
 
