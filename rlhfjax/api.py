@@ -104,12 +104,13 @@ class Model:
         self._check_length(max(map(len, rows)) + max_new_tokens)
         sampling = SamplingParams(
             max_new_tokens,
-            *self._ends(),
+            self._ends()[0],
+            self._pad_id,
             temperature,
             top_k,
             top_p,
             min_p=min_p,
-            stop_ids=tuple(int(i) for i in stop_ids),
+            stop_ids=(*self._ends()[1:], *(int(i) for i in stop_ids)),
             top_log_probs=top_log_probs,
             speculation=self._speculation(speculate),
         )
@@ -139,7 +140,8 @@ class Model:
         rows = self._prompt_ids(prompts)
         if not rows:
             return []
-        search = BeamParams(max_new_tokens, *self._ends(), beams, length_penalty)
+        stop, *others = self._ends()
+        search = BeamParams(max_new_tokens, stop, self._pad_id, beams, length_penalty, tuple(others))
         return self._completions(self._beam_search(self.params, self._prompt_batch(rows, max_new_tokens), search))
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[np.ndarray, "B"]:
@@ -201,13 +203,17 @@ class Model:
         return rows
 
     def _prompt_batch(self, rows: list[list[int]], max_new_tokens: int) -> PromptBatch:
-        tokens, mask = left_padded(rows, self._ends()[1])
+        tokens, mask = left_padded(rows, self._pad_id)
         self._check_length(tokens.shape[1] + max_new_tokens)
         return PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
 
-    def _ends(self) -> tuple[int, int]:
-        """The token that ends a response, and the one that fills what follows."""
-        return (_NEVER, 0) if self.tokenizer is None else (self.tokenizer.eos_id, self.tokenizer.pad_id)
+    def _ends(self) -> tuple[int, ...]:
+        """The tokens that end a response."""
+        return (_NEVER,) if self.tokenizer is None else self.tokenizer.end_ids
+
+    @property
+    def _pad_id(self) -> int:
+        return 0 if self.tokenizer is None else self.tokenizer.pad_id
 
     def _speculation(self, tokens: int) -> Speculation | None:
         if not tokens:
@@ -228,7 +234,7 @@ class Model:
             if made.top_ids is not None:
                 pairs = zip(made.top_ids[row][kept].tolist(), made.top_log_probs[row][kept].tolist(), strict=True)
                 top = tuple(dict(zip(*pair, strict=True)) for pair in pairs)
-            text = "" if t is None else t.decode(ids)
+            text = "" if t is None else t.decode_continuation(ids, int(made.prompt[row][-1]))
             calls = None if made.counts is None else int(made.counts[row, 0])
             completions.append(Completion(text, ids, log_probs[kept].tolist(), reason, top, calls))
         return completions

@@ -12,6 +12,7 @@ from tiny import left_mask, params_of, random_tokens, right_mask, scalar_params_
 import rlhfjax
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.text.chat import encode_prompt, encode_response
+from rlhfjax.text.loading import load_tokenizer, to_huggingface
 from rlhfjax.text.tokenizer import Tokenizer
 from rlhfjax.training.checkpoint import Checkpoints, meta_of
 
@@ -172,6 +173,20 @@ def test_stop_ids_and_the_likeliest_tokens(policy):
     assert (cut.finish_reason, cut.top_log_probs) == ("stop", ())
     [[likeliest]] = policy.generate(["the"], max_new_tokens=8, min_p=1.0)
     assert likeliest.tokens == free.tokens
+
+
+def test_any_end_that_the_tokenizer_names_ends_a_response(policy, tokenizer, tmp_path):
+    # fails where the first alone ends one: seen
+    [[free]] = policy.generate(["the"], max_new_tokens=8, temperature=0.0)
+    for name, text in to_huggingface(tokenizer).items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, free.tokens[3]]}))
+    several = rlhfjax.Model("policy", policy.network, policy.params, load_tokenizer(tmp_path))
+    [[cut]] = several.generate(["the"], max_new_tokens=8, temperature=0.0)
+    assert cut.tokens == free.tokens[: free.tokens.index(free.tokens[3]) + 1]
+    assert cut.finish_reason == "stop"
+    [best] = several.beam_search(["the"], beams=1, max_new_tokens=8, length_penalty=0.0)
+    assert free.tokens[3] not in best.tokens[:-1]
 
 
 def test_nothing_to_generate_is_nothing(policy):

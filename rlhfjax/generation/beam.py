@@ -1,6 +1,6 @@
 """Beam search: the best response that a search of fixed width finds, compiled, on any model with a cache.
 
-What competes is what sampling could draw: responses with the stop token, and those cut off at `max_new_tokens`. Every
+What competes is what sampling could draw: responses with a stop token, and those cut off at `max_new_tokens`. Every
 open beam is offered its end at every step, so a good ending is not lost to beams that go on.
 """
 
@@ -18,13 +18,18 @@ from rlhfjax.types import Params, PromptBatch, Rollout
 
 @dataclass(frozen=True)
 class BeamParams:
-    """How to search; `stop_id` ends a response, `pad_id` fills what follows."""
+    """How to search; `stop_id` and each of `stop_ids` end a response, `pad_id` fills what follows."""
 
     max_new_tokens: int
     stop_id: int
     pad_id: int
     beams: int = 4
     length_penalty: float = 0.6
+    stop_ids: tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> Int[Array, "E"]:
+        return jnp.asarray((self.stop_id, *self.stop_ids), jnp.int32)
 
 
 class _Beams(NamedTuple):
@@ -75,10 +80,11 @@ def beam_search(model: Sampler, params: Params, prompts: PromptBatch, search: Be
 
 
 def _ends(opened: _Beams, log_p: Float[Array, "B K V"], t: Array, search: BeamParams) -> _Beams:
-    """Every open beam with the stop token at slot t."""
-    stop = log_p[:, :, search.stop_id]
+    """Every open beam with its likeliest stop token at slot t; any other would end it at the same length, for less."""
+    stops = log_p[:, :, search.ends]
+    stop, token = stops.max(axis=-1), search.ends[stops.argmax(axis=-1)]
     score = (opened.score + stop) / length_normalizer(t + 1, search.length_penalty)
-    return _Beams(opened.tokens.at[:, :, t].set(search.stop_id), opened.log_probs.at[:, :, t].set(stop), score)
+    return _Beams(opened.tokens.at[:, :, t].set(token), opened.log_probs.at[:, :, t].set(stop), score)
 
 
 def _cut_off(opened: _Beams, search: BeamParams) -> _Beams:
@@ -87,9 +93,9 @@ def _cut_off(opened: _Beams, search: BeamParams) -> _Beams:
 
 
 def _continued(opened: _Beams, log_p: Float[Array, "B K V"], t: Array, search: BeamParams) -> tuple[_Beams, Array]:
-    """The K likeliest continuations without the stop token, and the beam that each goes on from."""
+    """The K likeliest continuations without a stop token, and the beam that each goes on from."""
     batch, beams, vocabulary = log_p.shape
-    going_on = log_p.at[:, :, search.stop_id].set(-jnp.inf)
+    going_on = log_p.at[:, :, search.ends].set(-jnp.inf)
     score, place = jax.lax.top_k((opened.score[:, :, None] + going_on).reshape(batch, -1), beams)
     parent, token = place // vocabulary, place % vocabulary
     kept = _take(opened, parent)
@@ -109,7 +115,7 @@ def _take(beams: Any, chosen: Int[Array, "B N"]) -> Any:
 
 def _rollout(prompts: PromptBatch, best: _Beams, search: BeamParams) -> Rollout:
     tokens, log_probs = best.tokens[:, 0], best.log_probs[:, 0]
-    stops = (tokens == search.stop_id).astype(jnp.int32)
+    stops = jnp.isin(tokens, search.ends).astype(jnp.int32)
     mask = jnp.cumsum(stops, axis=1) == stops  # up to the first stop token, of which there is at most one
     tokens, log_probs = jnp.where(mask, tokens, search.pad_id), jnp.where(mask, log_probs, 0.0)
     return Rollout(prompts.tokens, prompts.mask, tokens, mask, (stops > 0).any(axis=1), log_probs)

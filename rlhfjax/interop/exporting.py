@@ -109,8 +109,8 @@ def _described(config: DecoderConfig, params: Params, tokenizer: AnyTokenizer | 
 def _generation(described: Mapping[str, Any], tokenizer: AnyTokenizer | None) -> dict[str, Any]:
     """generation_config.json: which ids begin, pad and end a text. Sampling is whoever asks for it to choose."""
     ids = {name: described[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in described}
-    if isinstance(tokenizer, HuggingFaceTokenizer) and len(tokenizer.eos_ids) > 1:
-        ids["eos_token_id"] = list(tokenizer.eos_ids)
+    if tokenizer is not None and len(tokenizer.end_ids) > 1:
+        ids["eos_token_id"] = list(tokenizer.end_ids)
     return {name: index for name, index in ids.items() if index is not None}
 
 
@@ -121,7 +121,7 @@ def _padding_apart(tokenizer: AnyTokenizer | None) -> AnyTokenizer | None:
     """
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer
-    ends = {*tokenizer.eos_ids, tokenizer.eos_id}
+    ends = set(tokenizer.end_ids)
     if tokenizer.pad_id not in ends:
         return tokenizer
     taken = ends | {tokenizer.bos_id}

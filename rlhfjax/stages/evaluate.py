@@ -145,7 +145,7 @@ def respond(
             response = rollout.response[i][rollout.response_mask[i]].tolist()
             made.prompts.append(job.tokenizer.decode(prompt))
             made.texts.append(_judged_text(c, job.tokenizer.decode(prompt + response)))
-            made.answers.append(job.tokenizer.decode(response))
+            made.answers.append(job.tokenizer.decode_continuation(response, prompt[-1]))
             made.tokens.append(response)
             made.ended.append(bool(rollout.finished[i]))
             made.kl.append(float(kl[i]))
@@ -217,7 +217,8 @@ class _RewardScorer:
         """One score a pair; equal pairs are computed once. A text beyond the context is read without its end."""
         distinct = list(dict.fromkeys(zip(prompts, responses, strict=True)))
         t, size, limit = self.job.tokenizer, 64, self.model.config.context
-        rows = [[*[*prompt, *t.encode(response)][: limit - 1], t.eos_id] for prompt, response in distinct]
+        texts = [t.encode_continuation(response, after=prompt[-1]) for prompt, response in distinct]
+        rows = [[*[*prompt, *ids][: limit - 1], t.eos_id] for (prompt, _), ids in zip(distinct, texts, strict=True)]
         order = np.argsort([len(row) for row in rows], kind="stable")  # batches of like lengths need less padding
         scores = np.zeros(len(rows), np.float32)
         for start in range(0, len(rows), size):

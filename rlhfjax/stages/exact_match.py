@@ -29,7 +29,8 @@ def exact_match(job: Job, model: SequenceModel, params: Params) -> dict[str, flo
     c: schema.Evaluate = job.config
     assert c.exact_match is not None
     t, e = job.tokenizer, c.exact_match
-    search = BeamParams(c.sampling.max_new_tokens, t.eos_id, t.pad_id, e.beams, e.length_penalty)
+    stop, *others = t.end_ids
+    search = BeamParams(c.sampling.max_new_tokens, stop, t.pad_id, e.beams, e.length_penalty, tuple(others))
     best = jax.jit(partial(beam_search, model, search=search))
     shares = {}
     for entry in e.data:
@@ -40,8 +41,8 @@ def exact_match(job: Job, model: SequenceModel, params: Params) -> dict[str, flo
             rows = (np.arange(start, start + c.batch.size) % len(pairs)).astype(np.int32)
             batch = PromptBatch(jnp.asarray(tokens[rows]), jnp.asarray(mask[rows]), jnp.asarray(rows))
             made = processes.fetch(best(params, place_batch(job.mesh, batch)))
-            for i, (_, response) in enumerate(pairs[start : start + c.batch.size]):
-                said = t.decode(made.response[i][made.response_mask[i]].tolist())
-                right += bool(made.finished[i]) and said == t.decode(response)
+            for i, (prompt, response) in enumerate(pairs[start : start + c.batch.size]):
+                said = t.decode_continuation(made.response[i][made.response_mask[i]].tolist(), prompt[-1])
+                right += bool(made.finished[i]) and said == t.decode_continuation(response, prompt[-1])
         shares[f"{entry.source}@{entry.split}"] = right / len(pairs)
     return shares

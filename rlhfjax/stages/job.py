@@ -161,9 +161,12 @@ def new_model(settings: schema.Model, vocab_size: int, start_id: int = 0) -> Seq
 
 
 def sampling_params(sampling: schema.Sampling, tokenizer: AnyTokenizer) -> SamplingParams:
-    """The sampler's settings; raises ConfigError when `stop` is not a single token."""
-    stop = [tokenizer.eos_id] if sampling.stop is None else tokenizer.encode(sampling.stop)
-    if len(stop) != 1:
+    """The sampler's settings: a response ends with any id that ends one in the tokenizer, or with `stop` alone.
+
+    Raises ConfigError when `stop` is not a single token.
+    """
+    stop = list(tokenizer.end_ids) if sampling.stop is None else tokenizer.encode_continuation(sampling.stop)
+    if sampling.stop is not None and len(stop) != 1:
         raise ConfigError(
             f"sampling.stop: expected text of one token, got {sampling.stop!r}, which is {len(stop)}; give a shorter "
             "text, or leave it out to stop at EOS"
@@ -181,8 +184,15 @@ def sampling_params(sampling: schema.Sampling, tokenizer: AnyTokenizer) -> Sampl
         stop_after=sampling.stop_after,
         speculation=speculation,
         min_p=sampling.min_p,
+        stop_ids=tuple(stop[1:]),
         slots=default_slots(),
     )
+
+
+def plain_sampling(new_tokens: int, tokenizer: AnyTokenizer) -> SamplingParams:
+    """The policy as it is, at temperature 1, up to any id that ends a response."""
+    stop, *others = tokenizer.end_ids
+    return SamplingParams(new_tokens, stop, tokenizer.pad_id, stop_ids=tuple(others), slots=default_slots())
 
 
 def default_slots() -> int:

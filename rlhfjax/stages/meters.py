@@ -13,10 +13,10 @@ from rlhfjax.algorithms.language_modelling import predicted
 from rlhfjax.config import schema
 from rlhfjax.data.batches import left_padded
 from rlhfjax.data.pipeline import Batches
-from rlhfjax.generation import SamplingParams, generate
+from rlhfjax.generation import generate
 from rlhfjax.models import SequenceModel
 from rlhfjax.sharding import place_share
-from rlhfjax.stages.job import Job, default_slots
+from rlhfjax.stages.job import Job, plain_sampling
 from rlhfjax.stages.losses import language_modelling
 from rlhfjax.training.checkpoint import find_checkpoint, load_model
 from rlhfjax.training.state import abstract
@@ -63,8 +63,7 @@ def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[P
     scorer, reward = load_model(find_checkpoint(str(c.reward_model)), job.mesh)
     pairs = job.reader.demonstration_ids(c.validation, c.batch.length, count)
     tokens, mask = left_padded([prompt for prompt, _ in pairs], job.tokenizer.pad_id)
-    t = job.tokenizer
-    settings = SamplingParams(c.batch.length - tokens.shape[1], t.eos_id, t.pad_id, slots=default_slots())
+    settings = plain_sampling(c.batch.length - tokens.shape[1], job.tokenizer)
     batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
 
     @jax.jit

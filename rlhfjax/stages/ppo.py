@@ -286,7 +286,9 @@ def sample_rows(job: Job, rollout: Rollout) -> list[dict[str, Any]]:
     return [
         {
             "prompt": job.tokenizer.decode(some.prompt[i][some.prompt_mask[i]].tolist()),
-            "response": job.tokenizer.decode(some.response[i][some.response_mask[i]].tolist()),
+            "response": job.tokenizer.decode_continuation(
+                some.response[i][some.response_mask[i]].tolist(), int(some.prompt[i][-1])
+            ),
             "score": float(some.scores[i]),
             "kl": float(kl[i].sum()),
             "length": int(some.response_mask[i].sum()),

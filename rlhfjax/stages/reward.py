@@ -9,12 +9,12 @@ import numpy as np
 from rlhfjax.config import schema
 from rlhfjax.data.batches import left_padded, right_padded
 from rlhfjax.data.pipeline import Batches
-from rlhfjax.generation import SamplingParams, generate
+from rlhfjax.generation import generate
 from rlhfjax.models import SequenceModel
 from rlhfjax.models.heads import init_head, rescale_head, with_head
 from rlhfjax.sharding import processes
 from rlhfjax.stages.data import held_out, open_batches
-from rlhfjax.stages.job import Job, default_slots
+from rlhfjax.stages.job import Job, plain_sampling
 from rlhfjax.stages.losses import reward_modelling
 from rlhfjax.stages.meters import accuracy_meter, named
 from rlhfjax.stages.offline import Facts, train_stage
@@ -81,8 +81,7 @@ def normalize_scores(job: Job, model: SequenceModel, params: Params) -> tuple[Pa
 def _sampled(job: Job, prompts: list[list[int]], length: int) -> list[tuple[list[int], list[int]]]:
     model, policy = job.policy_from("sft", "pretrain")
     tokens, mask = left_padded(prompts, job.tokenizer.pad_id)
-    t = job.tokenizer
-    settings = SamplingParams(length - tokens.shape[1], t.eos_id, t.pad_id, slots=default_slots())
+    settings = plain_sampling(length - tokens.shape[1], job.tokenizer)
     batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
     rollout = processes.fetch(jax.jit(partial(generate, model, sampling=settings))(policy, batch, job.key("samples")))
     return [

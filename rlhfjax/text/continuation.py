@@ -5,7 +5,7 @@ SentencePiece). Before a response that follows a prompt it would be a space that
 rewritten so that it puts no space before a text, and takes none from what it decodes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _PARTS = ("normalizers", "pretokenizers", "decoders")
@@ -17,6 +17,24 @@ def without_prefix(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     for step in ("normalizer", "pre_tokenizer", "decoder"):
         made[step] = _without(tokenizer.get(step), step)
     return made
+
+
+def prefixes_every_part(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether text after a special token gets a space before it too, as the first Llama tokenizers have it."""
+    return any(
+        part["type"] == "Prepend" or part.get("prepend_scheme") == "always" or part.get("add_prefix_space", False)
+        for step in ("normalizer", "pre_tokenizer")
+        for part in _parts(tokenizer.get(step))
+    )
+
+
+def _parts(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """A step, and all that are in it."""
+    if part is not None:
+        yield part
+        for key in _PARTS:
+            for each in part.get(key, ()):
+                yield from _parts(each)
 
 
 def _without(part: Mapping[str, Any] | None, step: str) -> dict[str, Any] | None:

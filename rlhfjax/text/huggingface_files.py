@@ -2,7 +2,7 @@
 
 What a model does with text is spread over files: tokenizer.json (or a SentencePiece tokenizer.model alone) holds the
 vocabulary, tokenizer_config.json and special_tokens_map.json name special tokens, chat_template.jinja is its way to
-write a conversation, and generation_config.json says which ids end an answer.
+write a conversation, and generation_config.json (or else config.json) says which ids end an answer.
 """
 
 import json
@@ -61,7 +61,7 @@ def read_files(directory: Path) -> dict[str, Any]:
             tokenizer,
             named,
             adds_bos=_adds_first(tokenizer, named["bos_token"]) if adds_bos is None else bool(adds_bos),
-            eos_ids=_eos_ids(_json(directory / "generation_config.json")),
+            eos_ids=_end_ids(directory),
             chat_template=_chat_template(directory, config),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -131,9 +131,15 @@ def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     return template
 
 
-def _eos_ids(generation: Mapping[str, Any]) -> list[int]:
-    ids = generation.get("eos_token_id")
-    return [int(index) for index in ids] if isinstance(ids, list) else [] if ids is None else [int(ids)]
+def _end_ids(directory: Path) -> list[int]:
+    """The ids that end an answer: of generation_config.json, or else of config.json, as transformers has it."""
+    config = _json(directory / "config.json")
+    text = config.get("text_config")
+    for settings in (_json(directory / "generation_config.json"), config, text if isinstance(text, Mapping) else {}):
+        ids = settings.get("eos_token_id")
+        if ids is not None and ids != []:
+            return [int(index) for index in (ids if isinstance(ids, list) else [ids])]
+    return []
 
 
 def _content(token: Any) -> str | None:

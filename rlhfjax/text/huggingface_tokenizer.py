@@ -22,7 +22,7 @@ from typing import Any
 import tokenizers
 
 from rlhfjax.errors import ConfigError, DataError, IntegrityError
-from rlhfjax.text.continuation import without_prefix
+from rlhfjax.text.continuation import prefixes_every_part, without_prefix
 from rlhfjax.text.huggingface_files import files, read_files
 from rlhfjax.text.templates import ChatTemplate
 from rlhfjax.text.tokenizer import check_unicode, write_atomically
@@ -58,11 +58,12 @@ class HuggingFaceTokenizer:
             ) from error
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         ends = [index for index in (named["eos_token"], *described["eos_ids"]) if index is not None]
-        self.eos_ids = tuple(dict.fromkeys(ends))
-        if not self.eos_ids or not all(0 <= index < self.vocab_size for index in self.eos_ids):
+        # An id outside the vocabulary ends nothing: configurations keep the defaults of larger ones.
+        self.eos_ids = tuple(dict.fromkeys(index for index in ends if 0 <= index < self.vocab_size))
+        if not self.eos_ids:
             raise ConfigError(
-                f"expected a tokenizer with ends of text in 0…{self.vocab_size - 1}, got {list(self.eos_ids)}; name "
-                "one as eos_token in tokenizer_config.json"
+                f"expected a tokenizer with ends of text in 0…{self.vocab_size - 1}, got {ends}; name one as eos_token "
+                "in tokenizer_config.json"
             )
         self.bos_id = named["bos_token"] if described["adds_bos"] else None
         self.unk_id = named["unk_token"]
@@ -142,13 +143,14 @@ class HuggingFaceTokenizer:
             check_unicode(text)
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_continuation(self, text: str) -> list[int]:
+    def encode_continuation(self, text: str, after: int | None = None) -> list[int]:
         """Ids of a text that goes on after other text: no space is put before it. Raises DataError as `encode`.
 
-        `decode(encode(prompt) + encode_continuation(response))` is prompt + response.
+        `decode(encode(prompt) + encode_continuation(response))` is prompt + response. `after` is the id before, if
+        known: text that follows a special token begins anew where the tokenizer puts a space before every such text.
         """
         check_unicode(text)
-        return self._continuing.encode(text, add_special_tokens=False).ids
+        return self._after(after).encode(text, add_special_tokens=False).ids
 
     def encode_continuation_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode_continuation` of each text."""
@@ -188,9 +190,9 @@ class HuggingFaceTokenizer:
         """
         return self._tokenizer.decode(self._known(ids), skip_special_tokens=True)
 
-    def decode_continuation(self, ids: Iterable[int]) -> str:
-        """Text of ids that go on after others, a space at its beginning included. Raises DataError as `decode`."""
-        return self._continuing.decode(self._known(ids), skip_special_tokens=True)
+    def decode_continuation(self, ids: Iterable[int], after: int | None = None) -> str:
+        """Text of ids that go on after others, a space at its beginning included: `encode_continuation`, undone."""
+        return self._after(after).decode(self._known(ids), skip_special_tokens=True)
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """What each id stands for, as the vocabulary writes it ("Ġthe", "<|im_end|>"): for labels and tables."""
@@ -203,6 +205,14 @@ class HuggingFaceTokenizer:
         if outside is not None:
             raise DataError(f"expected token ids in 0…{self.vocab_size - 1}, got {outside}; is this its tokenizer?")
         return ids
+
+    def _after(self, index: int | None) -> tokenizers.Tokenizer:
+        return self._tokenizer if index is not None and index in self._begins_anew else self._continuing
+
+    @cached_property
+    def _begins_anew(self) -> frozenset[int]:
+        given = self.description["tokenizer"]
+        return frozenset(token["id"] for token in given["added_tokens"] if prefixes_every_part(given))
 
     @cached_property
     def _continuing(self) -> tokenizers.Tokenizer:

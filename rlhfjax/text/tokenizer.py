@@ -156,16 +156,16 @@ class Tokenizer:
 
     # There is no space before a text, so one that goes on after another has the same ids, and they the same text.
 
-    def encode_continuation(self, text: str) -> list[int]:
-        """Ids of a text that goes on after other text: those of `encode`."""
+    def encode_continuation(self, text: str, after: int | None = None) -> list[int]:
+        """Ids of a text that goes on after other text: those of `encode`, whatever id is before it."""
         return self.encode(text)
 
     def encode_continuation_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode_continuation` of each text."""
         return self.encode_batch(texts)
 
-    def decode_continuation(self, ids: Iterable[int]) -> str:
-        """Text of ids that go on after others: that of `decode`."""
+    def decode_continuation(self, ids: Iterable[int], after: int | None = None) -> str:
+        """Text of ids that go on after others: that of `decode`, whatever id is before them."""
         return self.decode(ids)
 
     def decode(self, ids: Iterable[int]) -> str:

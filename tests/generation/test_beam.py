@@ -71,17 +71,18 @@ def likelihood(params, prompt: int, response: tuple[int, ...]) -> float:
     return total
 
 
-def every_response():
+def every_response(ends=(STOP,)):
     """Those that end with their first stop token, and those of full length without one."""
+    others = [token for token in range(VOCAB) if token not in ends]
     for length in range(1, LENGTH + 1):
-        for start in itertools.product([0, 2, 3], repeat=length - 1):
-            yield (*start, STOP)
-    yield from itertools.product([0, 2, 3], repeat=LENGTH)
+        for start in itertools.product(others, repeat=length - 1):
+            yield from ((*start, end) for end in ends)
+    yield from itertools.product(others, repeat=LENGTH)
 
 
 @cache
-def compiled(model, beams: int, alpha: float, length: int):
-    search = BeamParams(length, STOP, PAD, beams, alpha)
+def compiled(model, beams: int, alpha: float, length: int, more: tuple[int, ...] = ()):
+    search = BeamParams(length, STOP, PAD, beams, alpha, more)
     return jax.jit(lambda params, prompts: beam_search(model, params, prompts, search))
 
 
@@ -104,6 +105,22 @@ def test_a_search_that_is_wide_enough_finds_the_best_of_all_responses(alpha):
             assert total == pytest.approx(likelihood(params, prompt, best), abs=1e-4)
             lengths.add(len(best))
     assert len(lengths) > 2 or alpha == 0.0
+
+
+def test_any_stop_token_ends_a_response():
+    # fails where only the first of them ends one: seen
+    found = set()
+    for seed in range(8):
+        params = table(seed)
+        made = jax.device_get(compiled(Table(), 2 ** (LENGTH - 1), 0.6, LENGTH, (2,))(params, PROMPTS))
+        for row, prompt in enumerate((1, 2, 3)):
+            best = max(
+                every_response((STOP, 2)), key=lambda y, p=prompt: likelihood(params, p, y) / penalty(len(y), 0.6)
+            )
+            assert tuple(made.response[row][made.response_mask[row]].tolist()) == best
+            assert bool(made.finished[row]) == (best[-1] in (STOP, 2))
+            found.add(best[-1])
+    assert {STOP, 2} <= found
 
 
 def by_hand(params, prompt: int, beams: int, alpha: float) -> tuple[int, ...]:

@@ -266,3 +266,31 @@ def test_padding_with_a_letter_leaves_the_letter_alone(chatml, tmp_path):
     tokenizer = load_tokenizer(tmp_path / "t")
     assert tokenizer.pad_id == tokenizer.encode("!")[0]
     assert tokenizer.encode("Hi!") == chatml.encode("Hi!")
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (None, {"eos_token_id": [2, 6]}, (2, 6)),
+        (None, {"eos_token_id": 6}, (2, 6)),
+        (None, {"text_config": {"eos_token_id": [6, 2]}}, (2, 6)),
+        ({"eos_token_id": [2, 0]}, {"eos_token_id": 6}, (2, 0)),  # config.json is asked only where this one is silent
+        ({"temperature": 1.0}, {"eos_token_id": 6}, (2, 6)),
+        (None, {"eos_token_id": None}, (2,)),
+        (None, {"eos_token_id": 50256}, (2,)),  # a default that the vocabulary does not have
+        (None, {}, (2,)),
+    ],
+)
+def test_ends_that_the_configuration_names(tmp_path, generation, config, expected):
+    # as transformers makes generation settings out of config.json where it has no others; fails (2 alone) without: seen
+    shutil.copytree(GOLDEN / "byte_level", tmp_path / "t")
+    (tmp_path / "t" / "generation_config.json").unlink()
+    for name, content in (("generation_config.json", generation), ("config.json", config)):
+        if content is not None:
+            (tmp_path / "t" / name).write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert (tokenizer.end_ids, tokenizer.eos_id) == (expected, IM_END)
+    again = HuggingFaceTokenizer.from_bytes(tokenizer.to_bytes())
+    assert again.end_ids == expected
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").end_ids == expected
