@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from rlhfjax.data.writing import VERSION, RecordBuilder, publish, staging, write_builder
+from rlhfjax.data.writing import RecordBuilder, publish, staging, write_builder
 from rlhfjax.fetch import PinnedFile, default_cache_dir, fetch
 
 Records = Callable[[], Iterator[dict[str, Any]]]
@@ -62,7 +62,7 @@ def configs_of(kinds: dict[str, str]) -> list[tfds.core.BuilderConfig]:
 def is_prepared(benchmark: type[Benchmark], data_dir: str | Path) -> bool:
     """Whether every config is prepared in `data_dir`."""
     folder = Path(data_dir).expanduser() / benchmark.name
-    return all((folder / config / VERSION).is_dir() for config in benchmark.KINDS)
+    return all((folder / config / str(benchmark.VERSION)).is_dir() for config in benchmark.KINDS)
 
 
 def prepare(
@@ -77,7 +77,7 @@ def prepare(
     """
     say = progress or (lambda message: None)
     name, data_dir = benchmark.name, Path(data_dir).expanduser()
-    datasets = {config: Path(name, config, VERSION) for config in benchmark.KINDS}
+    datasets = {config: Path(name, config, str(benchmark.VERSION)) for config in benchmark.KINDS}
     if not is_prepared(benchmark, data_dir):
         archives = []
         for pinned in benchmark.sources():

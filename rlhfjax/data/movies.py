@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import tensorflow_datasets as tfds
+
 from rlhfjax.data.benchmark import Benchmark, Records, Tables, configs_of
 from rlhfjax.data.movie_archives import CHAT_WHEEL, ELSEWHERE, RATINGS_SDIST, read_conversations, read_snippets
 from rlhfjax.data.movie_chat import split_conversations
@@ -39,6 +41,7 @@ class Movies(Benchmark):
     """TFDS builder `movies`, one config per dataset."""
 
     name = "movies"
+    VERSION: ClassVar = tfds.core.Version("1.1.0")
     KINDS: ClassVar = KINDS
     BUILDER_CONFIGS: ClassVar = configs_of(KINDS)
 
@@ -89,6 +92,9 @@ def movie_tables(ratings_sdist: Path, chat_wheel: Path) -> Tables:
         "across": {"train": lambda: across_rankings(fit), "validation": lambda: across_rankings(check)},
         "elsewhere": {"train": lambda: elsewhere_rankings(elsewhere, taken)},
         "ratings": {
-            split: lambda split=split: rated_texts(ratings.batches(split)) for split in ("judge", "rm", "test")
+            "judge": lambda: rated_texts(ratings.batches("judge")),
+            "rm": lambda: rated_texts(fit),
+            "rm_validation": lambda: rated_texts(check),
+            "test": lambda: rated_texts(held_out_batches),
         },
     }

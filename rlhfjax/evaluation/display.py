@@ -46,6 +46,12 @@ def number(value: float | None, digits: int = 2) -> str:
     return NONE if value is None or math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
+def number_interval(interval: Interval, digits: int = 2) -> str:
+    """A figure and the two ends of its interval: `2.02 [1.84, 2.20]`."""
+    estimate, low, high = (number(value, digits) for value in interval)
+    return f"{estimate}{_HARD}[{low},{_HARD}{high}]"
+
+
 def change(value: float, before: float) -> str:
     """The relative change from `before`, signed: `+2.1 %`."""
     if not before or math.isnan(value) or math.isnan(before):

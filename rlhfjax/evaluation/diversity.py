@@ -1,5 +1,6 @@
 """How varied responses are: what shows a policy collapsing onto a stock phrase while its score still rises."""
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
@@ -18,15 +19,37 @@ def distinct_n(responses: Sequence[Sequence[Hashable]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+def distinct_without_each(
+    responses: Sequence[Sequence[Hashable]], n: int, groups: Sequence[Hashable] | None = None
+) -> list[float]:
+    """`distinct_n` without each group of responses (without each response, where there are no groups) in turn."""
+    names = range(len(responses)) if groups is None else groups
+    by_group: dict[Hashable, Counter[tuple[Hashable, ...]]] = {}
+    for name, response in zip(names, responses, strict=True):
+        by_group.setdefault(name, Counter()).update(_ngrams(response, n))
+    total = sum(by_group.values(), Counter())
+    found = []
+    for own in by_group.values():
+        left = total.total() - own.total()
+        gone = sum(count == total[gram] for gram, count in own.items())
+        found.append((len(total) - gone) / left if left else 0.0)
+    return found
+
+
+def repetition_counts(responses: Sequence[Sequence[Hashable]], n: int = 3) -> tuple[list[int], list[int]]:
+    """Of each response the n-grams that already occurred earlier in it, and all its n-grams."""
+    grams = [list(_ngrams(response, n)) for response in responses]
+    return [len(found) - len(set(found)) for found in grams], [len(found) for found in grams]
+
+
 def repetition_rate(responses: Sequence[Sequence[Hashable]], n: int = 3) -> float:
     """The share of n-grams that already occurred earlier in their own response, in [0, 1].
 
     `1 − Σ_r |set of n-grams of r| / Σ_r number of n-grams of r`: near 0 for text of people, near 1 for a loop.
     Raises DataError as `distinct_n` does. Source: Welleck et al. 2020, seq-rep-n (there a mean over responses).
     """
-    per_response = [list(_ngrams(response, n)) for response in responses]
-    total = sum(len(grams) for grams in per_response)
-    return 1.0 - sum(len(set(grams)) for grams in per_response) / total if total else 0.0
+    repeated, total = repetition_counts(responses, n)
+    return sum(repeated) / sum(total) if sum(total) else 0.0
 
 
 def mean_length(responses: Sequence[Sequence[Hashable]]) -> float:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from rlhfjax.errors import ConfigError, DataError
 
-_ALPHAS = (0.1, 0.3, 1.0, 3.0)
+_ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _FOLDS = 3
 _FEWEST_TEXTS = 10
 

@@ -77,11 +77,11 @@ class RatedTexts:
         return [np.flatnonzero(self.batches == batch) for batch in np.unique(self.batches)]
 
 
-class HumanCeiling(NamedTuple):
-    """How well one labeler orders two texts, ties of either side left out; None where no pair is left.
+class HumanAgreement(NamedTuple):
+    """How well one labeler, taken as a scorer, orders the pairs that scorers are asked; None where no pair is left.
 
-    Within a batch for another labeler, for the mean of the other labelers, and for pairs that this mean holds clearly
-    different; across batches for clearly different pairs, where the two ratings come from two people.
+    Within a batch for each held-out labeler, for the mean of the other labelers, and for pairs that this mean holds
+    clearly different; across batches for clearly different pairs, where the two ratings come from two people.
     """
 
     labeler: Interval | None
@@ -118,31 +118,46 @@ def pairwise_accuracy(
         )
     if pairs == "across" and against != "mean":
         raise DataError(f"expected against='mean' across batches, where no labeler saw both texts, got {against!r}")
-    tally = _tally(values[:, None], _reference(texts, against), texts.members(), pairs, min_difference, drop_ties=False)
+    tally = _tally(values[:, None], _reference(texts, against), texts.members(), pairs, min_difference)
     return (tally if clusters is None else tally.by_cluster(clusters)).interval(level, resamples, seed)
 
 
-def human_ceiling(
+def human_agreement(
     texts: RatedTexts, clear_difference: float = 0.5, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> HumanCeiling:
-    """The agreement of people with people on these texts: what a scorer can be asked for.
+) -> HumanAgreement:
+    """Each labeler as a scorer of the texts, by the rule of `pairwise_accuracy`: a tie of the labeler counts one half.
 
-    Every ordered pair of labelers of a batch counts. The others of a labeler are all labelers of the text but this one,
-    so nobody is compared with themselves. Intervals draw whole batches. `clear_difference` is in rating points.
+    Nobody is compared with themselves: a held-out labeler is ordered by the other labelers of the batch, and the mean
+    is that of all labelers but the one who scores. Intervals draw whole batches. `clear_difference` is in rating points.
     """
-    ratings, members = texts.ratings, texts.members()
-    present = (~np.isnan(ratings)).sum(axis=1, keepdims=True)
-    others = (np.nansum(ratings, axis=1, keepdims=True) - ratings) / np.where(present > 1, present - 1.0, np.nan)
-    one_to_one = _Tally.zeros(len(members), "within")
+    ratings, members, others = texts.ratings, texts.members(), _others(texts)
+    heldout, one_to_one = np.where(texts.heldout, ratings, np.nan), _Tally.zeros(len(members), "within")
     for shift in range(1, ratings.shape[1]):
-        one_to_one += _tally(ratings, np.roll(ratings, shift, axis=1), members, "within", 0.0, drop_ties=True)
+        one_to_one += _tally(np.roll(ratings, shift, axis=1), heldout, members, "within", 0.0)
     tallies = [
         one_to_one,
-        _tally(ratings, others, members, "within", 0.0, drop_ties=True),
-        _tally(ratings, others, members, "within", clear_difference, drop_ties=True),
-        _tally(ratings, others, members, "across", clear_difference, drop_ties=True),
+        _tally(ratings, others, members, "within", 0.0),
+        _tally(ratings, others, members, "within", clear_difference),
+        _tally(ratings, others, members, "across", clear_difference),
     ]
-    return HumanCeiling(*(tally.interval(level, resamples, seed) for tally in tallies))
+    return HumanAgreement(*(tally.interval(level, resamples, seed) for tally in tallies))
+
+
+def crowd_agreement(texts: RatedTexts, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval | None:
+    """The mean of all other labelers as a scorer of the texts, for each held-out labeler within a batch.
+
+    It knows of each text what no text shows, what other people gave it, so a scorer of texts can't be expected above
+    it. None without held-out labelers who have others beside them.
+    """
+    heldout = np.where(texts.heldout, texts.ratings, np.nan)
+    return _tally(_others(texts), heldout, texts.members(), "within", 0.0).interval(level, resamples, seed)
+
+
+def _others(texts: RatedTexts) -> Float[np.ndarray, "N J"]:
+    """The mean rating of a text by all its labelers but the one of the column; NaN where there is no other."""
+    present = (~np.isnan(texts.ratings)).sum(axis=1, keepdims=True)
+    rest = np.nansum(texts.ratings, axis=1, keepdims=True) - texts.ratings
+    return rest / np.where(present > 1, present - 1.0, np.nan)
 
 
 @dataclass
@@ -196,7 +211,6 @@ def _tally(
     members: list[Int[np.ndarray, "M"]],
     pairs: Pairs,
     min_difference: float,
-    drop_ties: bool,
 ) -> _Tally:
     """Counts pairs a < b whose reference differs by more than `min_difference`, by column (one side may broadcast)."""
     tally = _Tally.zeros(len(members), pairs)
@@ -208,8 +222,8 @@ def _tally(
             kept = np.abs(wanted) > min_difference  # false for NaN, where a labeler is absent
             if pairs == "within":
                 kept &= np.triu(np.ones(kept.shape[:2], bool), 1)[:, :, None]
-            kept &= (given != 0) & ~np.isnan(given) if drop_ties else True
-            agreement = np.where(kept, given * np.sign(wanted), 0.0)
+            kept = kept & ~np.isnan(given)  # where the predictor is a labeler who is absent
+            agreement = np.where(kept, given * np.sign(wanted), 0.0)  # 0, which counts one half, where it ties
             cell = first if pairs == "within" else (first, second)
             tally.total[cell] = kept.sum()
             tally.correct[cell] = (agreement.sum() + kept.sum()) / 2.0

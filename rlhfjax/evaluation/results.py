@@ -41,7 +41,10 @@ class Calibration:
 
 @dataclass(frozen=True, config=_CONFIG)
 class WinRow:
-    """One judge's view of a policy against a baseline on the same prompts; means in the judge's unit."""
+    """One judge's view of a policy against a baseline on the same prompts; means in the judge's unit.
+
+    `ties` is the share of the pairs that the judge scores alike.
+    """
 
     judge: str
     policy: str
@@ -49,6 +52,7 @@ class WinRow:
     win: Interval
     policy_mean: float
     baseline_mean: float
+    ties: float | None = None
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -56,7 +60,8 @@ class PolicyRow:
     """What a policy's responses to the evaluation prompts look like.
 
     `kl` is nats a response against the SFT policy, `entropy` nats a token, `length` tokens, `reward` the mean score of
-    the reward model, the others shares in [0, 1]. `prompts` counts the different ones.
+    the reward model, the others shares in [0, 1]. `prompts` counts the different ones;
+    `intervals` has the 95 % interval of each figure by its name.
     """
 
     name: str
@@ -70,6 +75,7 @@ class PolicyRow:
     entropy: float | None = None
     reward: float | None = None
     prompts: int | None = None
+    intervals: dict[str, Interval] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=_CONFIG)

@@ -7,11 +7,18 @@ from jaxtyping import Int
 from numpy.typing import ArrayLike
 
 from rlhfjax.errors import DataError
-from rlhfjax.evaluation.diversity import distinct_n, mean_length, repetition_rate
+from rlhfjax.evaluation.diversity import distinct_n, distinct_without_each, repetition_counts
 from rlhfjax.evaluation.judges import Judge
-from rlhfjax.evaluation.pairwise import Pairs, RatedTexts, Reference, human_ceiling, pairwise_accuracy
+from rlhfjax.evaluation.pairwise import (
+    Pairs,
+    RatedTexts,
+    Reference,
+    crowd_agreement,
+    human_agreement,
+    pairwise_accuracy,
+)
 from rlhfjax.evaluation.results import AccuracyRow, PolicyRow, WinRow
-from rlhfjax.evaluation.statistics import win_rate
+from rlhfjax.evaluation.statistics import jackknife_interval, ratio_interval, win_rate
 
 CLEAR_DIFFERENCE = 0.5  # rating points: below this, people themselves disagree about the order
 
@@ -47,18 +54,21 @@ def accuracy_row(name: str, scores: ArrayLike, texts: RatedTexts, seed: int = 0)
     )
 
 
-def human_row(texts: RatedTexts, name: str = "human labelers", seed: int = 0) -> AccuracyRow:
-    """What one labeler reaches under the same measures, for another labeler and for the mean of all others."""
-    ceiling = human_ceiling(texts, CLEAR_DIFFERENCE, seed=seed)
-    return AccuracyRow(
-        name,
-        {
-            "within_heldout": ceiling.labeler,
-            "within_mean": ceiling.mean,
-            "within_clear": ceiling.clear,
-            "across_clear": ceiling.across,
-        },
-    )
+def human_rows(texts: RatedTexts, seed: int = 0) -> list[AccuracyRow]:
+    """What people reach under the same measures: one labeler as the scorer, and the mean of all the others."""
+    one = human_agreement(texts, CLEAR_DIFFERENCE, seed=seed)
+    return [
+        AccuracyRow(
+            "one labeler",
+            {
+                "within_heldout": one.labeler,
+                "within_mean": one.mean,
+                "within_clear": one.clear,
+                "across_clear": one.across,
+            },
+        ),
+        AccuracyRow("mean of the other labelers", {"within_heldout": crowd_agreement(texts, seed=seed)}),
+    ]
 
 
 def comparison_row(
@@ -100,7 +110,9 @@ def win_row(
     """
     ours, theirs = judge(policy_texts), judge(baseline_texts)
     win = win_rate(ours, theirs, None if prompts is None else numbered(prompts), seed=seed)
-    return WinRow(judge.name, policy, baseline, win, float(ours.mean()), float(theirs.mean()))
+    return WinRow(
+        judge.name, policy, baseline, win, float(ours.mean()), float(theirs.mean()), float((ours == theirs).mean())
+    )
 
 
 def policy_row(
@@ -108,29 +120,39 @@ def policy_row(
     responses: Sequence[Sequence[Hashable]],
     ended: ArrayLike,
     words: Sequence[Sequence[Hashable]] | None = None,
-    kl: float | None = None,
-    entropy: float | None = None,
-    reward: float | None = None,
+    kl: ArrayLike | None = None,
+    entropy: ArrayLike | None = None,
+    reward: ArrayLike | None = None,
     prompts: Sequence[Hashable] | None = None,
+    seed: int = 0,
 ) -> PolicyRow:
-    """Length of the responses in tokens, diversity, and the share that ended by themselves (`ended`, bools).
+    """Length of the responses in tokens, diversity, the share that ended by themselves (`ended`, bools), and intervals.
 
-    Diversity is counted over `words` where they are given, as Li et al. 2016 do. `prompts` has the one of each.
-    Raises DataError without responses or unless `ended` has one element for each.
+    `kl`, `entropy` (both summed over a response, nats) and `reward` have one number a response. Diversity is counted
+    over `words` where they are given, as Li et al. 2016 do. `prompts` says which responses answer the same prompt:
+    intervals draw prompts. Raises DataError without responses or unless all have one element for each.
     """
     finished = np.asarray(ended, bool)
     if finished.shape != (len(responses),):
         raise DataError(f"{name}: expected a flag for each of {len(responses)} responses, got shape {finished.shape}")
-    return PolicyRow(
-        name=name,
-        responses=len(responses),
-        length=mean_length(responses),
-        distinct_1=distinct_n(words or responses, 1),
-        distinct_2=distinct_n(words or responses, 2),
-        eos_rate=float(finished.mean()),
-        repetition=repetition_rate(words or responses),
-        kl=kl,
-        entropy=entropy,
-        reward=reward,
-        prompts=None if prompts is None else len(set(prompts)),
-    )
+    lengths = np.array([len(response) for response in responses])
+    groups = None if prompts is None else numbered(prompts)
+    ratios = {
+        "length": (lengths, None),
+        "eos_rate": (finished, None),
+        "repetition": repetition_counts(words or responses),
+        "kl": (kl, None),
+        "entropy": (entropy, lengths),
+        "reward": (reward, None),
+    }
+    found = {
+        key: ratio_interval(above, below, groups, seed=seed)
+        for key, (above, below) in ratios.items()
+        if above is not None
+    }
+    for n in (1, 2):
+        without = distinct_without_each(words or responses, n, None if groups is None else groups.tolist())
+        found[f"distinct_{n}"] = jackknife_interval(distinct_n(words or responses, n), without)
+    figures = {key: interval.estimate for key, interval in found.items()}
+    asked = None if prompts is None else len(set(prompts))
+    return PolicyRow(name=name, responses=len(responses), prompts=asked, **figures, intervals=found)

@@ -3,17 +3,15 @@
 A section without figures, tables or samples is one that did not run, and the page says so.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from rlhfjax.evaluation import plots
-from rlhfjax.evaluation.display import NONE, number, percent, percent_interval
-from rlhfjax.evaluation.results import AccuracyRow, Evaluation, Sample
+from rlhfjax.evaluation.display import number, number_interval, percent, percent_interval
+from rlhfjax.evaluation.results import AccuracyRow, Evaluation, PolicyRow, Sample
 from rlhfjax.evaluation.rows import MEASURES
 from rlhfjax.evaluation.run_data import ReportData
 from rlhfjax.evaluation.summary import summary_rows
@@ -129,7 +127,8 @@ def _frontier(run: ReportData, stage: str) -> Section:
 def _reward_accuracy(evaluation: Evaluation) -> Section:
     note = (
         "Share of pairs of unseen texts ordered as people ordered them, with 95 % intervals over batches. People agree "
-        "with each other only so far: that is the ceiling. 50 % is a coin."
+        "with each other only so far: one labeler, asked what the scorers are asked, and the mean of the others, which "
+        "knows what other people gave each text, and which no reader of texts can be expected to beat. 50 % is a coin."
     )
     rows = evaluation.reward_accuracy
     if not _measures(rows):
@@ -149,18 +148,20 @@ def _reward_accuracy(evaluation: Evaluation) -> Section:
 def _win_rates(evaluation: Evaluation) -> Section:
     note = (
         "How often a judge that took no part in training prefers the later policy on the same prompt (a tie is one "
-        "half), with 95 % intervals over prompts; and how often each judge itself orders human pairs right."
+        "half), with 95 % intervals over prompts; how many pairs are ties; and how often each judge itself orders human "
+        "pairs right."
     )
     wins = evaluation.win_rates
     if not wins:
         return Section("Win rates", note)
     figure = plots.win_rate_bars(wins)
-    header = ["Judge", "Match", "Win rate", "Mean score after", "Mean score before"]
+    header = ["Judge", "Match", "Win rate", "Ties", "Mean score after", "Mean score before"]
     rows = [
         [
             row.judge,
             f"{row.policy} over {row.baseline}",
             percent_interval(row.win),
+            percent(row.ties),
             number(row.policy_mean),
             number(row.baseline_mean),
         ]
@@ -172,24 +173,35 @@ def _win_rates(evaluation: Evaluation) -> Section:
 
 
 def _policies(evaluation: Evaluation) -> Section:
-    columns: dict[str, Callable[[Any], str]] = {
-        "Responses": lambda row: str(row.responses),
-        "Prompts": lambda row: NONE if row.prompts is None else str(row.prompts),
-        "Reward": lambda row: number(row.reward),
-        "KL, nats a response": lambda row: number(row.kl),
-        "Entropy, nats a token": lambda row: number(row.entropy),
-        "Length, tokens": lambda row: number(row.length, 1),
-        "Distinct-1": lambda row: number(row.distinct_1, 3),
-        "Distinct-2": lambda row: number(row.distinct_2, 3),
-        "Repetition": lambda row: percent(row.repetition),
-        "Ends by itself": lambda row: percent(row.eos_rate),
+    columns: dict[str, tuple[str, int | None]] = {  # figure, decimals (None: a share)
+        "Reward": ("reward", 2),
+        "KL, nats a response": ("kl", 2),
+        "Entropy, nats a token": ("entropy", 2),
+        "Length, tokens": ("length", 1),
+        "Distinct-1": ("distinct_1", 3),
+        "Distinct-2": ("distinct_2", 3),
+        "Repetition": ("repetition", None),
+        "Ends by itself": ("eos_rate", None),
     }
-    rows = [[row.name, *(shown(row) for shown in columns.values())] for row in evaluation.policies]
+    rows = [
+        [row.name, str(row.responses), NONE if row.prompts is None else str(row.prompts)]
+        + [_figure(row, *shown) for shown in columns.values()]
+        for row in evaluation.policies
+    ]
     note = (
-        "Responses to the evaluation prompts, and how many of these are different. Distinct-n is the share of "
-        "different n-grams over all responses."
+        "Responses to the evaluation prompts, how many of these are different, and 95 % intervals over prompts. "
+        "Distinct-n is the share of different n-grams over all responses."
     )
-    return Section("Length and diversity", note, tables=[Table(["Policy", *columns], rows)] if rows else [])
+    return Section(
+        "Length and diversity", note, tables=[Table(["Policy", "Responses", "Prompts", *columns], rows)] if rows else []
+    )
+
+
+def _figure(row: PolicyRow, name: str, digits: int | None) -> str:
+    value, interval = getattr(row, name), row.intervals.get(name)
+    if digits is None:
+        return percent_interval(interval) if interval else percent(value)
+    return number_interval(interval, digits) if interval else number(value, digits)
 
 
 def _heldout(evaluation: Evaluation) -> Section:

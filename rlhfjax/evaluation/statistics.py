@@ -5,6 +5,7 @@ are not independent, so every function takes the groups that are resampled whole
 """
 
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +65,45 @@ def bootstrap_interval(
         rows = drawn if groups is None else np.concatenate([members[g] for g in drawn])
         resampled[i] = statistic(array[rows])
     return percentile_interval(float(statistic(array)), resampled, level)
+
+
+def ratio_interval(
+    numerators: ArrayLike,
+    denominators: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """`Σ numerators / Σ denominators` (a mean, without denominators) and its percentile bootstrap interval.
+
+    Draws whole `groups` (one id a value; each value by itself without them). Raises DataError on no values, or on
+    groups of another length. Source: as `bootstrap_interval`.
+    """
+    above = np.asarray(numerators, np.float64)
+    below = np.ones_like(above) if denominators is None else np.asarray(denominators, np.float64)
+    if above.ndim != 1 or not above.size or above.shape != below.shape:
+        raise DataError(f"expected values and as many denominators, got shapes {above.shape} and {below.shape}")
+    members = _members(np.arange(above.size) if groups is None else np.asarray(groups), above.size)
+    sums = np.array([[above[rows].sum(), below[rows].sum()] for rows in members])
+    drawn = np.random.default_rng(seed).multinomial(len(members), np.full(len(members), 1 / len(members)), resamples)
+    top, bottom = (drawn @ sums).T
+    shares = np.divide(top, bottom, out=np.full(resamples, np.nan), where=bottom != 0)
+    return percentile_interval(above.sum() / below.sum() if below.sum() else float("nan"), shares, level)
+
+
+def jackknife_interval(estimate: float, left_out: ArrayLike, level: float = 0.95) -> Interval:
+    """A statistic and its normal interval, from its values with one observation left out at a time.
+
+    `estimate ± z √((n − 1)/n Σ (θ₍ᵢ₎ − θ̄)²)`. For counts of different things, which a bootstrap would understate: its
+    draws repeat observations, and what is repeated is not different. Source: Efron and Tibshirani 1993, section 11.5.
+    """
+    values = np.asarray(left_out, np.float64)
+    if values.size < 2:
+        return Interval(float(estimate), float("nan"), float("nan"))
+    error = np.sqrt((values.size - 1) / values.size * ((values - values.mean()) ** 2).sum())
+    reach = NormalDist().inv_cdf(0.5 + level / 2) * error
+    return Interval(float(estimate), float(estimate - reach), float(estimate + reach))
 
 
 def win_rate(

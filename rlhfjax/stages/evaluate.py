@@ -26,7 +26,7 @@ from rlhfjax.evaluation.judges import Judge, fit_ridge_judge, tfidf_ridge_baseli
 from rlhfjax.evaluation.pairwise import RatedTexts
 from rlhfjax.evaluation.report import write_report
 from rlhfjax.evaluation.results import AccuracyRow, Calibration, Evaluation, PolicyRow, Response, Sample
-from rlhfjax.evaluation.rows import REWARD_MODEL, accuracy_row, comparison_row, human_row, policy_row, win_row
+from rlhfjax.evaluation.rows import REWARD_MODEL, accuracy_row, comparison_row, human_rows, policy_row, win_row
 from rlhfjax.evaluation.run_data import read_run
 from rlhfjax.functional.masking import at_last
 from rlhfjax.generation import SamplingParams, generate
@@ -115,7 +115,7 @@ class Responses:
     """A policy's responses to the evaluation prompts; `texts` are what judges read, prompt included; `answers` are
     the responses alone.
 
-    `kl` is nats a response against the SFT policy, `entropy` nats a token, `scores` the reward model's.
+    `kl` is nats against the SFT policy, `entropies` nats, both summed over a response; `scores` the reward model's.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -125,7 +125,7 @@ class Responses:
     ended: list[bool] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
-    entropy: float = 0.0
+    entropies: list[float] = field(default_factory=list)
 
 
 def respond(
@@ -133,7 +133,7 @@ def respond(
 ) -> Responses:
     """One response to each of the first `samples` evaluation prompts, drawn by the policy of `stage`."""
     c: schema.Evaluate = job.config
-    made, spread = Responses(), 0.0
+    made = Responses()
     key = jax.random.fold_in(job.key("samples"), list(compared).index(stage))
     sample = _sampler(job, compared, stage)
     for step in range(-(-c.samples // c.batch.size)):
@@ -150,8 +150,7 @@ def respond(
             made.ended.append(bool(rollout.finished[i]))
             made.kl.append(float(kl[i]))
             made.scores.append(float(scores[i]))
-            spread += float(entropies[i])
-    made.entropy = spread / sum(len(tokens) for tokens in made.tokens)
+            made.entropies.append(float(entropies[i]))
     return made
 
 
@@ -258,7 +257,11 @@ def _accuracies(
             scores = scorer([prefix] * len(texts), [f" {text}" for text in texts])
             accuracy = [accuracy_row(REWARD_MODEL, scores, rated, seed)]
             calibrated = calibration(scores, rated, scorer.gain)
-        accuracy += [accuracy_row(baseline.name, baseline(texts), rated, seed), judge_accuracy[1], human_row(rated)]
+        accuracy += [
+            accuracy_row(baseline.name, baseline(texts), rated, seed),
+            judge_accuracy[1],
+            *human_rows(rated, seed),
+        ]
     if scorer and c.comparisons:
         records = [
             record
@@ -281,9 +284,9 @@ def _policy_row(stage: str, made: Responses) -> PolicyRow:
         made.tokens,
         made.ended,
         words=[text.split() for text in made.answers],
-        kl=float(np.mean(made.kl)),
-        entropy=made.entropy,
-        reward=float(np.mean(made.scores)),
+        kl=made.kl,
+        entropy=made.entropies,
+        reward=made.scores,
         prompts=made.prompts,
     )
 

@@ -31,7 +31,7 @@ SPLITS = {
     "comparisons": ["train", "validation", "heldout"],
     "across": ["train", "validation"],
     "elsewhere": ["train"],
-    "ratings": ["judge", "rm", "test"],
+    "ratings": ["judge", "rm", "rm_validation", "test"],
 }
 
 
@@ -80,23 +80,24 @@ def test_batches_and_texts_are_in_one_split_only(tables):
     texts = Counter(record["text"].lower() for split in ratings.values() for record in split)
     assert set(texts.values()) == {1}
     assert set(texts) == {movies_text(text).lower() for text in snippet_texts()}
-    sizes = [len(batches_of(ratings[split])) for split in ("rm", "judge", "test")]
-    assert sizes == [90, 63, 27]  # 50 %, 35 % and 15 % of 180
+    sizes = [len(batches_of(ratings[split])) for split in SPLITS["ratings"]]
+    assert sizes == [63, 81, 9, 27]  # of 180: judge 35 %, reward model 50 % (a tenth of it to validate on), test 15 %
 
 
 def test_every_training_text_comes_from_rm_and_every_check_from_test(tables):
-    rm, test = ({record["text"] for record in tables["ratings"][split]} for split in ("rm", "test"))
+    fit, check, test = ({r["text"] for r in tables["ratings"][split]} for split in ("rm", "rm_validation", "test"))
+    rm = fit | check
     whole = lambda record: f"{record['prompt']}{record['completion']}".removeprefix("Review: ")  # noqa: E731
     assert {record["text"].removeprefix("Review: ") for record in tables["snippets"]["train"]} == rm
     assert {record["text"].removeprefix("Review: ") for record in tables["snippets"]["validation"]} == test
     assert set(map(whole, tables["demonstrations"]["train"])) < rm
     assert set(map(whole, tables["demonstrations"]["validation"])) < test
     for config, split, allowed in [
-        ("comparisons", "train", rm),
-        ("comparisons", "validation", rm),
+        ("comparisons", "train", fit),
+        ("comparisons", "validation", check),
         ("comparisons", "heldout", test),
-        ("across", "train", rm),
-        ("across", "validation", rm),
+        ("across", "train", fit),
+        ("across", "validation", check),
     ]:
         assert {text for record in tables[config][split] for text in texts_of(record)} <= allowed
 
@@ -168,7 +169,7 @@ def test_all_tied_comparisons_are_dropped_and_the_rest_of_a_labeler_kept():
 
 
 def test_across_rankings_mix_batches_and_rank_by_the_training_mean(tables):
-    by_text = {record["text"]: record for record in tables["ratings"]["rm"]}
+    by_text = {r["text"]: r for split in ("rm", "rm_validation") for r in tables["ratings"][split]}
     for split in SPLITS["across"]:
         for record in tables["across"][split]:
             rated = [by_text[text] for text in texts_of(record)]
@@ -208,7 +209,8 @@ def test_demonstrations_cut_after_4_to_6_words(tables):
     assert min(shown.values()) > 0.2 * shown.total()
     prompts = [{name: r[name] for name in ("prompt", "prompt_id")} for r in tables["demonstrations"]["train"]]
     assert tables["prompts"]["train"] == prompts
-    left_out = {r["text_id"] for r in tables["ratings"]["rm"]} - {r["prompt_id"] for r in prompts}
+    rated = [r for split in ("rm", "rm_validation") for r in tables["ratings"][split]]
+    left_out = {r["text_id"] for r in rated} - {r["prompt_id"] for r in prompts}
     assert max(len(source[number].split()) for number in left_out) == 8  # 6 + 3 words are always enough
 
 
@@ -247,7 +249,7 @@ def test_prepared_datasets_are_the_tables(tables, cached, tmp_path):
     assert not is_prepared(Movies, data_dir)
     folders = prepare(Movies, data_dir, cached, said.append)
     assert is_prepared(Movies, data_dir)
-    assert folders == [data_dir / "movies" / config / "1.0.0" for config in KINDS]
+    assert folders == [data_dir / "movies" / config / "1.1.0" for config in KINDS]
     for config, splits in tables.items():
         for split, records in splits.items():
             assert list(open_source(f"movies/{config}", split, data_dir, KINDS[config])) == records
@@ -272,9 +274,9 @@ def test_a_failed_preparation_leaves_nothing_and_an_interrupted_one_continues(ca
     assert [path.name for path in data_dir.iterdir()] == [".lock"]
     monkeypatch.setattr(benchmark, "write_builder", write)
     prepare(Movies, data_dir, cached)
-    for path in (data_dir / "movies" / "across" / "1.0.0").iterdir():
+    for path in (data_dir / "movies" / "across" / "1.1.0").iterdir():
         path.unlink()
-    (data_dir / "movies" / "across" / "1.0.0").rmdir()
+    (data_dir / "movies" / "across" / "1.1.0").rmdir()
     assert not is_prepared(Movies, data_dir)
     said = []
     prepare(Movies, data_dir, cached, said.append)
@@ -299,7 +301,7 @@ REAL = Path(os.environ.get("RLHFJAX_DATA_DIR") or default_data_dir())
 def test_the_real_data_has_the_published_counts():
     prepare(Movies, REAL)
     ratings = {split: list(open_source("movies/ratings", split, REAL)) for split in SPLITS["ratings"]}
-    assert [len(batches_of(ratings[split])) for split in ("rm", "judge", "test")] == [177, 124, 53]
+    assert [len(batches_of(ratings[split])) for split in SPLITS["ratings"]] == [124, 159, 18, 53]
     records = [record for split in ratings.values() for record in split]
     assert len(records) == 10_605 - 2  # two texts are there twice
     assert {len(record["ratings"]) for record in records} == set(range(15, 30))

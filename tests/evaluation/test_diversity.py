@@ -1,7 +1,7 @@
 import pytest
 
 from rlhfjax.errors import DataError
-from rlhfjax.evaluation.diversity import distinct_n, mean_length, repetition_rate
+from rlhfjax.evaluation.diversity import distinct_n, distinct_without_each, mean_length, repetition_rate
 
 RESPONSES = [["the", "cat", "sat", "the", "cat"], ["the", "dog", "sat"]]
 
@@ -35,3 +35,15 @@ def test_wrong_input_is_named():
         repetition_rate(RESPONSES, 0)
     with pytest.raises(DataError, match="at least one response"):
         mean_length([])
+
+
+@pytest.mark.parametrize("groups", [None, [0, 1, 0, 2]])
+def test_distinct_without_each_is_counted_again(groups):
+    responses = [[1, 2, 1, 2], [2, 1, 3], [3], [1, 2, 3]]
+    names = groups or [0, 1, 2, 3]
+    for n in (1, 2):
+        again = [
+            distinct_n([r for r, own in zip(responses, names, strict=True) if own != name], n)
+            for name in dict.fromkeys(names)
+        ]
+        assert distinct_without_each(responses, n, groups) == pytest.approx(again)

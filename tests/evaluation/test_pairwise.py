@@ -1,4 +1,4 @@
-"""Pairwise accuracy and human ceilings against double loops over every pair, and by hand."""
+"""Pairwise accuracy of scorers and of people against double loops over every pair, and by hand."""
 
 from itertools import combinations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhfjax.errors import DataError
-from rlhfjax.evaluation.pairwise import RatedTexts, human_ceiling, pairwise_accuracy
+from rlhfjax.evaluation.pairwise import RatedTexts, crowd_agreement, human_agreement, pairwise_accuracy
 
 SCORES = np.random.default_rng(7).normal(size=24).round(1)  # rounded, so that some scores tie
 
@@ -102,14 +102,16 @@ def test_interval_across_batches_draws_batches_too():
     assert interval.high - interval.low == pytest.approx(np.subtract(*np.quantile(found, [0.975, 0.025])), rel=0.2)
 
 
-def ceilings_by_loops(texts: RatedTexts, clear: float) -> list[float]:
-    one, mean, distinct, across = [], [], [], []
+def people_by_loops(texts: RatedTexts, clear: float) -> list[float]:
+    """One labeler as the scorer: for each held-out other, for the mean of the others, where that is clear, across;
+    and the mean of the others as the scorer, for each held-out labeler."""
+    one, mean, distinct, across, crowd = [], [], [], [], []
     ratings = texts.ratings
     for a, b in combinations(range(len(texts.batches)), 2):
         same = texts.batches[a] == texts.batches[b]
         for j in range(ratings.shape[1]):
             ours = ratings[a, j] - ratings[b, j]
-            if np.isnan(ours) or ours == 0:
+            if np.isnan(ours):
                 continue
             others = np.nanmean(np.delete(ratings[a], j)) - np.nanmean(np.delete(ratings[b], j))
             if same:
@@ -117,36 +119,50 @@ def ceilings_by_loops(texts: RatedTexts, clear: float) -> list[float]:
                 distinct += [agreement(ours, others)] if abs(others) > clear else []
                 for k in range(ratings.shape[1]):
                     theirs = ratings[a, k] - ratings[b, k]
-                    one += [agreement(ours, theirs)] if k != j and abs(theirs) > 0 else []
+                    one += [agreement(ours, theirs)] if k != j and texts.heldout[a, k] and abs(theirs) > 0 else []
+                crowd += [agreement(others, ours)] if texts.heldout[a, j] and ours else []
             else:
                 across += [agreement(ours, others)] if abs(others) > clear else []
-    return [float(np.mean(points)) for points in (one, mean, distinct, across)]
+    return [float(np.mean(points)) for points in (one, mean, distinct, across, crowd)]
 
 
-def test_human_ceilings_are_those_of_the_loops():
+def test_people_are_measured_as_the_loops_do():
     for seed in range(3):
         texts = ragged_texts(seed)
-        found = [interval.estimate for interval in human_ceiling(texts, 0.5, resamples=20) if interval]
-        assert found == pytest.approx(ceilings_by_loops(texts, 0.5))
+        found = [*human_agreement(texts, 0.5, resamples=20), crowd_agreement(texts, resamples=20)]
+        assert [interval.estimate for interval in found if interval] == pytest.approx(people_by_loops(texts, 0.5))
 
 
-def test_human_ceiling_by_hand():
-    """Labelers 1 and 2 say a > b, 3 says b > a: of six ordered pairs of labelers, (1, 2) and (2, 1) agree. The others
-    of 1 hold a at 1.0 and b at 2.0, of 2 a at 1.0 and b at 1.5, of 3 a at 2.0 and b at 0.5: nobody is with the others.
-    """
-    texts = RatedTexts.from_rows([[2, 2, 0], [0, 1, 3]], [0, 0])
-    ceiling = human_ceiling(texts)
-    assert ceiling.labeler is not None
-    assert ceiling.labeler.estimate == pytest.approx(1 / 3)
-    assert ceiling.mean is not None
-    assert ceiling.mean.estimate == 0.0
-    assert ceiling.across is None
+def test_people_by_hand():
+    """The held-out third labeler says b > a; 1 says a > b, and 2 holds them equal: wrong, and one half. The others of 1
+    hold a at 1 and b at 2.5, of 2 a at 1 and b at 1.5, of 3 a at 2 and b at 1: wrong, one half, wrong. The mean of the
+    others of 3 is wrong, too."""
+    texts = RatedTexts.from_rows([[2, 2, 0], [0, 2, 3]], [0, 0], [[False, False, True]] * 2)
+    people = human_agreement(texts)
+    assert people.labeler is not None
+    assert people.labeler.estimate == 0.25
+    assert people.mean is not None
+    assert people.mean.estimate == pytest.approx(1 / 6)
+    assert people.across is None
+    assert crowd_agreement(texts).estimate == 0.0
 
 
-def test_people_who_agree_reach_one_and_a_single_labeler_has_no_ceiling():
-    same = RatedTexts.from_rows(np.repeat(np.arange(8.0)[:, None], 3, axis=1), np.repeat([0, 1], 4))
-    assert [interval.estimate for interval in human_ceiling(same) if interval] == [1.0] * 4
-    assert list(human_ceiling(RatedTexts.from_rows([[1], [2]], [0, 0]))) == [None] * 4
+def test_a_labeler_is_asked_what_a_scorer_is_asked():
+    """With one labeler beside a held-out one, that labeler's row is the accuracy of their ratings as scores."""
+    rng = np.random.default_rng(1)
+    ratings, batches = rng.integers(0, 4, (12, 2)), np.repeat([0, 1], 6)
+    texts = RatedTexts.from_rows(ratings, batches, [[False, True]] * 12)
+    scorer = pairwise_accuracy(ratings[:, 0], texts, "heldout")
+    assert human_agreement(texts).labeler == scorer == crowd_agreement(texts)
+
+
+def test_people_who_agree_reach_one_and_a_single_labeler_nothing():
+    same = RatedTexts.from_rows(
+        np.repeat(np.arange(8.0)[:, None], 3, axis=1), np.repeat([0, 1], 4), [[False, False, True]] * 8
+    )
+    assert [interval.estimate for interval in human_agreement(same) if interval] == [1.0] * 4
+    assert list(human_agreement(RatedTexts.from_rows([[1], [2]], [0, 0]))) == [None] * 4
+    assert crowd_agreement(RatedTexts.from_rows([[1], [2]], [0, 0], [[True]] * 2)) is None
 
 
 def test_no_pair_is_none():

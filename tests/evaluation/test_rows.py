@@ -6,7 +6,7 @@ import pytest
 from rlhfjax.errors import DataError
 from rlhfjax.evaluation.judges import Judge, fit_ridge_judge, tfidf_ridge_baseline, vader_judge
 from rlhfjax.evaluation.pairwise import RatedTexts
-from rlhfjax.evaluation.rows import MEASURES, accuracy_row, comparison_row, human_row, policy_row, win_row
+from rlhfjax.evaluation.rows import MEASURES, accuracy_row, comparison_row, human_rows, policy_row, win_row
 
 LENGTH = Judge("length", "characters", lambda texts: [len(text) for text in texts])
 
@@ -31,19 +31,26 @@ def test_accuracy_row_by_hand():
     assert set(row.values) <= set(MEASURES)
 
 
-def test_human_row_by_hand():
-    """In batch 0 the two labelers disagree, in batch 1 they agree; with two labelers the others are one labeler.
-    Across, the first column (3, 0 | 4, 0) differs in 3–4, 3–0 and 0–4, where the second (0, 1 | 4, 0) has 0–4, 0–0 and
-    1–4: it agrees where it differs. From the second column the same pairs, and 1–0 where the first has 0–0."""
-    row = human_row(toy_texts())
-    assert row.values["within_heldout"].estimate == row.values["within_mean"].estimate == 0.5
-    assert row.values["across_clear"].estimate == 1.0
-    assert row.values.keys() == accuracy_row("model", [1, 2, 3, 4], toy_texts()).values.keys()
-    # labelers 1 and 2 agree with each other, none of the three with the mean of the others
-    values = human_row(RatedTexts.from_rows([[2, 2, 0], [0, 1, 3]], [0, 0])).values
-    assert values["within_heldout"].estimate == pytest.approx(1 / 3)
-    assert values["within_mean"].estimate == 0.0
-    assert values["across_clear"] is None
+def test_human_rows_by_hand():
+    """Labeler 1 trains, 2 is held out. Batch 0: they disagree. Batch 1: 2 ties, so 1 is not asked, but 2 is, by 1."""
+    texts = RatedTexts.from_rows([[3, 0], [0, 1], [4, 4], [0, 4]], [0, 0, 1, 1], [[False, True]] * 4)
+    one, others = human_rows(texts)
+    assert one.values.keys() == accuracy_row("model", [1, 2, 3, 4], texts).values.keys()
+    assert one.values["within_heldout"].estimate == others.values["within_heldout"].estimate == 0.0
+    assert one.values["within_mean"].estimate == one.values["within_clear"].estimate == pytest.approx(0.5 / 3)
+    # labeler 1 as scorer, by labeler 2: 3-4 right, 3-0 wrong, 0-4 right, 0-0 a tie; labeler 2 by 1: 0-4 right for 3<4,
+    # 0-4 wrong for 3>0, 1-4 right for 0<4, and 0, 0 is not asked
+    assert one.values["across_clear"].estimate == pytest.approx((1 + 0 + 1 + 0.5 + 1 + 0 + 1) / 7)
+    assert others.values.keys() == {"within_heldout"}
+
+
+def test_every_measure_of_people_stands_under_its_own_name():
+    """Labelers who agree but for one who ties two texts close together: only the clear pairs are all right."""
+    ratings = [[0.0, 0, 0.0], [0.3, 0, 0.3], [2, 2, 2], [3, 3, 3]]
+    values = human_rows(RatedTexts.from_rows(ratings, [0, 0, 0, 1], [[False, False, True]] * 4))[0].values
+    assert values["within_heldout"].estimate == pytest.approx(1 - 0.5 / 6)  # one labeler of two ties one of three pairs
+    assert values["within_mean"].estimate == pytest.approx(1 - 0.5 / 9)  # and one of three, as they score
+    assert values["within_clear"].estimate == values["across_clear"].estimate == 1.0
 
 
 def test_measures_without_pairs_are_none():
@@ -79,15 +86,29 @@ def test_win_row_by_hand():
     row = win_row(LENGTH, "ppo", ["long text", "a", "tie"], "sft", ["text", "ab", "two"])
     assert (row.judge, row.policy, row.baseline) == ("length", "ppo", "sft")
     assert row.win.estimate == 0.5
+    assert row.ties == pytest.approx(1 / 3)
     assert (row.policy_mean, row.baseline_mean) == (pytest.approx(13 / 3), 3.0)
 
 
 def test_policy_row_by_hand():
-    row = policy_row("sft", [[1, 1, 1, 1], [2]], [True, False], kl=0.5)
+    row = policy_row("sft", [[1, 1, 1, 1], [2]], [True, False], kl=[0.25, 0.75], entropy=[8.0, 1.0])
     assert (row.length, row.distinct_1, row.distinct_2, row.eos_rate) == (2.5, 2 / 5, 1 / 3, 0.5)
     assert row.repetition == 0.5  # 111 twice in the first response
-    assert (row.kl, row.entropy, row.prompts) == (0.5, None, None)
+    assert (row.kl, row.entropy, row.reward) == (0.5, 9 / 5, None)  # a token, not a response
+    # both draws of two prompts in four are mixed: the ends are those of one response twice
+    assert row.intervals["length"] == (2.5, 1.0, 4.0)
+    assert row.intervals["entropy"] == (9 / 5, 1.0, 2.0)
+    assert "reward" not in row.intervals
+    assert row.prompts is None
     assert policy_row("sft", [[1], [2], [3]], [True] * 3, prompts=["x", "y", "x"]).prompts == 2
+
+
+def test_intervals_of_a_policy_draw_prompts():
+    """Eight copies of the responses to two prompts say no more than two responses do."""
+    once = policy_row("sft", [[1, 2, 3], [1]], [True, False], prompts=["a", "b"])
+    often = policy_row("sft", [[1, 2, 3], [1]] * 8, [True, False] * 8, prompts=["a", "b"] * 8)
+    for figure in ("length", "eos_rate"):
+        assert often.intervals[figure] == once.intervals[figure]
 
 
 def test_wrong_input_is_named():
@@ -98,7 +119,8 @@ def test_wrong_input_is_named():
 
 
 def test_real_ratings_give_the_known_accuracies():
-    """Published figures for these ratings: TF-IDF ridge .64/.65/.71/.80, word list .61/.60/.66/.67, people .79–.83."""
+    """Published figures for these ratings: TF-IDF ridge .64/.65/.71/.80, word list .61/.60/.66/.67; people by the rule that
+    scorers are measured with: .719/.732/.813/.891, the mean of the others .832."""
     data = pytest.importorskip("rlhfjax.data.datasets")
     try:
         splits = {
@@ -122,5 +144,6 @@ def test_real_ratings_give_the_known_accuracies():
     for scorer, figures in expected.items():
         row = accuracy_row(scorer.name, scorer(texts), rated)
         assert [v.estimate for v in row.values.values() if v] == pytest.approx(figures, abs=0.02), scorer.name
-    people = human_row(rated).values
-    assert [v.estimate for v in people.values() if v] == pytest.approx((0.81, 0.84, 0.92, 0.94), abs=0.025)
+    one, others = (row.values for row in human_rows(rated))
+    assert [v.estimate for v in one.values() if v] == pytest.approx((0.719, 0.732, 0.813, 0.891), abs=0.001)
+    assert others["within_heldout"].estimate == pytest.approx(0.832, abs=0.001)

@@ -5,7 +5,14 @@ import pytest
 from scipy import stats
 
 from rlhfjax.errors import DataError
-from rlhfjax.evaluation.statistics import Interval, bootstrap_interval, percentile_interval, win_rate
+from rlhfjax.evaluation.statistics import (
+    Interval,
+    bootstrap_interval,
+    jackknife_interval,
+    percentile_interval,
+    ratio_interval,
+    win_rate,
+)
 
 
 def test_interval_of_the_mean_is_that_of_scipy():
@@ -98,3 +105,23 @@ def test_win_rate_draws_prompts_when_a_prompt_has_several_pairs():
 def test_wrong_input_is_named(call, said):
     with pytest.raises(DataError, match=said):
         call()
+
+
+def test_a_ratio_and_its_interval_are_those_of_the_plain_bootstrap():
+    """Group sums drawn by their counts against whole rows drawn one resample at a time."""
+    rng = np.random.default_rng(3)
+    above, below, groups = rng.normal(2, 1, 60), rng.integers(1, 9, 60), np.repeat(np.arange(20), 3)
+    rows = np.stack([above, below], axis=1)
+    plain = bootstrap_interval(rows, lambda drawn: drawn[:, 0].sum() / drawn[:, 1].sum(), resamples=4000, groups=groups)
+    found = ratio_interval(above, below, groups, resamples=4000)
+    assert found.estimate == pytest.approx(plain.estimate)
+    assert found == pytest.approx(plain, rel=0.03)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    """θ₍ᵢ₎ = (Σ − xᵢ)/(n − 1) gives s/√n exactly (Efron and Tibshirani 1993, section 11.2)."""
+    values = np.array([1.0, 4.0, 2.0, 7.0, 1.0])
+    without = (values.sum() - values) / 4
+    reach = 1.959964 * values.std(ddof=1) / np.sqrt(5)
+    assert jackknife_interval(3.0, without) == pytest.approx((3.0, 3.0 - reach, 3.0 + reach), rel=1e-6)
+    assert np.isnan(jackknife_interval(1.0, [1.0]).low)
