@@ -128,7 +128,7 @@ def human_agreement(
     """Each labeler as a scorer of the texts, by the rule of `pairwise_accuracy`: a tie of the labeler counts one half.
 
     Nobody is compared with themselves: a held-out labeler is ordered by the other labelers of the batch, and the mean
-    is that of all labelers but the one who scores. Intervals draw whole batches. `clear_difference` is in rating points.
+    is that of all labelers but the one who scores. Intervals draw batches. `clear_difference` is in rating points.
     """
     ratings, members, others = texts.ratings, texts.members(), _others(texts)
     heldout, one_to_one = np.where(texts.heldout, ratings, np.nan), _Tally.zeros(len(members), "within")

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from rlhfjax.evaluation import plots
-from rlhfjax.evaluation.display import number, number_interval, percent, percent_interval
+from rlhfjax.evaluation.display import NONE, number, number_interval, percent, percent_interval
 from rlhfjax.evaluation.results import AccuracyRow, Evaluation, PolicyRow, Sample
 from rlhfjax.evaluation.rows import MEASURES
 from rlhfjax.evaluation.run_data import ReportData
@@ -148,8 +148,8 @@ def _reward_accuracy(evaluation: Evaluation) -> Section:
 def _win_rates(evaluation: Evaluation) -> Section:
     note = (
         "How often a judge that took no part in training prefers the later policy on the same prompt (a tie is one "
-        "half), with 95 % intervals over prompts; how many pairs are ties; and how often each judge itself orders human "
-        "pairs right."
+        "half), with 95 % intervals over prompts; how many pairs are ties; and how often each judge orders human pairs "
+        "right."
     )
     wins = evaluation.win_rates
     if not wins:

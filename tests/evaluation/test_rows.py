@@ -119,8 +119,8 @@ def test_wrong_input_is_named():
 
 
 def test_real_ratings_give_the_known_accuracies():
-    """Published figures for these ratings: TF-IDF ridge .64/.65/.71/.80, word list .61/.60/.66/.67; people by the rule that
-    scorers are measured with: .719/.732/.813/.891, the mean of the others .832."""
+    """Published figures for these ratings: TF-IDF ridge .64/.65/.71/.80, word list .61/.60/.66/.67.
+    People, by the rule of the scorers: .719/.732/.813/.891, the mean of the others .832."""
     data = pytest.importorskip("rlhfjax.data.datasets")
     try:
         splits = {
