@@ -11,7 +11,7 @@ import typer
 
 from rlhfjax import config as configuration
 from rlhfjax.cli.checking import NoVerify, verify
-from rlhfjax.cli.datasets import OPTIONS, Overrides, data, known_stage, pairs
+from rlhfjax.cli.datasets import OPTIONS, Overrides, data, directory, known_stage, pairs
 from rlhfjax.cli.launching import (
     Coordinator,
     NumProcesses,
@@ -59,7 +59,8 @@ def run(
     config: Config,
     overrides: Overrides = None,
     run_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where everything goes.  [default: runs/NAME]")
+        Path | None,
+        typer.Option(metavar="DIR", parser=directory, help="Where everything goes.  [default: runs/NAME]"),
     ] = None,
     only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run this stage alone.")] = None,
     start_from: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Run from this stage on.")] = None,

@@ -14,6 +14,14 @@ from rlhfjax.terminal import printable, say
 OPTIONS = {"pretty_exceptions_enable": False, "rich_markup_mode": None, "add_completion": False}
 data = typer.Typer(no_args_is_help=True, help="Prepare data sets and look at them.", **OPTIONS)
 
+
+def directory(text: str) -> Path:
+    """A path that was given; nothing, as a variable that is not set gives, is not the current directory."""
+    if not text:
+        raise typer.BadParameter("expected a directory, got nothing; give its path (the one of this terminal is .)")
+    return Path(text)
+
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as stages.ppo.steps=200.")
 ]
@@ -99,7 +107,9 @@ def inspect(
     stage: Annotated[str | None, typer.Argument(metavar="STAGE", help="The stage whose batch to show.")] = None,
     overrides: Overrides = None,
     index: Annotated[int, typer.Option(metavar="N", min=0, help="Which batch, or the first record to show.")] = 0,
-    run_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="The run with the tokenizer.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", parser=directory, help="The run with the tokenizer.")
+    ] = None,
     data_dir: DataDir = None,
     kind: Annotated[str | None, typer.Option(metavar="KIND", help=f"Of a JSONL file: {_KINDS}.")] = None,
 ) -> None:

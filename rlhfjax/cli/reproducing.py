@@ -5,11 +5,16 @@ from typing import Annotated
 
 import typer
 
+from rlhfjax.cli.datasets import directory
+
 
 def reproduce(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a finished run.")],
     target: Annotated[
-        Path | None, typer.Option("--run-dir", metavar="DIR", help="Where it is run again.  [default: RUN-reproduced]")
+        Path | None,
+        typer.Option(
+            "--run-dir", metavar="DIR", parser=directory, help="Where it is run again.  [default: RUN-reproduced]"
+        ),
     ] = None,
     only_check: Annotated[
         bool, typer.Option("--only-check", help="Only see whether it can be reproduced here; run nothing.")

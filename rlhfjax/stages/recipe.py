@@ -5,8 +5,6 @@ directory belongs to a stage that may be continued.
 """
 
 import json
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,17 +16,16 @@ from typing import Any
 
 from rich.console import Console
 
-from rlhfjax.config import Run, resolved, resolved_yaml, schema
+from rlhfjax.config import Run
 from rlhfjax.errors import ConfigError
 from rlhfjax.stages.agreement import facts_of
 from rlhfjax.stages.determinism import use_determinism
 from rlhfjax.stages.manifest import Manifest, other_layout
 from rlhfjax.stages.output import lasting_output
+from rlhfjax.stages.run_directory import COMPLETE, require_own, settle, write_text
 from rlhfjax.stages.run_lock import run_lock
 from rlhfjax.training import stopping
 
-COMPLETE = "complete.json"
-ALL_STAGES = ("tokenizer", *schema.Stages.model_fields)
 console = Console(stderr=True, highlight=False)
 
 
@@ -48,7 +45,7 @@ def run_recipe(
     """Run what is not done yet of the recipe; `only` one stage, or again from `start_from` on.
 
     `sources` says where keys of the configuration were set, for the manifest. Raises ConfigError when the run directory
-    was made with another configuration or is in use, or for a stage that the recipe lacks.
+    was made with another configuration, is in use or somebody else's, or for a stage that the recipe lacks.
     """
     stages = stages_of(run)
     for name in (only, start_from):
@@ -60,8 +57,9 @@ def run_recipe(
         if several := _processes():
             stopping.pass_on()
             several.agree(facts_of(run, run_dir, only, start_from))
+        _by_first(lambda: require_own(run_dir), "own")
         _by_first(lambda: held.enter_context(run_lock(run_dir, report)), "lock")
-        _by_first(lambda: _settle(run, run_dir, start_from), "settle")
+        _by_first(lambda: settle(run, run_dir, start_from, stages), "settle")
         _run_open_stages(run, run_dir, [only] if only else stages, Manifest(run, run_dir, sources, _speaks(), lost))
 
 
@@ -82,17 +80,6 @@ def _run_open_stages(run: Run, run_dir: Path, wanted: list[str], manifest: Manif
     if "evaluate" in open_stages and _speaks():
         _print_results(run_dir)
     _point_to_report(run_dir)
-
-
-def _settle(run: Run, run_dir: Path, start_from: str | None) -> None:
-    """Make the run directory ready: its configuration, and nothing of the stages that are done again."""
-    stages = stages_of(run)
-    _settle_config(run, run_dir, start_from)
-    if start_from:
-        for stage in stages[stages.index(start_from) :]:
-            shutil.rmtree(run_dir / stage, ignore_errors=True)
-        if start_from == stages[0]:
-            shutil.rmtree(run_dir / "base", ignore_errors=True)  # the model's checkpoint may be another one now
 
 
 def _processes() -> Any:
@@ -171,47 +158,6 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
         began = time.monotonic()
 
 
-def _settle_config(run: Run, run_dir: Path, start_from: str | None) -> None:
-    """Write config.yaml into a run directory; refuse a change that touches a stage that has begun there."""
-    path = run_dir / "config.yaml"
-    if path.exists():
-        before, now = _flat(_read_yaml(path)), _flat(resolved(run))
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        redone = ALL_STAGES[ALL_STAGES.index(start_from) :] if start_from else ()
-        begun = [stage for stage in ALL_STAGES if stage not in redone and (run_dir / stage).exists()]
-        refused = [key for key in changed if not key.startswith(_free(begun))]
-        if refused:
-            shown = "; ".join(f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in refused[:5])
-            raise ConfigError(
-                f"{run_dir} was made with another configuration: {shown}. Use another --run-dir, or --from STAGE to do "
-                "again what the change touches"
-            )
-    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_text(path, resolved_yaml(run))
-
-
-def _free(begun: list[str]) -> tuple[str, ...]:
-    """What keys that touch nothing of the stages `begun` start with. On another mesh a run continues, rounded anew."""
-    if not begun:
-        return ("",)
-    others = [f"stages.{stage}." for stage in ALL_STAGES if stage not in begun]
-    if not {"sft", "reward", "dpo", "ppo"} & set(begun):
-        others.append("model.lora")
-    return (*others, "description", "logging.", "checkpoints.", "reliability.", "profile", "mesh.")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    from rlhfjax.config import load_config
-
-    return resolved(load_config(path))
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {k: v for name, part in tree.items() for k, v in _flat(part, f"{prefix}{name}.").items()}
-    return {prefix.rstrip("."): tree}
-
-
 def _print_results(run_dir: Path) -> None:
     """The summary table and three samples before and after."""
     from rlhfjax.evaluation.report import write_report
@@ -229,14 +175,6 @@ def _print_results(run_dir: Path) -> None:
 def _point_to_report(run_dir: Path) -> None:
     if (run_dir / "report.html").exists():
         report(f"report: {run_dir / 'report.html'}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one piece, readable by its owner alone."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.chmod(part, 0o600)
-    part.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:

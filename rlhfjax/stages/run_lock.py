@@ -25,15 +25,15 @@ def run_lock(run_dir: Path, report: Callable[[str], None] = lambda text: None) -
     ConfigError that names process, machine and time where another launch holds it. A file system without locks is
     reported, and the run goes on without one.
     """
-    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = run_dir / LOCK
     try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = _locked(path)
     except BlockingIOError:
         raise ConfigError(f"{run_dir} is in use by {_holder(path)}; wait for it, or give another --run-dir") from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+            raise ConfigError(f"{path}: cannot be written: {error.strerror}; give another --run-dir") from None
         report(f"{run_dir}: its file system has no locks; take care that nothing else runs there")
         yield
         return
