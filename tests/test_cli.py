@@ -294,7 +294,7 @@ def test_schema_is_json():
 
 def test_metrics_lists_every_metric():
     lines = call("metrics").stdout.splitlines()
-    assert lines[0].split() == ["name", "unit", "mask", "reduction", "meaning"]
+    assert lines[0].split() == ["name", "unit", "mask", "reduction", "weights", "meaning"]
     assert [line.split()[0] for line in lines[1:]] == list(METRICS)
 
 
