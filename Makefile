@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: quickstart test faults lint lock clean
+.PHONY: quickstart test test-short test-newer faults lint lock clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/rlhfjax data prepare movies
@@ -12,6 +12,19 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# What differs between versions of Python and jax, in minutes: equations, the checkpoints of older releases, a run that is
+# stopped and goes on, several devices, sampling, the command line.
+SHORT := $(addprefix tests/,functional stages/test_old_checkpoints.py)
+test-short: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(SHORT)
+
+# The same on every newer Python that is at hand, each in a virtual environment of its own.
+test-newer: $(VENV)/.installed-test
+	@for python in $(or $(PYTHONS),$$(.ci/newer-pythons)); do \
+	  version=$$($$python -c 'import sys; print(*sys.version_info[:2], sep=".")') && echo "Python $$version" && \
+	  $(MAKE) --no-print-directory test-short VENV=.venv-$$version PYTHON=$$python || exit 1; \
+	done
 
 # Every fault: what `make test` leaves out because it waits for deadlines and heartbeats.
 faults: $(VENV)/.installed-test
@@ -44,4 +57,4 @@ lock:
 LOCK := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --quiet --custom-compile-command "make lock"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-3.* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: `configs/` as `rlhfjax.configs`, README for an index page, no old `build/` in a wheel."""
+"""What pyproject.toml cannot say: where `configs/` goes, README for an index page, no old `build/` in a wheel."""
 
 import re
 import tempfile
