@@ -1,6 +1,7 @@
 """The verbs of data sets, and what they share with the others."""
 
 import json
+import os
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,16 +27,33 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as stages.ppo.steps=200.")
 ]
 DataDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where prepared data sets are.")]
-_KINDS = "document, demonstration, comparison, prompt or rating"
+_KINDS = "document, demonstration, comparison, prompt, rating or unpaired"
+_SHOWN = 20_000  # characters of a record
+_FORMATS = "JSON, JSON lines, CSV, TSV, text, Parquet, also .gz and .zst"
+Layout = Annotated[str | None, typer.Option(metavar="NAME", help="The layout of the files, if not to be recognised.")]
+Map = Annotated[
+    list[str] | None,
+    typer.Option("--map", metavar="FIELD=THEIRS", help="Our field from one of theirs; may be repeated."),
+]
+SampleBy = Annotated[
+    str,
+    typer.Option(metavar="paragraph|line|document", help="What a document of a plain text is (document: the file)."),
+]
 
 
 @data.command()
 def prepare(
     name: Annotated[str, typer.Argument(metavar="NAME", help="movies, chitchat, reversal, or a name of your own.")],
     split: Annotated[
-        list[str] | None, typer.Option(metavar="SPLIT=FILE.jsonl", help="One split and its file; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="SPLIT=FILE", help=f"A split and its file, folder or pattern ({_FORMATS}); may be repeated."
+        ),
     ] = None,
     kind: Annotated[str | None, typer.Option(metavar="KIND", help=f"What the files hold: {_KINDS}.")] = None,
+    layout: Layout = None,
+    mapping: Map = None,
+    sample_by: SampleBy = "paragraph",
     dialogue_filters: Annotated[
         bool, typer.Option("--dialogue-filters", help="Drop exchanges that teach nothing; print how many and why.")
     ] = False,
@@ -47,7 +65,7 @@ def prepare(
         Path | None, typer.Option(metavar="DIR", help="Where downloads are kept (movies and chitchat).")
     ] = None,
 ) -> None:
-    """Prepare the movies benchmark, the chitchat conversations, reversed strings, or your own JSONL files.
+    """Prepare the movies benchmark, the chitchat conversations, reversed strings, or your own files.
 
     \b
     Examples:
@@ -59,7 +77,8 @@ def prepare(
     if dialogue_filters and kind != "demonstration":
         raise ConfigError(f"--dialogue-filters: expected --kind demonstration, got {kind or 'no kind'}")
     if split or kind:
-        _prepare_files(name, split or [], kind, data_dir, dialogue_filters, blocklist)
+        how = _reading(layout, mapping, sample_by)
+        _prepare_files(name, split or [], kind, data_dir, how, dialogue_filters, blocklist)
     elif name in ("movies", "chitchat", "reversal"):
         from rlhfjax.data import benchmark, chitchat, movies, reversal
         from rlhfjax.data.datasets import default_data_dir
@@ -69,41 +88,81 @@ def prepare(
             typer.echo(str(folder))
     else:
         raise ConfigError(
-            f"{name}: expected movies, chitchat or reversal, or --kind KIND with --split SPLIT=FILE.jsonl (kinds: "
-            f"{_KINDS})"
+            f"{name}: expected movies, chitchat or reversal, or --kind KIND with --split SPLIT=FILE (kinds: {_KINDS})"
         )
 
 
+def _reading(layout: str | None, mapping: list[str] | None, sample_by: str) -> Any:
+    from rlhfjax.data.reading import reading_of
+
+    fields: dict[str, str] = {}
+    for text in mapping or []:
+        ours, equals, theirs = text.partition("=")
+        if not (ours and equals and theirs) or ours in fields:
+            reason = "names a field twice" if ours in fields else "is not FIELD=THEIRS, such as prompt=question"
+            raise ConfigError(f"--map {text} {reason}")
+        fields[ours] = theirs
+    return reading_of(layout, fields, sample_by)
+
+
 def _prepare_files(
-    name: str, splits: list[str], kind: str | None, data_dir: Path | None, filters: bool, blocklist: Path | None
+    name: str,
+    splits: list[str],
+    kind: str | None,
+    data_dir: Path | None,
+    how: Any,
+    filters: bool,
+    blocklist: Path | None,
 ) -> None:
     if not splits or not kind:
-        missing = "--split SPLIT=FILE.jsonl" if kind else f"--kind ({_KINDS})"
+        missing = "--split SPLIT=FILE" if kind else f"--kind ({_KINDS})"
         raise ConfigError(f"data prepare {name}: {missing} is missing")
-    paths: dict[str, Path] = {}
-    for text in splits:
-        split, equals, path = text.partition("=")
-        if not (split and equals and path) or split in paths:
-            reason = "is given twice" if split in paths else "is not SPLIT=FILE.jsonl, such as train=chats.jsonl"
-            raise ConfigError(f"--split {text} {reason}")
-        paths[split] = Path(path)
+    paths = _files_of(splits)
     from rlhfjax.data.datasets import default_data_dir
-    from rlhfjax.data.jsonl import prepare_jsonl
+    from rlhfjax.data.preparing import prepare_files, what_was_made
 
     where = data_dir or default_data_dir()
-    if not filters:
-        typer.echo(str(prepare_jsonl(paths, kind, name, where)))
-        return
-    from rlhfjax.data.dialogue import prepare_filtered
+    if filters:
+        from rlhfjax.data.dialogue import prepare_filtered
 
-    folder, report = prepare_filtered(paths, name, where, blocklist)
-    say(report)
+        folder, report = prepare_filtered(paths, name, where, blocklist, how)
+        say(report)
+    else:
+        folder = prepare_files(paths, kind, name, where, reading=how)
+    for line in what_was_made(folder, name):
+        say(line)
     typer.echo(str(folder))
+
+
+def _files_of(splits: list[str]) -> dict[str, list[Path]]:
+    """The files of each split, in the order that they are given; a folder or pattern alone brings splits of its own."""
+    from rlhfjax.data.files import find_files
+
+    paths: dict[str, list[Path]] = {}
+    for text in splits:
+        split, equals, path = text.partition("=")
+        if equals and split and path:
+            shards = find_files(path)
+            held = {split: shards.of(split, path)}
+        elif Path(text).is_dir():
+            shards = find_files(text)
+            held = shards.splits
+        else:
+            raise ConfigError(f"--split {text} is not SPLIT=FILE, such as train=chats.jsonl, and no folder with splits")
+        for line in shards.words():
+            say(f"{text}: {line}")
+        for name, files in held.items():
+            if twice := set(files) & set(paths.get(name, [])):
+                raise ConfigError(f"--split {text} gives {twice.pop()} twice")
+            paths.setdefault(name, []).extend(files)
+    return paths
 
 
 @data.command()
 def inspect(
-    target: Annotated[str, typer.Argument(metavar="CONFIG|SOURCE[@SPLIT]", help="A configuration, or a data set.")],
+    target: Annotated[
+        str, typer.Argument(metavar="CONFIG|SOURCE[@SPLIT]", help="A configuration, a data set, or a file.")
+    ],
     stage: Annotated[str | None, typer.Argument(metavar="STAGE", help="The stage whose batch to show.")] = None,
     overrides: Overrides = None,
     index: Annotated[int, typer.Option(metavar="N", min=0, help="Which batch, or the first record to show.")] = 0,
@@ -111,9 +170,12 @@ def inspect(
         Path | None, typer.Option(metavar="DIR", parser=directory, help="The run with the tokenizer.")
     ] = None,
     data_dir: DataDir = None,
-    kind: Annotated[str | None, typer.Option(metavar="KIND", help=f"Of a JSONL file: {_KINDS}.")] = None,
+    kind: Annotated[str | None, typer.Option(metavar="KIND", help=f"Of files: {_KINDS}.")] = None,
+    layout: Layout = None,
+    mapping: Map = None,
+    sample_by: SampleBy = "paragraph",
 ) -> None:
-    """Show what a batch really holds, or a data set's records.
+    """Show what a batch really holds, or the records of a data set or a file.
 
     \b
     Examples:
@@ -121,7 +183,7 @@ def inspect(
       rlhfjax data inspect movies/comparisons@train
     """
     if stage is None:
-        return _show_records(target, index, data_dir, kind)
+        return _show_records(target, index, data_dir, kind, _reading(layout, mapping, sample_by))
     loaded = configuration.load_config(target, pairs(overrides))
     known_stage("STAGE", stage, loaded)
     from rlhfjax import stages
@@ -131,14 +193,28 @@ def inspect(
     return None
 
 
-def _show_records(target: str, first: int, data_dir: Path | None, kind: str | None, count: int = 3) -> None:
-    source, _, split = target.partition("@")
+def _show_records(target: str, first: int, data_dir: Path | None, kind: str | None, how: Any, count: int = 3) -> None:
     from rlhfjax.data.datasets import default_data_dir, open_source
 
-    records: Any = open_source(source, split or "train", data_dir or default_data_dir(), kind)
-    typer.echo(f"{source}@{split or 'train'}: {len(records):,} records")
+    source, split = _source_and_split(target)
+    records: Any = open_source(source, split, data_dir or default_data_dir(), kind, how)
+    typer.echo(f"{source}@{split}: {len(records):,} records{records.kind and f', {records.kind}'}")
+    for line in records.notes:
+        say(line)
+    if first >= len(records):
+        raise ConfigError(f"--index {first}: expected at most {len(records) - 1}, the last record of {source}@{split}")
     for index in islice(range(first, len(records)), count):
-        typer.echo(f"\n[{index}] {printable(json.dumps(records[index], ensure_ascii=False, indent=2))}")
+        shown = printable(json.dumps(records[index], ensure_ascii=False, indent=2))
+        cut = f"\n… and {len(shown) - _SHOWN:,} more characters" if len(shown) > _SHOWN else ""
+        typer.echo(f"\n[{index}] {shown[:_SHOWN]}{cut}")
+
+
+def _source_and_split(target: str) -> tuple[str, str]:
+    """SOURCE@SPLIT; an @ in the path of something that is there belongs to the path."""
+    if os.path.exists(target):
+        return target, "train"
+    source, _, split = target.rpartition("@") if "@" in target else (target, "", "")
+    return source, split or "train"
 
 
 def pairs(overrides: list[str] | None) -> list[str]:

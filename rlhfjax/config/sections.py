@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from rlhfjax.data.reading import Reading, reading_of
+from rlhfjax.errors import ConfigError
+
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -184,11 +187,38 @@ class Model(Section):
 
 
 class Data(Section):
-    """One data set: a prepared name (`movies/chat`) or a .jsonl file, its split, and its share of the tokens."""
+    """One data set: a prepared name (`movies/chat`) or a file, pattern or folder, its split, its share of the tokens.
+
+    Of files the layout is recognised; `layout` names it, or `map` says which of their fields is which of ours.
+    `sample_by` says what a document of a plain text is: between blank lines, a line, or (document) the whole file.
+    """
 
     source: str
     split: str = "train"
     weight: Positive = 1.0
+    layout: str | None = None
+    map: dict[str, str] = {}
+    sample_by: Literal["paragraph", "line", "document"] = "paragraph"
+
+    @property
+    def reading(self) -> Reading:
+        """How its files are read."""
+        return reading_of(self.layout, self.map, self.sample_by)
+
+    @property
+    def name(self) -> str:
+        """SOURCE@SPLIT, and how its files are read where that is given."""
+        how = [self.layout] if self.layout else [f"{ours}={theirs}" for ours, theirs in sorted(self.map.items())]
+        how += [self.sample_by] if self.sample_by != "paragraph" else []
+        return f"{self.source}@{self.split}" + (f" ({' '.join(how)})" if how else "")
+
+    @model_validator(mode="after")
+    def _readable(self):
+        try:
+            reading_of(self.layout, self.map, self.sample_by)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 Sources = Annotated[list[Data], Field(min_length=1)]

@@ -1,5 +1,6 @@
 """Token rows to the arrays of a batch: packed, or padded left and right."""
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,19 +9,30 @@ from rlhfjax.data.token_rows import Ragged, RankedRows, TokenRows
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing bin packing: every row goes to the fullest bin that still has room for it."""
-    space_to_bins: dict[int, list[int]] = {}
+    """Best-fit decreasing bin packing: every row goes to the fullest bin that still has room for it.
+
+    Of equally full bins the last one that became so is taken. A row costs a search among the different spaces left.
+    """
     bins: list[list[int]] = []
+    with_space: dict[int, list[int]] = {}
+    spaces: list[int] = []  # in which there are bins, in order
     for row in np.argsort(-lengths, kind="stable").tolist():
         need = int(lengths[row])
-        space = next((s for s in range(need, capacity) if space_to_bins.get(s)), capacity)
-        if space == capacity:
+        place = bisect_left(spaces, need)
+        if place == len(spaces):
+            index, space = len(bins), capacity
             bins.append([])
-            index = len(bins) - 1
         else:
-            index = space_to_bins[space].pop()
+            space = spaces[place]
+            index = with_space[space].pop()
+            if not with_space[space]:
+                del spaces[place]
         bins[index].append(row)
-        space_to_bins.setdefault(space - need, []).append(index)
+        left = space - need
+        if 0 <= left < capacity:
+            if not with_space.setdefault(left, []):
+                insort(spaces, left)
+            with_space[left].append(index)
     return bins
 
 

@@ -1,7 +1,8 @@
 """Prepared datasets: find them, read them by index as canonical records, and name what they hold by a digest.
 
 A source is `name`, `name/config` or `name/config:1.0.0` of a TFDS dataset in the data directory (ours, or any public
-one that was prepared there in ArrayRecord format), or the path of a JSONL file, which is prepared on first use.
+one that was prepared there in ArrayRecord format), or the path of files, which are prepared on first use: a file, a
+glob or a folder. What can only be meant as files wins over a dataset, a dataset over a folder of its name.
 """
 
 import difflib
@@ -16,11 +17,13 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rlhfjax.data.jsonl import prepare_file
-from rlhfjax.data.records import parse_record
+from rlhfjax.data.files import expanded, is_data_path
+from rlhfjax.data.preparing import prepare_source
+from rlhfjax.data.reading import RECOGNISE, Reading
+from rlhfjax.data.records import PROMPTED, parse_record
 from rlhfjax.data.storage import decode
 from rlhfjax.data.writing import read_manifest, require_whole
-from rlhfjax.errors import ConfigError, DataError, IntegrityError
+from rlhfjax.errors import DataError, IntegrityError
 from rlhfjax.fetch import file_sha256
 
 _SOURCE = re.compile(r"(?P<name>[A-Za-z_]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -28,7 +31,6 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type", "proto_cls")
 _SHOWN = 8
 _CHUNK = 256
-_FILE_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
 class RandomAccess(Sequence[dict[str, Any]]):
@@ -39,12 +41,26 @@ class RandomAccess(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, folder: Path, split: str, kind: str | None):
-        self.folder, self.split = folder, split
-        own_kind = read_manifest(folder).get("kind")
+        self.folder, self.split, self.manifest = folder, split, read_manifest(folder)
+        own_kind = self.manifest.get("kind")
         if own_kind and kind and own_kind != kind:
             raise DataError(f"{folder}: expected a dataset of {kind} records, got {own_kind}; choose another source")
         self.kind, self._foreign = own_kind or kind, own_kind is None
         self._rows = _data_source(folder, split)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was said when the dataset was prepared: layouts, and fields that nobody reads."""
+        return self.manifest.get("notes", [])
+
+    @property
+    def forms(self) -> set[str]:
+        """Whether prompts are `messages`, `plain`, or both; nothing of records without prompts, or where not known."""
+        split = self.split if self.split in self.manifest.get("messages", {}) else self.split.split("[")[0]
+        messages, count = (self.manifest.get(name, {}).get(split, 0) for name in ("messages", "counts"))
+        if self.kind not in PROMPTED or "messages" not in self.manifest:
+            return set()
+        return ({"messages"} if messages else set()) | ({"plain"} if messages < count else set())
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -80,25 +96,29 @@ class RandomAccess(Sequence[dict[str, Any]]):
         return parse_record(self.kind, _plain(example), where) if self.kind else _plain(example)
 
 
-def open_source(source: str, split: str, data_dir: str | Path, kind: str | None = None) -> RandomAccess:
+def open_source(
+    source: str, split: str, data_dir: str | Path, kind: str | None = None, reading: Reading = RECOGNISE
+) -> RandomAccess:
     """The records of one split, `split` being a name or a TFDS expression such as `train[:90%]`.
 
-    A JSONL file is checked from first to last line and prepared under a name made of its content's digest; its one
-    split is `train`, and it needs `kind`.
+    Files are checked from the first row to the last and prepared under a name made of their content's digest; without
+    `kind` they hold what their layout gives first. The split of a file, or of files whose names say none, is `train`.
 
     Raises DataError where the dataset, config, version or split is not there (it says what is), where it holds
-    records of another kind, and for a wrong line of a JSONL file.
+    records of another kind, and for a wrong row of a file.
     """
-    return RandomAccess(_locate(source, Path(data_dir).expanduser(), kind), split, kind)
+    return RandomAccess(_locate(source, Path(data_dir), kind, reading), split, kind)
 
 
-def fingerprint(source: str, split: str, data_dir: str | Path, kind: str | None = None) -> str:
+def fingerprint(
+    source: str, split: str, data_dir: str | Path, kind: str | None = None, reading: Reading = RECOGNISE
+) -> str:
     """SHA-256 of what a split holds: of its canonical records, whatever machine wrote them and however packed.
 
     For a split expression it covers all splits and the expression; for a dataset that this package did not prepare,
     the bytes of its files. Raises DataError as `open_source`.
     """
-    folder = _locate(source, Path(data_dir).expanduser(), kind)
+    folder = _locate(source, Path(data_dir), kind, reading)
     _data_source(folder, split)  # an unknown split is an error here too
     digests = read_manifest(folder).get("sha256")
     if digests is None:
@@ -109,38 +129,48 @@ def fingerprint(source: str, split: str, data_dir: str | Path, kind: str | None 
 
 
 def default_data_dir() -> Path:
-    """`$RLHFJAX_DATA_DIR`, else `$XDG_CACHE_HOME/rlhfjax/datasets`, else `~/.cache/rlhfjax/datasets`."""
+    """`$RLHFJAX_DATA_DIR`, else `$XDG_CACHE_HOME/rlhfjax/datasets`, else `~/.cache/rlhfjax/datasets`.
+
+    Raises DataError for a user without a home directory who names none of the first two.
+    """
     if own := os.environ.get("RLHFJAX_DATA_DIR"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhfjax" / "datasets"
+        return expanded(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhfjax" / "datasets"
+    except RuntimeError:
+        raise DataError(
+            "expected a directory for prepared data, got a user without a home; set RLHFJAX_DATA_DIR"
+        ) from None
 
 
-def _locate(source: str, data_dir: Path, kind: str | None) -> Path:
+def _locate(source: str, data_dir: Path, kind: str | None, reading: Reading) -> Path:
     """The folder of one version of the dataset that `source` names."""
-    parts = _SOURCE.fullmatch(source)
-    if parts and (data_dir / parts["name"]).is_dir():
-        return _version_folder(data_dir, source, parts["name"], parts["config"], parts["version"])
-    if source.endswith(_FILE_SUFFIXES) or Path(source).expanduser().is_file():
-        if kind is None:
-            raise ConfigError(f"{source}: a JSONL file needs the kind of its records; give it")
-        return prepare_file(Path(source).expanduser(), kind, data_dir)
-    raise _missing(source, data_dir)
+    data_dir = expanded(data_dir)
+    if not is_data_path(source):
+        parts = _SOURCE.fullmatch(source)
+        if parts and (found := _version_folder(data_dir, **parts.groupdict())):
+            return found
+        if not source or not os.path.isdir(expanded(source)):
+            raise _missing(source, data_dir)
+    return prepare_source(source, kind, data_dir, reading)
 
 
-def _version_folder(data_dir: Path, source: str, name: str, config: str | None, version: str | None) -> Path:
+def _version_folder(data_dir: Path, name: str, config: str | None, version: str | None) -> Path | None:
     parent = data_dir / name / config if config else data_dir / name
-    versions = [path.name for path in parent.glob("*/") if _VERSION.fullmatch(path.name)] if parent.is_dir() else []
+    versions = (
+        [path.name for path in parent.glob("*/") if _VERSION.fullmatch(path.name)] if os.path.isdir(parent) else []
+    )
     if version in versions or (versions and version is None):
         return parent / (version or max(versions, key=lambda text: tuple(map(int, text.split(".")))))
-    raise _missing(source, data_dir)
+    return None
 
 
 def _missing(source: str, data_dir: Path) -> DataError:
-    infos = data_dir.glob("[!.]*/**/dataset_info.json")
+    infos = data_dir.glob("[!.]*/**/dataset_info.json") if os.path.isdir(data_dir) else ()
     names = [f"{'/'.join(path.relative_to(data_dir).parts[:-2])}:{path.parent.name}" for path in infos]
     nearest = sorted(names, key=lambda name: (-difflib.SequenceMatcher(None, source, name).ratio(), name))[:_SHOWN]
     there = ", ".join(nearest) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-    what = "movies" if source.startswith("movies") else "NAME --kind KIND --split train=FILE.jsonl"
+    what = "movies" if source.startswith("movies") else "NAME --kind KIND --split train=FILE"
     return DataError(
         f"expected the dataset {source!r} in {data_dir}, got {there or 'nothing prepared there'}; "
         f"run `rlhfjax data prepare {what}`, or correct the name"

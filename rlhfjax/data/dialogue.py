@@ -16,8 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rlhfjax.data.jsonl import prepare_jsonl
-from rlhfjax.data.records import read_jsonl
+from rlhfjax.data.preparing import prepare_files
+from rlhfjax.data.reading import RECOGNISE, Reading, read_records
 from rlhfjax.errors import DataError
 
 Message = Mapping[str, Any]
@@ -151,27 +151,34 @@ def answers(records: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def prepare_filtered(
-    paths: Mapping[str, Path], name: str, data_dir: Path, blocklist: Path | None = None
+    paths: Mapping[str, Sequence[Path]],
+    name: str,
+    data_dir: Path,
+    blocklist: Path | None = None,
+    reading: Reading = RECOGNISE,
 ) -> tuple[Path, str]:
-    """Prepares JSONL demonstrations as the dataset `name` through the filters: its folder, and a report of the reasons.
+    """Prepares files of demonstrations as the dataset `name` through the filters: its folder, and a report.
 
-    Raises DataError where a file is wrong (as `prepare_jsonl`), where all of one is rejected, or for the blocklist.
+    Raises DataError where a file is wrong (as `prepare_files`), where all of a split is rejected, or for the blocklist.
     """
     offensive = OFFENSIVE if blocklist is None else _listed(blocklist)
-    files = {split: Path(path).expanduser() for split, path in paths.items()}
+
+    def read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+        for path in files:
+            yield from read_records(path, "demonstration", reading)
+
     rules = DialogueFilter.of(
-        (answer for path in files.values() for answer in answers(read_jsonl(path, "demonstration"))),
-        blocklist=offensive,
+        (answer for files in paths.values() for answer in answers(read(files))), blocklist=offensive
     )
     counts: Counter[str] = Counter()
-    for path in files.values():
-        if not list(filtered_records(read_jsonl(path, "demonstration"), rules, counts)):
+    for split, files in paths.items():
+        if not sum(1 for _ in filtered_records(read(files), rules, counts)):
             report = rejection_report(counts)
-            raise DataError(f"{path}: expected an exchange that passes the filters, got none; {report}")
+            raise DataError(f"{split}: expected an exchange that passes the filters, got none; {report}")
     digest = hashlib.sha256(json.dumps(sorted(offensive)).encode()).hexdigest()
     edit = partial(filtered_records, rules=rules, rejected=Counter())
-    folder = prepare_jsonl(files, "demonstration", name, data_dir, edit, f"dialogue filters {digest[:12]}")
-    return folder, rejection_report(counts)
+    said = f"dialogue filters {digest[:12]}"
+    return prepare_files(paths, "demonstration", name, data_dir, edit, said, reading), rejection_report(counts)
 
 
 def _listed(blocklist: Path) -> frozenset[str]:

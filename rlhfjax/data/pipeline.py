@@ -3,9 +3,9 @@
 `batches[step]` is always the same batch, so a resumed run continues where it was without reading what came before.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ class Reader:
 
     def open(self, data, kind: str):
         """The records of one data entry of the configuration."""
-        return open_source(data.source, data.split, self.data_dir, kind=kind)
+        return open_source(data.source, data.split, self.data_dir, kind, data.reading)
 
     def documents(self, data: Sequence, batch, shuffle: bool = True) -> Batches:
         """Packed documents, each source with its share of the rows."""
@@ -119,7 +119,7 @@ class Reader:
             rows = token_rows.document_rows(self.open(entry, "document"), self.tokenizer, length)
             return batches.PackedRows(rows, length, packed=packed, pad_id=self.tokenizer.pad_id)
 
-        return self._once(("documents", entry.source, entry.split, length, packed), make)
+        return self._once(("documents", entry.name, length, packed), make)
 
     def demonstrations(self, data: Sequence, batch, train_on: str, mix=None, shuffle: bool = True) -> Batches:
         """Packed demonstrations, with pretraining documents as `mix.fraction` of the rows where a mix is given."""
@@ -138,11 +138,11 @@ class Reader:
     def _demonstration_source(self, entry, batch, train_on: str):
         def make():
             rows = token_rows.demonstration_rows(self.open(entry, "demonstration"), self.tokenizer, train_on)
-            fits = token_rows.within(entry.source, rows.tokens.lengths, batch.length, batch.overlong, self.report)
+            fits = token_rows.within(entry.name, rows.tokens.lengths, batch.length, batch.overlong, self.report)
             rows = token_rows.TokenRows(rows.tokens.select(fits), rows.targets.select(fits))
             return batches.PackedRows(rows, batch.length, packed=batch.pack, pad_id=self.tokenizer.pad_id)
 
-        return self._once(("demonstrations", entry.source, entry.split, batch, train_on), make)
+        return self._once(("demonstrations", entry.name, batch, train_on), make)
 
     def comparisons(self, data: Sequence, batch, shuffle: bool = True) -> Batches:
         """Ranked candidates; `overlong: drop` leaves out candidates that are too long, and comparisons without two."""
@@ -151,26 +151,29 @@ class Reader:
         return replace(made, longest=max(source.longest for source in sources))
 
     def _ranked_source(self, entry, batch):
-        return self._once(("comparisons", entry.source, entry.split, batch), lambda: self._ranked_items(entry, batch))
+        return self._once(("comparisons", entry.name, batch), lambda: self._ranked_items(entry, batch))
 
     def _ranked_items(self, entry, batch):
         rows = token_rows.ranked_rows(self.open(entry, "comparison"), self.tokenizer)
         if batch.overlong == "error":  # a comparison is as long as its longest response: the row to name
             longest = np.maximum.reduceat(rows.tokens.lengths, rows.groups[:-1])
-            token_rows.within(entry.source, longest, batch.length, "error")
-        fits = token_rows.within(f"{entry.source} responses", rows.tokens.lengths, batch.length, "drop", self.report)
+            token_rows.within(entry.name, longest, batch.length, "error")
+        fits = token_rows.within(f"{entry.name} responses", rows.tokens.lengths, batch.length, "drop", self.report)
         counts = np.bincount(np.searchsorted(rows.groups, fits, side="right") - 1)
         if counts.max() > batch.candidates:
             raise DataError(
-                f"{entry.source} row {counts.argmax()}: expected at most {batch.candidates} responses a comparison "
+                f"{entry.name} row {counts.argmax()}: expected at most {batch.candidates} responses a comparison "
                 f"(batch.candidates), got {counts.max()}; raise batch.candidates"
             )
         kept, count = rows.select(fits), len(rows.groups) - 1
         left_out = count - (len(kept.groups) - 1)
         if left_out == count:
-            raise DataError(f"{entry.source}: expected comparisons that prefer one response, got ties alone")
+            raise DataError(f"{entry.name}: expected comparisons that prefer one response, got ties alone")
         if left_out:
-            self.report(f"{entry.source}: {left_out} of {count} comparisons without a preference left out")
+            self.report(
+                f"{entry.name}: {left_out} of {count} comparisons without a preference left out "
+                f"({token_rows.share(left_out, count)})"
+            )
         return batches.RankedItems(kept, batch.candidates, batch.length, self.tokenizer.pad_id)
 
     def prompts(self, data: Sequence, batch, shuffle: bool = True) -> Batches:
@@ -182,10 +185,11 @@ class Reader:
     def _prompt_source(self, entry, batch):
         def make():
             rows = token_rows.prompt_rows(self.open(entry, "prompt"), self.tokenizer)
-            keep = token_rows.within(entry.source, rows.lengths, batch.prompt_length, batch.overlong, self.report)
+            limit, setting = batch.prompt_length, "batch.prompt_length"
+            keep = token_rows.within(entry.name, rows.lengths, limit, batch.overlong, self.report, setting)
             return batches.PromptItems(rows, keep, batch.prompt_length, self.tokenizer.pad_id)
 
-        return self._once(("prompts", entry.source, entry.split, batch.prompt_length, batch.overlong), make)
+        return self._once(("prompts", entry.name, batch.prompt_length, batch.overlong), make)
 
     def demonstration_ids(self, data: Sequence, length: int, count: int) -> list[tuple[list[int], list[int]]]:
         """Prompt ids and response ids of `count` demonstrations of at most `length` tokens, the same for a seed.
@@ -194,13 +198,29 @@ class Reader:
         """
         share, pairs = -(-count // len(data)), []
         for entry in data:
-            source = self.open(entry, "demonstration")
-            order = np.random.default_rng(self.seed).permutation(len(source))
-            encoded = (encode_demonstration(self.tokenizer, source[int(i)]) for i in order)
-            pairs += itertools.islice((pair for pair in encoded if len(pair[0]) + len(pair[1]) <= length), share)
+            key = ("some demonstrations", entry.name, length, share)
+            pairs += self._once(key, partial(self._some_demonstrations, entry, length, share))
         if not pairs:
-            raise DataError(f"{data[0].source}: expected demonstrations of at most {length} tokens, got none")
+            names = ", ".join(entry.name for entry in data)
+            raise DataError(f"{names}: expected demonstrations of at most {length} tokens, got none")
         return pairs[:count]
+
+    def _some_demonstrations(self, entry, length: int, count: int) -> list[tuple[list[int], list[int]]]:
+        source, fit, over = self.open(entry, "demonstration"), [], 0
+        for i in np.random.default_rng(self.seed).permutation(len(source)):
+            prompt, response = encode_demonstration(self.tokenizer, source[int(i)])
+            if len(prompt) + len(response) > length:
+                over += 1
+            else:
+                fit.append((prompt, response))
+            if len(fit) == count:
+                break
+        if over and fit:
+            self.report(
+                f"{entry.name}: {over} of {over + len(fit)} demonstrations that were looked at are longer than "
+                f"{length} tokens, and others were taken; raise batch.length to keep them"
+            )
+        return fit
 
     def _batches(self, sources, weights, size: int, make, shuffle: bool) -> Batches:
         datasets = [grain.MapDataset.source(source).seed(self.seed) for source in sources]

@@ -1,22 +1,18 @@
-"""The schemas of records in JSONL files, and a reader that says for every wrong line what is wrong with it.
+"""The schemas of records, and a parser that says of every wrong one what is wrong with it.
 
-One object a line, UTF-8. Fields that a schema does not know are kept under `extra`. Messages of errors name places,
+Fields that a schema does not know are kept under `extra`. Messages of errors name places,
 fields and types, never the content: prompts and labels are private.
 """
 
 import difflib
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from typing import Any
 
 from rlhfjax.data.fields import Fields, check_values, type_name
 from rlhfjax.data.messages import conversation, prompt, settings
 from rlhfjax.errors import ConfigError, DataError
 
-MAX_LINE_BYTES = 16 << 20
 _MAX_RANK = 2**31 - 1
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Record = dict[str, Any]
 
@@ -44,67 +40,6 @@ def check_kind(kind: str) -> None:
         near = difflib.get_close_matches(str(kind), KINDS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"expected a record kind among {', '.join(KINDS)}, got {kind!r}{hint}")
-
-
-def read_jsonl(path: str | Path, kind: str) -> Iterator[Record]:
-    """The canonical records of a JSONL file, one at a time: a file of any size takes the memory of one line.
-
-    A byte-order mark, CR LF and blank lines are accepted.
-
-    Raises DataError with file:line for a line that is no record, for a line over 16 MiB, and for a missing or empty
-    file.
-    """
-    path = Path(path)
-    count = 0
-    try:
-        with path.open("rb") as file:
-            for where, line in _lines(file, path):
-                count += 1
-                yield parse_record(kind, _decode_line(line, where), where)
-    except OSError as error:
-        raise DataError(
-            f"{path}: expected a readable JSONL file, got {error.strerror or error}; check the path"
-        ) from None
-    if not count:
-        raise DataError(f"{path}: expected at least one {kind}, got an empty file")
-
-
-def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, bytes]]:
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        where = f"{path}:{number}"
-        if len(line) > MAX_LINE_BYTES:
-            raise DataError(
-                f"{where}: expected lines of at most {MAX_LINE_BYTES >> 20} MiB, got a longer one; "
-                "write one object a line, and split long documents"
-            )
-        if number == 1:
-            line = line.removeprefix(_BYTE_ORDER_MARK)
-        if line.strip():
-            yield where, line
-
-
-def _decode_line(line: bytes, where: str) -> Any:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        got = f"byte 0x{line[error.start]:02x} at byte {error.start + 1}"
-        raise DataError(f"{where}: expected UTF-8 text, got {got}; save the file as UTF-8") from None
-    try:
-        return json.loads(text.rstrip(), parse_constant=_reject_constant)
-    except RecursionError:
-        raise DataError(f"{where}: expected an object with a few levels, got one nested too deep to read") from None
-    except ValueError as error:
-        got = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        remedy = (
-            "write one JSON object a line" if line.endswith(b"\n") else "if the last line is cut off, write it again"
-        )
-        raise DataError(f"{where}: expected JSON, got {got}; {remedy}") from None
-
-
-def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name}, which is no JSON number")
 
 
 def _document(fields: Fields) -> Record:
@@ -181,3 +116,4 @@ _PARSERS: dict[str, Callable[[Fields], Record]] = {
     "rating": _rating,
 }
 KINDS = tuple(_PARSERS)
+PROMPTED = frozenset({"demonstration", "comparison", "prompt", "unpaired"})  # a prompt, or messages

@@ -1,6 +1,7 @@
 """Records to token rows. Prompts and responses are tokenised apart and their ids joined; no text is tokenised twice."""
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,12 @@ class Ragged:
 
     @classmethod
     def of(cls, rows: Iterable[Sequence[int] | np.ndarray], dtype: Any = np.int32) -> "Ragged":
-        lengths, parts = [0], []
-        for row in rows:
-            lengths.append(len(row))
-            parts.append(np.asarray(row, dtype))
-        return cls(np.concatenate(parts) if parts else np.zeros(0, dtype), np.cumsum(lengths))
+        """Rows one after the other; of a stream of them no more than a thousand are held apart at a time."""
+        lengths, parts, rows = [0], [np.zeros(0, dtype)], iter(rows)
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            lengths.extend(map(len, chunk))
+            parts.append(np.concatenate([np.asarray(row, dtype) for row in chunk]))
+        return cls(np.concatenate(parts), np.cumsum(lengths))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -88,15 +90,17 @@ def _records(source) -> Iterable[dict]:
 
 def document_rows(source, tokenizer: AnyTokenizer, length: int) -> TokenRows:
     """BOS + text + EOS of every document, cut into windows of at most `length` tokens; every token is a target."""
-    rows = []
+    tokens = Ragged.of(_windows(source, tokenizer, length))
+    return TokenRows(tokens, Ragged(np.ones(len(tokens.values), bool), tokens.offsets))
+
+
+def _windows(source, tokenizer: AnyTokenizer, length: int) -> Iterator[np.ndarray]:
     for start in range(0, len(source), CHUNK):
         texts = [record["text"] for record in source.__getitems__(range(start, min(start + CHUNK, len(source))))]
         for ids in tokenizer.encode_batch(texts):
-            row = [*beginning(tokenizer), *ids, tokenizer.eos_id]
+            row = np.asarray([*beginning(tokenizer), *ids, tokenizer.eos_id], np.int32)
             # A window overlaps its predecessor by one token, so that every token but the first is predicted once.
-            rows.extend(row[i : i + length] for i in range(0, max(len(row) - 1, 1), length - 1))
-    tokens = Ragged.of(rows)
-    return TokenRows(tokens, Ragged(np.ones(len(tokens.values), bool), tokens.offsets))
+            yield from (row[i : i + length] for i in range(0, max(len(row) - 1, 1), length - 1))
 
 
 def demonstration_rows(source, tokenizer: AnyTokenizer, train_on: str) -> TokenRows:
@@ -136,9 +140,14 @@ def ranked_rows(source, tokenizer: AnyTokenizer) -> RankedRows:
 
 
 def within(
-    what: str, lengths: np.ndarray, limit: int, overlong: str, report: Callable[[str], None] = lambda text: None
+    what: str,
+    lengths: np.ndarray,
+    limit: int,
+    overlong: str,
+    report: Callable[[str], None] = lambda text: None,
+    setting: str = "batch.length",
 ) -> np.ndarray:
-    """Indices of the rows that fit in `limit` tokens; nothing is ever cut.
+    """Indices of the rows of `what` (SOURCE@SPLIT) that fit in `limit` tokens, which is `setting`; none is ever cut.
 
     Raises DataError on the first row that does not fit when `overlong` is "error", and when no row fits.
     """
@@ -147,10 +156,21 @@ def within(
         row = int(np.argmin(fits))
         raise DataError(
             f"{what} row {row}: expected at most {limit} tokens, got {int(lengths[row])} ({int((~fits).sum())} rows of "
-            f"{len(fits)} are too long); raise the length, or set overlong: drop in the batch to leave them out"
+            f"{len(fits)} are too long); raise {setting}, or set overlong: drop in the batch to leave them out"
         )
     if not fits.any():
-        raise DataError(f"{what}: expected rows of at most {limit} tokens, got none among {len(fits)} rows")
+        raise DataError(
+            f"{what}: expected rows of at most {limit} tokens, got none among {len(fits)} rows; raise {setting}"
+        )
     if not fits.all():
-        report(f"{what}: {int((~fits).sum())} of {len(fits)} rows longer than {limit} tokens left out")
+        out = int((~fits).sum())
+        report(
+            f"{what}: {out} of {len(fits)} rows longer than {limit} tokens left out ({share(out, len(fits))}); "
+            f"raise {setting} to keep them"
+        )
     return np.flatnonzero(fits)
+
+
+def share(part: int, whole: int) -> str:
+    """A part of a whole in per cent, with two digits that say something."""
+    return f"{100 * part / whole:.2g} %"

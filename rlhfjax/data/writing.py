@@ -45,24 +45,30 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def split_records(self) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
         """For each split, a function that starts its stream of canonical records."""
 
+    def notes(self) -> list[str]:
+        """What a reader of the dataset should know, a line each; asked for once everything is written."""
+        return []
+
     def _info(self) -> tfds.core.DatasetInfo:
         # Records stay in the order they are given: shuffling belongs to the reader, which knows seed and epoch.
         return tfds.core.DatasetInfo(builder=self, features=features(self.kind), disable_shuffling=True)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        self._digests, self._counts = {}, {}
+        self._digests, self._counts, self._messages = {}, {}, {}
         return {split: self._generate_examples(split, start) for split, start in self.split_records().items()}
 
     def _generate_examples(self, split: str, start: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[Any]:
-        digest, count = hashlib.sha256(), 0
+        digest, count, messages = hashlib.sha256(), 0, 0
         for count, record in enumerate(start(), 1):
             line = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
             digest.update(line.encode() + b"\n")
+            messages += "messages" in record
             yield count - 1, encode(self.kind, record)
-        self._digests[split], self._counts[split] = digest.hexdigest(), count
+        self._digests[split], self._counts[split], self._messages[split] = digest.hexdigest(), count, messages
 
     def _post_download_and_prepare_hook(self) -> None:
         manifest = {"kind": self.kind, "counts": self._counts, "sha256": self._digests, "made_from": self.made_from}
+        manifest |= {"messages": self._messages, "notes": self.notes()}
         (Path(self.data_dir) / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 

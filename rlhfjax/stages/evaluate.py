@@ -217,7 +217,13 @@ class _RewardScorer:
         distinct = list(dict.fromkeys(zip(prompts, responses, strict=True)))
         t, size, limit = self.job.tokenizer, 64, self.model.config.context
         texts = [t.encode_continuation(response, after=prompt[-1]) for prompt, response in distinct]
-        rows = [[*[*prompt, *ids][: limit - 1], t.eos_id] for (prompt, _), ids in zip(distinct, texts, strict=True)]
+        whole = [[*prompt, *ids] for (prompt, _), ids in zip(distinct, texts, strict=True)]
+        if cut := sum(len(row) >= limit for row in whole):
+            self.job.report(
+                f"evaluate: the reward model reads {cut:,} of {len(whole):,} comparisons' and ratings' texts without "
+                f"their end, which is beyond its context of {limit} tokens"
+            )
+        rows = [[*row[: limit - 1], t.eos_id] for row in whole]
         order = np.argsort([len(row) for row in rows], kind="stable")  # batches of like lengths need less padding
         scores = np.zeros(len(rows), np.float32)
         for start in range(0, len(rows), size):
@@ -266,7 +272,7 @@ def _accuracies(
         records = [
             record
             for entry in c.comparisons
-            for record in open_source(entry.source, entry.split, job.data_dir, kind="comparison")
+            for record in open_source(entry.source, entry.split, job.data_dir, "comparison", entry.reading)
         ]
         asked = [tuple(encode_prompt(job.tokenizer, record)) for record in records]
         pairs = [(prompt, text) for prompt, record in zip(asked, records, strict=True) for text in record["responses"]]

@@ -44,5 +44,5 @@ def exact_match(job: Job, model: SequenceModel, params: Params) -> dict[str, flo
             for i, (prompt, response) in enumerate(pairs[start : start + c.batch.size]):
                 said = t.decode_continuation(made.response[i][made.response_mask[i]].tolist(), prompt[-1])
                 right += bool(made.finished[i]) and said == t.decode_continuation(response, prompt[-1])
-        shares[f"{entry.source}@{entry.split}"] = right / len(pairs)
+        shares[entry.name] = right / len(pairs)
     return shares

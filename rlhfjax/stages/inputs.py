@@ -28,12 +28,12 @@ def _data(run: Run, problems: list[str]) -> dict[str, str]:
     data_dir = Path(run.data_dir) if run.data_dir else default_data_dir()
     found: dict[str, str] = {}
     for entry, kind in entries(run):
-        name = f"{entry.source}@{entry.split}"
+        name = entry.name
         if name in found:
             continue
         try:
-            found[name] = fingerprint(entry.source, entry.split, data_dir, kind)
-            folder = open_source(entry.source, entry.split, data_dir, kind).folder
+            found[name] = fingerprint(entry.source, entry.split, data_dir, kind, entry.reading)
+            folder = open_source(entry.source, entry.split, data_dir, kind, entry.reading).folder
             problems += [f"data {name}: {line}" for line in changed_since_preparation(folder, entry.split)]
         except RlhfjaxError as error:
             problems.append(f"data {name}: {error}")

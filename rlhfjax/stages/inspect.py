@@ -7,25 +7,32 @@ from typing import Any
 import jax
 
 from rlhfjax.config import Run
+from rlhfjax.data.pipeline import Reader
 from rlhfjax.errors import ConfigError
 from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.jobs import make_jobs
+from rlhfjax.stages.tokenizer import given_tokenizer
 from rlhfjax.types import PromptBatch, RankedBatch, TokenBatch
 
 
 def inspect_batch(run: Run, stage: str, run_dir: Path, index: int = 0) -> Iterator[str]:
     """Lines of text that show row `index` of the stage's data in training order.
 
-    Raises ConfigError for a stage without batches, or when the tokenizer is not trained yet.
+    Raises ConfigError for a stage without batches, or when there is no tokenizer: none trained yet, and none given.
     """
     if stage in ("tokenizer",) or getattr(run.stages, stage, None) is None:
         raise ConfigError(f"data inspect: expected a stage of {run.name} that reads batches, got {stage!r}")
-    if not (run_dir / "tokenizer" / "complete.json").exists():
+    made = (run_dir / "tokenizer" / "complete.json").exists()
+    if not made and not run.tokenizer.path and not run.model.checkpoint:
         raise ConfigError(
             f"data inspect: {run_dir} has no tokenizer yet; `rlhfjax run CONFIG --only tokenizer` makes it"
         )
-    job = make_jobs(run, run_dir, [stage], lambda text: None)[0]
+    said: list[str] = []
+    job = make_jobs(run, run_dir, [stage], said.append)[0]
+    if not made:
+        job.shared["reader"] = Reader(given_tokenizer(run), job.data_dir, run.seed, said.append)
     batches = open_batches(job)["train"]
+    yield from said
     step, row = divmod(index, batches.size)
     yield f"{stage}: {batches.rows} rows an epoch, batches of {batches.size}; row {index} is row {row} of step {step}"
     item = jax.tree.map(lambda x: x[row], batches[step])

@@ -28,11 +28,13 @@ from rlhfjax.stages.parents import checkpoint_digest
 from rlhfjax.stages.policy import pretrain, sft
 from rlhfjax.stages.ppo import ppo
 from rlhfjax.stages.reward import reward
-from rlhfjax.stages.sources import Entry, entries_of
+from rlhfjax.stages.sources import Entry, entries_of, two_forms
 from rlhfjax.stages.tokenizer import tokenizer
 from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.training.checkpoint import find_checkpoint, read_meta, require_writable, tokenizer_of
 from rlhfjax.training.metrics_catalogue import METRICS, metric_of
+
+STAGES = ("tokenizer", *schema.Stages.model_fields)
 
 
 def make_jobs(run: Run, run_dir: Path, stages: list[str], report: Callable[[str], None]) -> list[Job]:
@@ -43,9 +45,9 @@ def make_jobs(run: Run, run_dir: Path, stages: list[str], report: Callable[[str]
         require_judges()  # they are needed last; that they are missing must not be found out last
     data_dir = Path(run.data_dir) if run.data_dir else default_data_dir()
     # One after the other: the first process prepares what is not prepared yet, the others find it where they share it.
-    processes.by_first(lambda: _check_sources(run, data_dir), "data")
+    processes.by_first(lambda: _check_sources(run, data_dir, report), "data")
     if not processes.is_first():
-        _check_sources(run, data_dir)
+        _check_sources(run, data_dir, lambda text: None)
     for checkpoints in (run_dir / stage / "checkpoints" for stage in stages):
         if os.path.lexists(checkpoints):  # a link to another disk, perhaps
             processes.by_first(partial(require_writable, checkpoints), "writable")
@@ -59,7 +61,7 @@ def origins(jobs: list[Job]) -> dict[str, Any]:
     steps = [int(path.name) for path in (first.dir / "checkpoints").glob("*") if path.name.isdigit()]
     return {
         "data": {
-            f"{entry.source}@{entry.split}": fingerprint(entry.source, entry.split, first.data_dir, kind)
+            entry.name: fingerprint(entry.source, entry.split, first.data_dir, kind, entry.reading)
             for entry, kind in entries(run)
         },
         "started_from": given(run),
@@ -165,11 +167,23 @@ def _check_best(metric: str | None) -> None:
         )
 
 
-def _check_sources(run: Run, data_dir: Path) -> None:
-    """Open every data entry once, so that a missing file fails at once and not after the stages before it."""
-    for entry, kind in entries(run):
-        open_source(entry.source, entry.split, data_dir, kind=kind)
+def _check_sources(run: Run, data_dir: Path, report: Callable[[str], None]) -> None:
+    """Open every data entry once, so that a missing file fails at once and not after the stages before it.
+
+    Reports, once for each, what files were taken for and what of them nobody reads, and prompts of two forms.
+    """
+    said, forms = set(), {}
+    for stage in STAGES:
+        for entry, kind in entries_of(run, stage):
+            opened = open_source(entry.source, entry.split, data_dir, kind, entry.reading)
+            lines = [line for line in opened.notes if (entry.source, line) not in said]
+            said |= {(entry.source, line) for line in lines}
+            for line in lines:
+                report(f"{entry.source}: {line}")
+            forms.setdefault(stage, set()).update(opened.forms)
+    for line in two_forms(forms):
+        report(line)
 
 
 def entries(run: Run) -> list[Entry]:
-    return [entry for stage in ("tokenizer", *schema.Stages.model_fields) for entry in entries_of(run, stage)]
+    return [entry for stage in STAGES for entry in entries_of(run, stage)]

@@ -2,6 +2,7 @@
 
 import itertools
 
+from rlhfjax.config import Run
 from rlhfjax.data.datasets import open_source
 from rlhfjax.errors import ConfigError
 from rlhfjax.sharding import processes
@@ -19,20 +20,45 @@ def tokenizer(job: Job) -> Facts:
     return {"vocab_size": made.vocab_size, "fingerprint": made.fingerprint}
 
 
+def given_tokenizer(run: Run) -> AnyTokenizer | None:
+    """The tokenizer that the configuration names, or that its model brings; None where one is to be trained.
+
+    Raises ConfigError where a starting model has none.
+    """
+    if run.tokenizer.path:
+        return load_tokenizer(run.tokenizer.path)
+    if not run.model.checkpoint:
+        return None
+    made = tokenizer_of(read_meta(find_checkpoint(run.model.checkpoint)))
+    if made is None:
+        raise ConfigError(
+            f"model.checkpoint: expected a model with a tokenizer, got {run.model.checkpoint} with none; "
+            "import it again with its tokenizer files beside the weights"
+        )
+    return made
+
+
 def _tokenizer_of(job: Job) -> AnyTokenizer:
     c = job.run.tokenizer
-    if c.path:
-        return load_tokenizer(c.path)
-    if job.run.model.checkpoint:
-        made = tokenizer_of(read_meta(find_checkpoint(job.run.model.checkpoint)))
-        if made is None:
-            raise ConfigError(
-                f"model.checkpoint: expected a model with a tokenizer, got {job.run.model.checkpoint} with none; "
-                "import it again with its tokenizer files beside the weights"
+    if given := given_tokenizer(job.run):
+        return given
+    sources = [open_source(entry.source, entry.split, job.data_dir, "document", entry.reading) for entry in c.data]
+    texts = []
+    for entry, source, count in zip(
+        c.data, sources, shares([len(source) for source in sources], c.documents), strict=True
+    ):
+        if count < len(source):
+            job.report(
+                f"{entry.name}: the tokenizer is trained on the first {count:,} of {len(source):,} documents; raise "
+                "tokenizer.documents to take more"
             )
-        return made
-    texts = itertools.chain.from_iterable(
-        (record["text"] for record in open_source(entry.source, entry.split, job.data_dir, kind="document"))
-        for entry in c.data
-    )
-    return Tokenizer.train(itertools.islice(texts, c.documents), c.vocab_size, model_type=c.kind, seed=job.run.seed)
+        texts.append(record["text"] for record in itertools.islice(source, count))
+    return Tokenizer.train(itertools.chain.from_iterable(texts), c.vocab_size, model_type=c.kind, seed=job.run.seed)
+
+
+def shares(sizes: list[int], total: int) -> list[int]:
+    """How many of each of several sources make `total`: the same number of each, all of those that have fewer."""
+    given = [0] * len(sizes)
+    for left, i in zip(range(len(sizes), 0, -1), sorted(range(len(sizes)), key=sizes.__getitem__), strict=True):
+        given[i] = min(sizes[i], (total - sum(given)) // left)
+    return given

@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
-from rlhfjax.data.jsonl import prepare_jsonl
+from rlhfjax.data.preparing import prepare_files
 from rlhfjax.errors import ConfigError, DataError, IntegrityError
 from rlhfjax.integrity import MANIFEST
 
@@ -43,7 +43,7 @@ def data_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     path = folder.parent / "mine.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(10)))
-    prepare_jsonl({"train": path, "validation": path}, "document", "mine", folder)
+    prepare_files({"train": path, "validation": path}, "document", "mine", folder)
     ForeignReviews(data_dir=str(folder)).download_and_prepare(file_format="array_record")
     return folder
 

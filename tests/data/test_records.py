@@ -1,14 +1,10 @@
 """Record schemas: both accepted forms of each kind, and for every wrong one where, what was expected and got."""
 
-import json
-import tracemalloc
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhfjax.data import records
-from rlhfjax.data.records import KINDS, parse_record, read_jsonl
+from rlhfjax.data.records import KINDS, parse_record
 from rlhfjax.errors import ConfigError, DataError
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -170,93 +166,6 @@ def test_refused_forms(kind, given_object, message):
 def test_unknown_kind_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'comparison'"):
         parse_record("comparisons", PAIR, "f:1")
-
-
-def test_deep_values_are_refused_and_not_a_crash(tmp_path):
-    for depth in (200, 200_000):
-        path = tmp_path / f"{depth}.jsonl"
-        path.write_text('{"text": "a", "x": ' + "[" * depth + "]" * depth + "}\n")
-        with pytest.raises(DataError, match=r"jsonl:1: expected"):
-            list(read_jsonl(path, "document"))
-
-
-def test_errors_never_quote_the_text(tmp_path):
-    path = tmp_path / "private.jsonl"
-    path.write_text('{"prompt": "SECRET", "completion": ["SECRET"]}\n')
-    with pytest.raises(DataError) as error:
-        list(read_jsonl(path, "demonstration"))
-    assert "SECRET" not in str(error.value)
-
-
-def test_byte_order_mark_crlf_and_blank_lines(tmp_path):
-    path = tmp_path / "windows.jsonl"
-    path.write_bytes('\ufeff{"text": "é"}\r\n\r\n{"text": "b"}'.encode())
-    assert list(read_jsonl(path, "document")) == [{"text": "é"}, {"text": "b"}]
-
-
-BAD_FILES = [
-    (b'{"text": "a"}\n{"text": \n', ":2: expected JSON, got Expecting value at column 9"),
-    (b'{"text": "a"}\n{"text": "b', ":2: expected JSON, got Unterminated string"),
-    (b'{"text": "a"}\n"b"\n', ":2: expected an object with the fields of a document, got a string"),
-    (b'{"text": "a"}\n\n{"text": NaN}\n', ":3: expected JSON, got NaN, which is no JSON number"),
-    (b'{"text": "a"} {"text": "b"}\n', ":1: expected JSON, got Extra data"),
-    (b'[\n{"text": "a"}\n]\n', ":1: expected JSON"),
-    (b'{"text": "a\xff"}\n', ":1: expected UTF-8 text, got byte 0xff at byte 12"),
-    ('{"text": "a"}\n'.encode("utf-16"), ":1: expected UTF-8 text"),
-    (b'{"text": "a\\ud800"}\n', ":1: text: expected Unicode text"),
-    (b'{"text": "a\\u0000"}\n', ":1: text: expected text, got a NUL"),
-    (b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", ":1: expected JSON, got Exceeds the limit"),
-    (b"", ": expected at least one document, got an empty file"),
-    (b"\xef\xbb\xbf\r\n \n", ": expected at least one document, got an empty file"),
-]
-
-
-@pytest.mark.parametrize(("content", "message"), BAD_FILES)
-def test_bad_files(tmp_path, content, message):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(DataError) as error:
-        list(read_jsonl(path, "document"))
-    assert f"{path}{message}" in str(error.value)
-
-
-def test_missing_file_and_folder(tmp_path):
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(DataError, match="expected a readable JSONL file"):
-            list(read_jsonl(path, "document"))
-
-
-def test_a_line_over_the_limit_is_refused_before_it_is_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
-    path = tmp_path / "long.jsonl"
-    line = json.dumps({"text": "x" * (100 - len('{"text": ""}') - 1)}) + "\n"
-    assert len(line) == 100
-    path.write_text(line * 2)
-    assert len(list(read_jsonl(path, "document"))) == 2
-    path.write_text(line + line.replace("x", "xx", 1))
-    with pytest.raises(DataError, match=r"jsonl:2: expected lines of at most"):
-        list(read_jsonl(path, "document"))
-
-
-def test_a_file_without_line_ends_takes_no_more_memory_than_a_line_may(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1000)
-    path = tmp_path / "huge.jsonl"
-    path.write_bytes(b"x" * (8 << 20))
-    tracemalloc.start()
-    with pytest.raises(DataError, match="expected lines of at most"):
-        list(read_jsonl(path, "document"))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2 << 20
-
-
-def test_reading_is_lazy(tmp_path):
-    path = tmp_path / "lazy.jsonl"
-    path.write_text('{"text": "a"}\nnot JSON\n')
-    stream = read_jsonl(path, "document")
-    assert next(stream) == {"text": "a"}
-    with pytest.raises(DataError, match=":2:"):
-        next(stream)
 
 
 JSON = st.recursive(

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rlhfjax.cli import app
-from rlhfjax.data.jsonl import prepare_file
+from rlhfjax.data.preparing import prepare_file
 from rlhfjax.integrity import MANIFEST
 from stages.conftest import assert_same_bits, rows_of, saved
 from stages.tiny_recipe import STEPS, write_jsonl

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from rlhfjax import environment
 from rlhfjax.cli import app
 from rlhfjax.config import load_config
-from rlhfjax.data.jsonl import prepare_file
+from rlhfjax.data.preparing import prepare_file
 from rlhfjax.errors import ConfigError, Diverged, IntegrityError, Stopped
 from rlhfjax.integrity import MANIFEST
 from rlhfjax.stages.comparison import first_differences

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhfjax.data import jsonl, writing
+from rlhfjax.data import preparing, writing
 from rlhfjax.data.datasets import fingerprint, open_source
-from rlhfjax.data.jsonl import prepare_jsonl
+from rlhfjax.data.preparing import prepare_files
+from rlhfjax.data.reading import DataFile
 from rlhfjax.errors import ConfigError, DataError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "datasets"
@@ -125,7 +126,7 @@ def test_a_dataset_whose_messages_have_role_and_content_alone_is_still_read():
 def test_demonstrations_of_both_forms_in_one_file(tmp_path):
     turns = [{"role": "user", "content": "Wie geht's? 🙂"}, {"role": "assistant", "content": "日本語\r\n\t"}]
     objects = [{"prompt": "p", "completion": " c"}, {"messages": turns, "prompt_id": "9"}]
-    folder = prepare_jsonl({"train": write(tmp_path / "d.jsonl", objects)}, "demonstration", "mine", tmp_path / "data")
+    folder = prepare_files({"train": write(tmp_path / "d.jsonl", objects)}, "demonstration", "mine", tmp_path / "data")
     assert folder == tmp_path / "data" / "mine" / "1.0.0"
     records = open_source("mine", "train", tmp_path / "data", "demonstration")
     assert list(records) == objects
@@ -134,7 +135,7 @@ def test_demonstrations_of_both_forms_in_one_file(tmp_path):
 
 def test_splits_are_kept_apart_and_files_are_private(tmp_path):
     paths = {split: write(tmp_path / f"{split}.jsonl", [{"text": split}]) for split in ("train", "validation")}
-    folder = prepare_jsonl(paths, "document", "two", tmp_path / "data")
+    folder = prepare_files(paths, "document", "two", tmp_path / "data")
     assert [open_source("two", split, tmp_path / "data")[0]["text"] for split in paths] == ["train", "validation"]
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
     assert folder.stat().st_mode & 0o777 == (tmp_path / "data").stat().st_mode & 0o777 == 0o700
@@ -144,7 +145,7 @@ def test_prepared_once_and_a_changed_file_is_another_dataset(tmp_path, monkeypat
     source = write(tmp_path / "a.jsonl", [{"text": "one"}])
     first = fingerprint(str(source), "train", tmp_path / "data", "document")
     with monkeypatch.context() as patch:
-        patch.setattr(jsonl, "write_builder", None)  # would fail if anything were written again
+        patch.setattr(preparing, "write_builder", None)  # would fail if anything were written again
         assert open_source(str(source), "train", tmp_path / "data", "document")[0] == {"text": "one"}
     write(source, [{"text": "two"}])
     assert open_source(str(source), "train", tmp_path / "data", "document")[0] == {"text": "two"}
@@ -155,51 +156,51 @@ def test_prepared_once_and_a_changed_file_is_another_dataset(tmp_path, monkeypat
 def test_a_name_is_not_reused_for_other_files_or_another_kind(tmp_path):
     source = write(tmp_path / "a.jsonl", [{"text": "one", "prompt": "p"}])
     for _ in range(2):
-        prepare_jsonl({"train": source}, "document", "mine", tmp_path / "data")
+        prepare_files({"train": source}, "document", "mine", tmp_path / "data")
     with pytest.raises(DataError, match="choose another name"):
-        prepare_jsonl({"train": source}, "prompt", "mine", tmp_path / "data")
+        prepare_files({"train": source}, "prompt", "mine", tmp_path / "data")
     write(source, [{"text": "two"}])
     with pytest.raises(DataError, match="choose another name"):
-        prepare_jsonl({"train": source}, "document", "mine", tmp_path / "data")
+        prepare_files({"train": source}, "document", "mine", tmp_path / "data")
     assert open_source("mine", "train", tmp_path / "data")[0]["text"] == "one"
 
 
 @pytest.mark.parametrize(("name", "split"), [("Mine", "train"), ("../up", "train"), ("a", "all"), ("a", "x[:1]")])
 def test_names_that_cannot_be_datasets(tmp_path, name, split):
     with pytest.raises(ConfigError, match="lower-case"):
-        prepare_jsonl({split: write(tmp_path / "a.jsonl", [{"text": "a"}])}, "document", name, tmp_path / "data")
+        prepare_files({split: write(tmp_path / "a.jsonl", [{"text": "a"}])}, "document", name, tmp_path / "data")
     with pytest.raises(ConfigError, match="at least one split"):
-        prepare_jsonl({}, "document", "mine", tmp_path / "data")
+        prepare_files({}, "document", "mine", tmp_path / "data")
 
 
 def test_a_wrong_line_leaves_nothing_behind(tmp_path):
     good = write(tmp_path / "good.jsonl", [{"text": "a"}])
     bad = write(tmp_path / "bad.jsonl", [{"text": "a"}, {"text": 1}])
     with pytest.raises(DataError, match=r"bad\.jsonl:2: text: expected a string"):
-        prepare_jsonl({"train": good, "validation": bad}, "document", "mine", tmp_path / "data")
+        prepare_files({"train": good, "validation": bad}, "document", "mine", tmp_path / "data")
     assert seen(tmp_path / "data") == []
     with pytest.raises(DataError, match=r"none\.jsonl: expected a readable"):
         open_source(str(tmp_path / "none.jsonl"), "train", tmp_path / "data", "document")
 
 
 def test_any_exception_leaves_nothing_behind(tmp_path, monkeypatch):
-    def interrupted(path, kind):
+    def interrupted(file, tally):
         yield {"text": "a"}
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(jsonl, "read_jsonl", interrupted)
+    monkeypatch.setattr(DataFile, "records", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare_jsonl({"train": write(tmp_path / "a.jsonl", [{}])}, "document", "mine", tmp_path / "data")
+        prepare_files({"train": write(tmp_path / "a.jsonl", [{}])}, "document", "mine", tmp_path / "data")
     assert seen(tmp_path / "data") == []
 
 
 KILLED = """
 import os, signal, sys
-from rlhfjax.data import writing, jsonl
+from rlhfjax.data import writing, preparing
 def publish(stage, data_dir, datasets):  # everything is written, nothing is in place
     os.kill(os.getpid(), signal.SIGKILL)
-jsonl.publish = publish
-jsonl.prepare_jsonl({"train": sys.argv[1]}, "document", "mine", sys.argv[2])
+preparing.publish = publish
+preparing.prepare_files({"train": sys.argv[1]}, "document", "mine", sys.argv[2])
 """
 
 
@@ -210,7 +211,7 @@ def test_after_kill_9_nothing_looks_prepared_and_the_next_run_cleans_up(tmp_path
     assert any(files for _, _, files in os.walk(next(data_dir.glob(".incomplete-*"))))
     with pytest.raises(DataError, match="nothing prepared there"):
         open_source("mine", "train", data_dir)
-    prepare_jsonl({"train": source}, "document", "mine", data_dir)
+    prepare_files({"train": source}, "document", "mine", data_dir)
     assert seen(data_dir) == ["mine"]
     assert list(open_source("mine", "train", data_dir)) == [{"text": "a"}]
 
@@ -223,15 +224,15 @@ def test_one_writer_at_a_time(tmp_path):
 
 
 def test_what_another_process_prepared_while_this_one_waited_is_kept(tmp_path, monkeypatch):
-    source, staging = write(tmp_path / "a.jsonl", [{"text": "a"}]), jsonl.staging
+    source, staging = write(tmp_path / "a.jsonl", [{"text": "a"}]), preparing.staging
 
     def late(data_dir):
-        monkeypatch.setattr(jsonl, "staging", staging)
-        prepare_jsonl({"train": source}, "document", "mine", data_dir)
+        monkeypatch.setattr(preparing, "staging", staging)
+        prepare_files({"train": source}, "document", "mine", data_dir)
         return staging(data_dir)
 
-    monkeypatch.setattr(jsonl, "staging", late)
-    folder = prepare_jsonl({"train": source}, "document", "mine", tmp_path / "data")
+    monkeypatch.setattr(preparing, "staging", late)
+    folder = prepare_files({"train": source}, "document", "mine", tmp_path / "data")
     assert list(open_source("mine", "train", tmp_path / "data")) == [{"text": "a"}]
     assert folder.is_dir()
 
