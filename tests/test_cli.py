@@ -87,8 +87,16 @@ def calls(monkeypatch):
     module("data.movies", Movies="movies")
     module("data.chitchat", Chitchat="chitchat")
     module("data.reversal", Reversal="reversal")
-    module("data.jsonl", prepare_jsonl=record("prepare_jsonl", "made/it"))
-    records = [{"prompt": f"p{i}", "text": "\x1b]0;title\x07x"} for i in range(9)]
+    module(
+        "data.preparing",
+        prepare_files=record("prepare_files", "made/it"),
+        what_was_made=lambda *_: ["9 in \x1b[1mtrain"],
+    )
+
+    class Records(list):
+        kind, notes = "prompt", ["train: a.json: layout \x1b[1malpaca"]
+
+    records = Records({"prompt": f"p{i}", "text": "\x1b]0;title\x07x"} for i in range(9))
     module("data.datasets", open_source=record("open_source", records), default_data_dir=lambda: "DEFAULT")
     module("environment", environment_report=record("environment_report", "python  3"))
     monkeypatch.setattr(rlhfjax, "load", record("load", Model()), raising=False)
@@ -341,13 +349,26 @@ def test_data_prepare(calls, tmp_path):
     assert result.stdout == os.path.join("d", "movies") + "\n"
     assert [str(arg) for arg in calls[0][1][:3]] == ["movies", "d", "c"]
     assert call("data", "prepare", "chitchat").stdout == os.path.join("DEFAULT", "chitchat") + "\n"
-    assert (
-        call("data", "prepare", "mine", "--kind", "prompt", "--split", "train=a=b.jsonl", "--split", "test=c").exit_code
-        == 0
-    )
-    paths, kind, name, where = calls[2][1]
-    assert {split: str(path) for split, path in paths.items()} == {"train": "a=b.jsonl", "test": "c"}
+
+
+def test_data_prepare_takes_files_of_several_splits(calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a=b.jsonl", "c", "d.csv", "f/train.txt", "f/val.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("x")
+    given = ["--split", "train=a=b.jsonl", "--split", "test=c", "--split", "train=d.csv", "--split", "f"]
+    result = call("data", "prepare", "mine", "--kind", "prompt", *given, "--map", "prompt=a=b", "--sample-by", "line")
+    assert result.stdout == "made/it\n"
+    assert result.stderr == "9 in train\n"
+    (paths, kind, name, where), keywords = calls[0][1:]
+    assert {split: [str(path) for path in held] for split, held in paths.items()} == {
+        "train": ["a=b.jsonl", "d.csv", "f/train.txt"],
+        "test": ["c"],
+        "validation": ["f/val.txt"],
+    }
     assert (kind, name, where) == ("prompt", "mine", "DEFAULT")
+    assert (keywords["reading"].map, keywords["reading"].sample_by) == ((("prompt", "a=b"),), "line")
+    assert "gives a=b.jsonl twice" in error("data", "prepare", "m", "--kind", "prompt", *given[:2], *given[:2])
 
 
 def test_data_prepare_says_what_is_missing(calls):
@@ -356,12 +377,13 @@ def test_data_prepare_says_what_is_missing(calls):
     assert "--dialogue-filters: expected --kind demonstration, got prompt" in error(
         "data", "prepare", "mine", "--kind", "prompt", "--dialogue-filters"
     )
-    assert "--split SPLIT=FILE.jsonl is missing" in error("data", "prepare", "mine", "--kind", "prompt")
+    assert "--split SPLIT=FILE is missing" in error("data", "prepare", "mine", "--kind", "prompt")
     assert "--kind (document, " in error("data", "prepare", "mine", "--split", "train=a")
-    assert "--split a.jsonl is not SPLIT=FILE.jsonl" in error(
+    assert "--split a.jsonl is not SPLIT=FILE, such as train=chats.jsonl, and no folder" in error(
         "data", "prepare", "m", "--kind", "x", "--split", "a.jsonl"
     )
-    assert "is given twice" in error("data", "prepare", "m", "--kind", "x", "--split", "t=a", "--split", "t=b")
+    for wrong in (["--map", "prompt"], ["--map", "prompt=a", "--map", "prompt=b"], ["--layout", "alpacca"]):
+        assert error("data", "prepare", "m", "--kind", "prompt", "--split", "t=a", *wrong)
     assert calls == []
 
 
@@ -372,8 +394,8 @@ def test_data_inspect(calls):
     assert (run.seed, stage, str(run_dir), index) == (3, "reward", "r", 2)
     assert "STAGE rm: expected a stage of quickstart" in error("data", "inspect", "quickstart", "rm")
     shown = call("data", "inspect", "movies/chat@validation", "--index", 7).stdout
-    assert calls[1][1] == ("movies/chat", "validation", "DEFAULT", None)
-    assert "movies/chat@validation: 9 records" in shown
+    assert calls[1][1][:4] == ("movies/chat", "validation", "DEFAULT", None)
+    assert "movies/chat@validation: 9 records, prompt" in shown
     assert "[7]" in shown
     assert "[8]" in shown
     assert '"p7"' in shown

@@ -23,14 +23,15 @@ def inspect_batch(run: Run, stage: str, run_dir: Path, index: int = 0) -> Iterat
     if stage in ("tokenizer",) or getattr(run.stages, stage, None) is None:
         raise ConfigError(f"data inspect: expected a stage of {run.name} that reads batches, got {stage!r}")
     made = (run_dir / "tokenizer" / "complete.json").exists()
-    if not made and not run.tokenizer.path and not run.model.checkpoint:
+    given = None if made else given_tokenizer(run)
+    if not made and given is None:
         raise ConfigError(
             f"data inspect: {run_dir} has no tokenizer yet; `rlhfjax run CONFIG --only tokenizer` makes it"
         )
     said: list[str] = []
     job = make_jobs(run, run_dir, [stage], said.append)[0]
-    if not made:
-        job.shared["reader"] = Reader(given_tokenizer(run), job.data_dir, run.seed, said.append)
+    if given:
+        job.shared["reader"] = Reader(given, job.data_dir, run.seed, said.append)
     batches = open_batches(job)["train"]
     yield from said
     step, row = divmod(index, batches.size)

@@ -92,7 +92,7 @@ def test_later_overrides_win_and_the_file_stays(small):
         ("name=5", "override name: expected text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$, got 5"),
         ("name=../up", "override name: expected text that matches"),
         ("stages.pretrain.data=movies",
-         'override stages.pretrain.data: expected a list of at least 1, each a section (source, split, weight), '
+         'override stages.pretrain.data: expected a list of at least 1, each a section (source, split, weight, layout, map, sample_by), '
          'got "movies"'),
         ("stages.pretrain.data=[]", "got a list of 0"),
         ("stages.pretrain=3", "override stages.pretrain: expected a section (data, validation, "),

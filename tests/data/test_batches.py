@@ -260,7 +260,7 @@ def test_rows_that_are_too_long_are_an_error_with_row_and_numbers():
 def test_dropping_reports_how_many():
     said = []
     assert within("chats", np.array([3, 9, 4, 8]), 4, "drop", said.append).tolist() == [0, 2]
-    assert said == ["chats: 2 of 4 rows longer than 4 tokens left out"]
+    assert said == ["chats: 2 of 4 rows longer than 4 tokens left out (50 %); raise batch.length to keep them"]
     assert within("chats", np.array([3, 4]), 4, "drop", said.append).tolist() == [0, 1]
     assert within("chats", np.array([3, 4]), 4, "error", said.append).tolist() == [0, 1]
     assert len(said) == 1

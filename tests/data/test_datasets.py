@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
 from rlhfjax.data.preparing import prepare_files
-from rlhfjax.errors import ConfigError, DataError, IntegrityError
+from rlhfjax.errors import DataError, IntegrityError
 from rlhfjax.integrity import MANIFEST
 
 
@@ -70,7 +70,7 @@ def test_split_expressions(data_dir, split, count):
 def test_a_missing_dataset_says_what_there_is_and_what_to_run(data_dir, source):
     with pytest.raises(
         DataError,
-        match=r"foreign_reviews:2\.0\.0.*run `rlhfjax data prepare NAME --kind KIND --split train=FILE.jsonl`",
+        match=r"foreign_reviews:2\.0\.0.*run `rlhfjax data prepare NAME --kind KIND --split train=FILE`",
     ):
         open_source(source, "train", data_dir)
     with pytest.raises(DataError, match="run `rlhfjax data prepare movies`"):
@@ -92,9 +92,8 @@ def test_unknown_split_and_wrong_kind(data_dir):
         open_source("mine", "train", data_dir, "prompt")
 
 
-def test_a_jsonl_file_needs_its_kind(data_dir):
-    with pytest.raises(ConfigError, match="needs the kind"):
-        open_source(str(data_dir.parent / "mine.jsonl"), "train", data_dir)
+def test_a_file_tells_its_kind(data_dir):
+    assert open_source(str(data_dir.parent / "mine.jsonl"), "train", data_dir).kind == "document"
 
 
 def test_a_foreign_dataset_is_plain_python_and_checked_as_a_kind(data_dir):

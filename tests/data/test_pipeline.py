@@ -236,12 +236,14 @@ def test_what_is_too_long_is_an_error_or_left_out(reader, files, tokenizer, kind
     first, longest = next((i, max(row)) for i, row in enumerate(lengths) if max(row) > limit)
     with pytest.raises(DataError) as caught:
         open_kind(reader().reader, "error")
-    assert f"{kind}.jsonl row {first}: expected at most {limit} tokens, got {longest} (" in str(caught.value)
+    assert f"{kind}.jsonl@train row {first}: expected at most {limit} tokens, got {longest} (" in str(caught.value)
     assert "overlong: drop" in str(caught.value)
     opened = reader()
     open_kind(opened.reader, "drop")
     over = sum(length > limit for row in lengths for length in row)
-    assert f": {over} of {sum(map(len, lengths))} rows longer than {limit} tokens left out" in opened.said[0]
+    assert f": {over} of {sum(map(len, lengths))} rows longer than {limit} tokens left out (" in opened.said[0]
+    setting = "batch.prompt_length" if kind == "prompts" else "batch.length"
+    assert f"raise {setting} to keep them" in opened.said[0]
 
 
 def ranked_file(folder, *records):
@@ -263,14 +265,16 @@ def test_dropped_candidates_leave_the_rest_of_the_comparison(reader, tmp_path):
     assert batches[0].mask.tolist() == [[True, True, False, False]]
     assert batches[0].ranks.tolist() == [[2, 3, 0, 0]]
     assert [line.split("jsonl")[1] for line in opened.said] == [
-        " responses: 3 of 8 rows longer than 24 tokens left out",
-        ": 2 of 3 comparisons without a preference left out",
+        "@train responses: 3 of 8 rows longer than 24 tokens left out (38 %); raise batch.length to keep them",
+        "@train: 2 of 3 comparisons without a preference left out (67 %)",
     ]
 
 
 def test_comparisons_without_a_preference_are_an_error(reader, tmp_path):
     data = ranked_file(tmp_path, ranking("the", [" film", " dull"], [1, 1]))
-    with pytest.raises(DataError, match=r"own\.jsonl: expected comparisons that prefer one response, got ties alone"):
+    with pytest.raises(
+        DataError, match=r"own\.jsonl@train: expected comparisons that prefer one response, got ties alone"
+    ):
         reader().reader.comparisons(data, ranked_batch(size=1))
 
 
@@ -279,7 +283,8 @@ def test_too_many_candidates_name_the_row(reader, tmp_path):
     with pytest.raises(DataError) as caught:
         reader().reader.comparisons(data, ranked_batch(candidates=3))
     assert str(caught.value).endswith(
-        "own.jsonl row 1: expected at most 3 responses a comparison (batch.candidates), got 4; raise batch.candidates"
+        "own.jsonl@train row 1: expected at most 3 responses a comparison (batch.candidates), got 4; "
+        "raise batch.candidates"
     )
 
 

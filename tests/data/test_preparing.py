@@ -190,7 +190,7 @@ def test_any_exception_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(DataFile, "records", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare_files({"train": write(tmp_path / "a.jsonl", [{}])}, "document", "mine", tmp_path / "data")
+        prepare_files({"train": write(tmp_path / "a.jsonl", [{"text": "a"}])}, "document", "mine", tmp_path / "data")
     assert seen(tmp_path / "data") == []
 
 

@@ -89,8 +89,8 @@ def test_a_layout_is_recognised_or_asked_for(tmp_path):
     assert file.words().startswith("JSON, layout alpaca: ")
     assert "instruction" in file.words()
     made = list(read_records(path, "demonstration"))
-    assert made[1]["prompt"] == "What is it?"
-    assert made[1]["completion"] == "Green."
+    assert made[1]["messages"][0]["content"] == "What is it?"
+    assert made[1]["messages"][1]["content"] == "Green."
     own = refused(path, "demonstration", Reading("rlhfjax"))
     assert own.startswith(
         f"{path}:1: prompt: expected this field in a demonstration, got the fields input, instruction"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhfjax.data.files.formats import SUFFIXES
-from rlhfjax.data.files.opening import require_file, without_compression
+from rlhfjax.data.files.opening import without_compression
 from rlhfjax.errors import DataError
 
 _SPLITS = {
@@ -70,7 +70,8 @@ def find_files(source: str | Path) -> Shards:
     One file is `train`, and so are the files of a glob unless their names tell several splits apart. Of a folder all
     data files at any depth count; those whose names say nothing are `train`, or left out where others are named so.
 
-    Raises DataError where there is no file, one of a row of shards is missing, or there are more than 100,000.
+    Raises DataError where a folder or pattern has no file or more than 100,000, and where one of a row of shards is
+    missing.
     """
     path = expanded(source)
     if _WILD.search(str(source)) and not _is_file(path):
@@ -79,7 +80,6 @@ def find_files(source: str | Path) -> Shards:
             raise DataError(f"{source}: expected files that match, got none; check the pattern")
         return _by_split(found, path.parent, only="train")
     if not _is_directory(path):
-        require_file(path)
         return Shards({"train": [path]})
     found = list(_data_files(path))
     if not found:
