@@ -92,8 +92,8 @@ def test_later_overrides_win_and_the_file_stays(small):
         ("name=5", "override name: expected text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$, got 5"),
         ("name=../up", "override name: expected text that matches"),
         ("stages.pretrain.data=movies",
-         'override stages.pretrain.data: expected a list of at least 1, each a section (source, split, weight, layout, map, sample_by), '
-         'got "movies"'),
+         'override stages.pretrain.data: expected a list of at least 1, each a section (source, split, weight, layout, '
+         'map, sample_by), got "movies"'),
         ("stages.pretrain.data=[]", "got a list of 0"),
         ("stages.pretrain=3", "override stages.pretrain: expected a section (data, validation, "),
         ("stages.pretrain.optimizer.lt=1",
@@ -106,6 +106,9 @@ def test_later_overrides_win_and_the_file_stays(small):
         ("stages.pretrain.data.2.weight=1",
          "override stages.pretrain.data.2.weight: expected a position of stages.pretrain.data from 0 to 1, got 2"),
         ("stages.pretrain.data.first=1", "expected a position of stages.pretrain.data from 0 to 1, got first"),
+        ("stages.pretrain.data.0.layout=alpacca", "expected a layout such as alpaca"),
+        ("stages.pretrain.data.0.map={body: text}", "expected a field of ours"),
+        ("stages.pretrain.data.0.sample_by=word", "expected one of paragraph, line, document"),
         ("stages.pretrain.data.0.weight=0", "override stages.pretrain.data.0.weight: expected a number > 0, got 0"),
         ("model.layers.deep=1", "override model.layers.deep: model.layers is 1, which has no deep inside"),
         ("foo", "override 'foo': expected dotted.key=value, such as stages.ppo.steps=200"),

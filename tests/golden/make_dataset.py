@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rlhfjax.data.jsonl import prepare_jsonl
+from rlhfjax.data.preparing import prepare_files
 
 RECORD = {
     "messages": [{"role": "user", "content": "How warm is it?"}],
@@ -22,4 +22,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "comparisons.jsonl"
         path.write_text(json.dumps(RECORD) + "\n", encoding="utf-8")
-        prepare_jsonl({"train": path}, "comparison", "comparisons", sys.argv[1])
+        prepare_files({"train": path}, "comparison", "comparisons", sys.argv[1])
