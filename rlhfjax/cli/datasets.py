@@ -188,7 +188,7 @@ def inspect(
     known_stage("STAGE", stage, loaded)
     from rlhfjax import stages
 
-    for row in stages.inspect_batch(loaded, stage, run_dir or Path("runs") / loaded.name, index):
+    for row in stages.inspect_batch(loaded, stage, run_dir or Path("runs") / loaded.name, index, report=say):
         typer.echo(printable(row))
     return None
 

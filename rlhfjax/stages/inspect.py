@@ -1,6 +1,6 @@
 """What a batch really holds, token by token: masks, positions, segments, and where the score is read."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from rlhfjax.stages.tokenizer import given_tokenizer
 from rlhfjax.types import PromptBatch, RankedBatch, TokenBatch
 
 
-def inspect_batch(run: Run, stage: str, run_dir: Path, index: int = 0) -> Iterator[str]:
-    """Lines of text that show row `index` of the stage's data in training order.
+def inspect_batch(
+    run: Run, stage: str, run_dir: Path, index: int = 0, report: Callable[[str], None] = lambda text: None
+) -> Iterator[str]:
+    """Lines of text that show row `index` of the stage's data in training order; what is left out is reported.
 
     Raises ConfigError for a stage without batches, or when there is no tokenizer: none trained yet, and none given.
     """
@@ -28,12 +30,10 @@ def inspect_batch(run: Run, stage: str, run_dir: Path, index: int = 0) -> Iterat
         raise ConfigError(
             f"data inspect: {run_dir} has no tokenizer yet; `rlhfjax run CONFIG --only tokenizer` makes it"
         )
-    said: list[str] = []
-    job = make_jobs(run, run_dir, [stage], said.append)[0]
+    job = make_jobs(run, run_dir, [stage], report)[0]
     if given:
-        job.shared["reader"] = Reader(given, job.data_dir, run.seed, said.append)
+        job.shared["reader"] = Reader(given, job.data_dir, run.seed, report)
     batches = open_batches(job)["train"]
-    yield from said
     step, row = divmod(index, batches.size)
     yield f"{stage}: {batches.rows} rows an epoch, batches of {batches.size}; row {index} is row {row} of step {step}"
     item = jax.tree.map(lambda x: x[row], batches[step])

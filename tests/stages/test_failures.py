@@ -104,7 +104,7 @@ def source(path, **more):
 
 def test_a_data_file_that_is_not_there(refused, tmp_path):
     message = refused(3, f"stages.sft.data={source(tmp_path / 'missing.jsonl')}")
-    assert f"{tmp_path / 'missing.jsonl'}: expected a readable JSONL file, got No such file or directory" in message
+    assert f"{tmp_path / 'missing.jsonl'}: expected a readable data file, got No such file or directory" in message
 
 
 def test_a_split_that_is_not_there(refused, files):
@@ -117,7 +117,7 @@ def test_a_split_that_is_not_there(refused, files):
     [
         ("pretrain", '{"text": 3}', ":2: text: expected a string, got a whole number"),
         ("pretrain", '{"text": "cut', ":2: expected JSON, got "),
-        ("sft", '{"prompt": "a"}', ":2: completion: expected this field in a demonstration, got an object without it"),
+        ("sft", '{"prompt": "a"}', ":2: completion: expected this field in a demonstration, got the fields prompt"),
         ("reward", '{"prompt": "a", "responses": ["b", "c"], "ranks": [1]}', ":2: ranks: expected one rank for each"),
         ("ppo", '{"prompt": "  "}', ":2: prompt: expected text, got nothing but white space"),
         ("ppo", '{"messages": [{"role": "user", "content": ""}]}', ":2: messages: expected text in the last user"),
@@ -143,19 +143,21 @@ def test_what_is_too_long_is_named_by_its_row(refused, files, tmp_path, stage):
     path = write_jsonl(tmp_path / f"{name}.jsonl", [kept] * 9 + [long] + [kept] * 5)
     more = ["stages.sft.select_by=last", "stages.sft.validation=[]"] if stage == "sft" else []
     message = refused(3, f"stages.{stage}.data={source(path)}", f"stages.{stage}.batch.overlong=error", *more)
-    assert f"{path} row 9: expected at most {10 if stage == 'ppo' else 24} tokens, got " in message
+    assert f"{path}@train row 9: expected at most {10 if stage == 'ppo' else 24} tokens, got " in message
     assert "(1 rows of 15 are too long)" in message
 
 
 def test_too_many_candidates(refused):
     message = refused(3, "stages.reward.batch.candidates=3")
-    assert "comparisons.jsonl row 2: expected at most 3 responses a comparison (batch.candidates), got 4" in message
+    assert (
+        "comparisons.jsonl@train row 2: expected at most 3 responses a comparison (batch.candidates), got 4" in message
+    )
 
 
 def test_nothing_to_centre_the_scores_on(refused, tmp_path):
     path = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "a", "completion": " very" * 30}])
     message = refused(3, f"stages.reward.normalize.data={source(path)}")
-    assert f"{path}: expected demonstrations of at most 24 tokens, got none" in message
+    assert f"{path}@train: expected demonstrations of at most 24 tokens, got none" in message
 
 
 def test_text_from_a_run_that_is_not_there(tmp_path):
