@@ -91,11 +91,13 @@ def filtered_sessions(
 
     Reasons are counted in `rejected`. A system message that opens the conversation opens every piece.
     """
-    opening = [messages[0]] if messages and messages[0]["role"] == "system" else []
+    opening = [messages[0]] if messages and messages[0]["role"] in ("system", "developer") else []
     turns = messages[len(opening) :]
     bad = []
     for place, (before, after) in enumerate(pairwise(turns)):
-        if after["role"] == "assistant" and (reason := rules.reason(before["content"], after["content"])):
+        if after["role"] != "assistant" or after.get("tool_calls"):
+            continue  # a call of a tool is no answer to judge
+        if reason := rules.reason(before["content"], after["content"]):
             rejected[reason] += 1
             bad.append(place)
     start = 0
@@ -105,7 +107,7 @@ def filtered_sessions(
 
 
 def _pieces(opening: list[Message], turns: Sequence[Message], max_messages: int | None) -> Iterator[list[Message]]:
-    while turns and turns[0]["role"] == "assistant":
+    while turns and turns[0]["role"] in ("assistant", "tool"):
         turns = turns[1:]  # it answers something that was left out
     size = len(turns) if max_messages is None else max(2, (max_messages - len(opening)) // 2 * 2)
     for start in range(0, len(turns), size or 1):
@@ -190,7 +192,10 @@ def _listed(blocklist: Path) -> frozenset[str]:
 
 def count_exchanges(messages: Sequence[Message]) -> int:
     """Answers in a conversation that answer something."""
-    return sum(after["role"] == "assistant" and before["role"] != "system" for before, after in pairwise(messages))
+    return sum(
+        after["role"] == "assistant" and not after.get("tool_calls") and before["role"] not in ("system", "developer")
+        for before, after in pairwise(messages)
+    )
 
 
 def _trigrams(text: str) -> list[tuple[str, ...]]:

@@ -1,12 +1,14 @@
 """Checks on one decoded JSON object: take a field, or say where it is, what was expected and what was got."""
 
 import difflib
+import re
 from typing import Any
 
 from rlhfjax.errors import DataError
 
 _MAX_DEPTH = 100
 _SHOWN = 12  # fields named in an error
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _OPTIONAL = frozenset(
     {"prompt", "messages", "completion", "responses", "ranks", "chosen", "rejected", "tools", "chat_template_kwargs"}
     | {"prompt_id", "labeler_id", "use_case"}
@@ -28,7 +30,7 @@ def check_values(value: Any, where: str, name: str = "", depth: int = 0) -> None
         place = name or "a field name"
         if "\0" in value:
             raise DataError(f"{where}: {place}: expected text, got a NUL character; remove it")
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        if not value.isascii() and _SURROGATE.search(value):
             raise DataError(f"{where}: {place}: expected Unicode text, got half of a surrogate pair; write both halves")
     elif isinstance(value, (dict, list)):
         if depth == _MAX_DEPTH:

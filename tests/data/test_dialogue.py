@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from rlhfjax.cli import app
 from rlhfjax.data.chitchat import MAX_MESSAGES, Chitchat
 from rlhfjax.data.datasets import open_source
-from rlhfjax.data.dialogue import DialogueFilter, filtered_sessions
+from rlhfjax.data.dialogue import DialogueFilter, count_exchanges, filtered_sessions
 from rlhfjax.data.records import parse_record
 
 from .conftest import conversations
@@ -74,6 +74,19 @@ def test_a_conversation_is_cut_where_an_exchange_is_rejected():
     assert [message["role"] for message in pieces[1]] == ["system", "user", "assistant"]
     assert counts == {"none of the fifty most frequent words": 2}  # "[x]" breaks this rule first
     assert list(filtered_sessions([], DialogueFilter(), counts)) == []
+
+
+def test_calls_of_tools_are_no_answers_to_judge():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "warmth", "arguments": {}}}]}
+    warm, bad = {"role": "tool", "content": "21"}, {"role": "assistant", "content": "[x]"}
+    asked, good = talk("how warm is it", "it is 21")
+    counts = Counter()
+    assert list(filtered_sessions([asked, call, warm, good], DialogueFilter(), counts)) == [[asked, call, warm, good]]
+    assert counts == {}
+    after = {"role": "developer", "content": "be kind"}
+    pieces = list(filtered_sessions([after, asked, bad, warm, good, asked, good], DialogueFilter(), counts))
+    assert pieces == [[after, asked, good]]
+    assert count_exchanges([after, asked, call, warm, good]) == 1
 
 
 def test_long_conversations_become_pieces_of_whole_exchanges():

@@ -8,15 +8,34 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhfjax.data.layouts import instructions, own
+from rlhfjax.data.layouts import (
+    annotations,
+    conversations,
+    instructions,
+    own,
+    preferences,
+    scored,
+    transcripts,
+    trees,
+)
 from rlhfjax.data.layouts.layout import READ, Layout
 from rlhfjax.data.layouts.mapping import mapped
 from rlhfjax.errors import ConfigError, DataError
 
 __all__ = ["NAMES", "Layout", "mapped", "named", "recognise"]
 
-# In the order in which they are tried: ours first, and what has more fields before what has fewer.
-_TABLE: tuple[Layout, ...] = (*own.LAYOUTS, *instructions.LAYOUTS)
+# In the order in which they are tried: ours first, and what has more fields before what has fewer. Text alone is last.
+_TABLE: tuple[Layout, ...] = (
+    *own.LAYOUTS,
+    *scored.LAYOUTS,
+    *annotations.LAYOUTS,
+    *trees.LAYOUTS,
+    *transcripts.LAYOUTS,
+    *instructions.LAYOUTS,
+    *preferences.LAYOUTS,
+    *conversations.LAYOUTS,
+    *own.DOCUMENTS,
+)
 _NAMED: Mapping[str, Layout] = {**{layout.name: layout for layout in _TABLE}, own.NAME: own.ANY}
 NAMES = tuple(dict.fromkeys(layout.name for layout in _TABLE))
 _NEAREST = 3
@@ -33,21 +52,19 @@ def named(name: str) -> Layout:
 def recognise(sample: Sequence[Any], kind: str | None) -> Layout:
     """The layout that most rows of the sample fit, among those that can give `kind` (any, where it is None).
 
-    Where several fit as many rows, one that was made for `kind` goes before one that it follows from, and then the
-    table's order decides. Rows of which nothing is recognised but that have a field of the record kind are taken for
-    records of ours, so that an error is about the row.
+    Where several fit as many rows the first in the table is taken. Rows of which nothing is recognised but that have a
+    field of the record kind are taken for records of ours, so that an error is about the row.
 
     Raises DataError that names the fields of the sample and the nearest layouts.
     """
     objects = [obj for obj in sample if isinstance(obj, dict)]
     able = [layout for layout in _TABLE if kind is None or kind in layout.kinds]
-    able.sort(key=lambda layout: layout.kinds.index(kind) > 0 if kind else False)
     fitting = [sum(layout.fits(obj) for obj in objects) for layout in able]
     if fitting and max(fitting) > 0:
         return able[fitting.index(max(fitting))]
     names = Counter(name for obj in objects for name in obj)
     if kind and READ[kind] & set(names):
-        return next(layout for layout in able if layout.name == own.NAME)
+        return own.ANY
     raise _unknown(objects, names, able, kind)
 
 

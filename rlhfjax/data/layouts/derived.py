@@ -2,19 +2,29 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from rlhfjax.data.fields import Fields
 from rlhfjax.data.layouts.layout import Convert, Layout, Object, Way
 
+_EMPTY = "rows whose best response is empty"
 _UNLABELLED = "rows whose label is false (bad answers are never demonstrations)"
 
 
 def layout(
-    name: str, fields: str, fits: Callable[[Object], bool], kind: str, convert: Convert, explain: str, omits: str = ""
+    name: str,
+    fields: str,
+    fits: Callable[[Object], bool],
+    kind: str,
+    convert: Convert,
+    explain: str,
+    omits: str = "",
+    **more: Any,
 ) -> Layout:
-    """A layout that was made for one record kind, with the other kinds that follow from it."""
+    """A layout that was made for one record kind, with the other kinds that follow from it; `more` is the layout's."""
     way = Way(explain, convert, omits)
-    return Layout(name, fields, fits, {kind: way, **{other: make(way) for other, make in _FOLLOWS[kind].items()}})
+    follows = {other: make(way) for other, make in _FOLLOWS[kind].items()}
+    return Layout(name, fields, fits, {kind: way, **follows}, **more)
 
 
 def _each(convert: Convert, change: Callable[[Object], list[Object]], fields: Fields) -> list[Object]:
@@ -27,7 +37,7 @@ def _following(change: Callable[[Object], list[Object]], words: str, omits: str,
 
 
 def _best(row: Object) -> list[Object]:
-    """The response of the best rank (the first of those that share it) as the answer."""
+    """The response of the best rank (the first of those that share it) as the answer, if there is text in it."""
     if "responses" in row:
         ranked = dict(row)
         responses, ranks = ranked.pop("responses"), ranked.pop("ranks")
@@ -35,7 +45,7 @@ def _best(row: Object) -> list[Object]:
     else:
         ranked = {name: value for name, value in row.items() if name != "rejected"}
         answer = ranked.pop("chosen")
-    return [_answered(ranked, answer)]
+    return [_answered(ranked, answer)] if answer.strip() else []
 
 
 def _good(row: Object) -> list[Object]:
@@ -66,7 +76,7 @@ def _asked(row: Object) -> list[Object]:
 _prompts = partial(_following, _asked, "of it the prompt alone", "")
 _FOLLOWS: Mapping[str, Mapping[str, Callable[[Way], Way]]] = {
     "comparison": {
-        "demonstration": partial(_following, _best, "of it the best response as the answer", ""),
+        "demonstration": partial(_following, _best, "of it the best response as the answer", _EMPTY),
         "prompt": _prompts,
     },
     "unpaired": {

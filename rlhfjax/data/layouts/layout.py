@@ -28,6 +28,7 @@ READ: Mapping[str, frozenset[str]] = {  # what makes up a record of each kind; b
     "unpaired": frozenset({"prompt", "messages", "completion", "label"}),
     "rating": frozenset({"output_id", "labeler_id", "likert", "flags"}),
 }
+SETTINGS = frozenset({"tools", "chat_template_kwargs"})  # beside a prompt of any kind
 
 
 class Way(NamedTuple):

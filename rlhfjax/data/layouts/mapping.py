@@ -5,10 +5,12 @@ from functools import partial
 from typing import Any
 
 from rlhfjax.data.fields import Fields, type_name
-from rlhfjax.data.layouts.derived import layout
-from rlhfjax.data.layouts.layout import READ, Layout, Object
+from rlhfjax.data.layouts import conversations, own, preferences
+from rlhfjax.data.layouts.layout import READ, Layout, Object, Way
 from rlhfjax.errors import ConfigError
 
+_OURS = (*own.LAYOUTS, *own.DOCUMENTS)
+_READERS = (*_OURS, *preferences.LAYOUTS, *conversations.LAYOUTS)
 _IDS = ("prompt_id", "labeler_id", "use_case", "tools", "chat_template_kwargs", "system")
 _NEEDS = (  # what says which kind is meant, the richest first
     ("comparison", {"chosen", "rejected"}),
@@ -38,14 +40,25 @@ def mapped(mapping: Mapping[str, str]) -> Layout:
             f"--map: expected the fields of a record kind (such as prompt and completion), got {', '.join(mapping)}"
         )
     words = ", ".join(f"{theirs} → {ours}" for ours, theirs in mapping.items())
-    return layout("map", ", ".join(mapping.values()), lambda obj: True, kinds[0], partial(_taken, dict(mapping)), words)
+    ways = {kind: Way(words, partial(_taken, dict(mapping), kind)) for kind in _given_with(kinds[0])}
+    return Layout("map", ", ".join(mapping.values()), lambda obj: True, ways)
 
 
-def _taken(mapping: Mapping[str, str], fields: Fields) -> list[Object]:
+def _given_with(kind: str) -> tuple[str, ...]:
+    """The record kind and those that follow from it."""
+    return next(layout.kinds for layout in _OURS if layout.kinds[0] == kind)
+
+
+def _taken(mapping: Mapping[str, str], kind: str, fields: Fields) -> list[Object]:
+    """The mapped fields, read as ours, or as messages where they hold such."""
     row = {ours: _at(fields, theirs) for ours, theirs in mapping.items()}
     for path in mapping.values():
         fields.pop(path.partition(".")[0])
-    return [{name: value for name, value in row.items() if value is not None}]
+    row = {name: value for name, value in row.items() if value is not None}
+    for layout in _READERS:
+        if kind in layout.kinds and layout.fits(row):
+            return layout.rows(kind, row, fields.where)
+    return [row]
 
 
 def _at(fields: Fields, path: str) -> Any:

@@ -15,11 +15,12 @@ _NAMES = {
     "assistant": "assistant gpt model bot chatgpt chatbot bing bard function_call",
     "tool": "tool observation function function_response ipython environment",
 }
+_SPELLINGS = (("role", "content"), ("from", "value"), ("author", "text"))
 ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
 
 
 def turns(fields: Fields, name: str, value: Any, alone: str = "") -> list[Message]:
-    """Messages from a list of {role, content} or {from, value}, or from one of them.
+    """Messages from a list of {role, content}, {from, value} or {author, text}, or from one of them.
 
     A plain text becomes one message of the role `alone`, where there is one. Raises DataError for anything else.
     """
@@ -27,6 +28,8 @@ def turns(fields: Fields, name: str, value: Any, alone: str = "") -> list[Messag
         return [{"role": alone, "content": value}]
     if isinstance(value, dict):
         return [_turn(fields, name, value)]
+    if value is None:
+        fields.take(name, list, "a list of messages")
     if not isinstance(value, list):
         raise fields.error(name, "a list of messages", type_name(value))
     return [_turn(fields, f"{name}[{index}]", item) for index, item in enumerate(value)]
@@ -36,7 +39,7 @@ def _turn(fields: Fields, name: str, item: Any) -> Message:
     if not isinstance(item, dict):
         raise fields.error(name, "an object with role and content", type_name(item))
     more = {key: value for key, value in item.items() if value is not None}
-    said, text = ("from", "value") if "from" in more else ("role", "content")
+    said, text = next((names for names in _SPELLINGS if names[0] in more), _SPELLINGS[0])
     role, content = more.pop(said, None), more.pop(text, None)
     if not isinstance(role, str) or role.lower() not in ROLES:
         got = f"the fields {', '.join(sorted(map(str, item)))}" if role is None else repr(role)[:40]
