@@ -11,7 +11,7 @@ from rlhfjax.errors import ConfigError
 
 _OURS = (*own.LAYOUTS, *own.DOCUMENTS)
 _READERS = (*_OURS, *preferences.LAYOUTS, *conversations.LAYOUTS)
-_IDS = ("prompt_id", "labeler_id", "use_case", "tools", "chat_template_kwargs", "system")
+_MAY_MISS = ("prompt_id", "labeler_id", "use_case", "tools", "chat_template_kwargs", "system")
 _NEEDS = (  # what says which kind is meant, the richest first
     ("comparison", {"chosen", "rejected"}),
     ("comparison", {"responses", "ranks"}),
@@ -29,7 +29,7 @@ def mapped(mapping: Mapping[str, str]) -> Layout:
 
     Raises ConfigError for a name that no record has, and where the names make up no record.
     """
-    known = sorted(frozenset().union(*READ.values()) | set(_IDS))
+    known = sorted(frozenset().union(*READ.values()) | set(_MAY_MISS))
     for name in mapping:
         if name not in known:
             ours = ", ".join(known)
@@ -51,10 +51,11 @@ def _given_with(kind: str) -> tuple[str, ...]:
 
 def _taken(mapping: Mapping[str, str], kind: str, fields: Fields) -> list[Object]:
     """The mapped fields, read as ours, or as messages where they hold such."""
-    row = {ours: _at(fields, theirs) for ours, theirs in mapping.items()}
-    for path in mapping.values():
-        fields.pop(path.partition(".")[0])
-    row = {name: value for name, value in row.items() if value is not None}
+    roots = {path: path if path in fields.left else path.partition(".")[0] for path in mapping.values()}
+    there = {ours: path for ours, path in mapping.items() if ours not in _MAY_MISS or roots[path] in fields.left}
+    row = {ours: value for ours, path in there.items() if (value := _at(fields, path)) is not None}
+    for root in roots.values():
+        fields.pop(root)
     for layout in _READERS:
         if kind in layout.kinds and layout.fits(row):
             return layout.rows(kind, row, fields.where)
@@ -64,7 +65,7 @@ def _taken(mapping: Mapping[str, str], kind: str, fields: Fields) -> list[Object
 def _at(fields: Fields, path: str) -> Any:
     """What lies at a dotted path; a whole name with dots in it goes first. Raises DataError where nothing does."""
     if path in fields.left:
-        return fields.pop(path)
+        return fields.left[path]
     value: Any = fields.left
     for name in path.split("."):
         if not isinstance(value, dict) or name not in value:

@@ -81,13 +81,13 @@ def _prompt(fields: Fields) -> list[Object]:
     return [row]
 
 
+_PROMPT = Way("prompt or messages as they are, without the last answer", _prompt)
+
+
 def _own(kind: str, shape: str, fits: Callable[[Object], bool]) -> Layout:
     own = layout(NAME, shape, fits, kind, partial(_take, kind), f"{shape} as they are")
     ways = {**own.ways, "prompt": _PROMPT} if "prompt" in own.ways else own.ways
     return Layout(NAME, shape, fits, ways)
-
-
-_PROMPT = Way("prompt or messages as they are, without the last answer", _prompt)
 
 
 LAYOUTS = (

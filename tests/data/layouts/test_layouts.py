@@ -131,6 +131,7 @@ def test_a_mapping_onto_messages():
     row = {"dialog": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": GOOD}], "sys": "Be brief."}
     layout = mapped({"messages": "dialog", "system": "sys"})
     assert read([row], "demonstration", layout) == [{"messages": [BRIEF, USER, said(GOOD)]}]
+    assert read([{"dialog": row["dialog"]}], "demonstration", layout) == [{"messages": [USER, said(GOOD)]}]
     pair = {"q": [USER], "better": [said(GOOD)], "worse": [said(BAD)]}
     layout = mapped({"prompt": "q", "chosen": "better", "rejected": "worse"})
     assert read([pair], "comparison", layout) == [{"messages": [USER], "responses": [GOOD, BAD], "ranks": [1, 2]}]
