@@ -23,6 +23,19 @@ STYLES = {
     "llama": ("llama", {}),
     "llama-gqa": ("llama", {"kv_heads": 2}),
 }
+_STRETCHED = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 16, "rope_attention_factor": 1.2}
+_MULTIPLIED = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.4}
+# What later families have: blocks beside each other, and (with layers of several kinds) everything else at once.
+LATER = {
+    "gpt_neox": ("gpt_neox", {"rope_fraction": 0.5}),
+    "gpt_oss": ("gpt_oss", {"experts": 4, "experts_per_token": 2, "window": 3, "kv_heads": 2}),
+    "mixed": (
+        "olmo3",
+        {"layers": 4, "kv_heads": 2, "window": 3, "window_pattern": "LLG", "rope_pattern": "RN", "logit_divisor": 0.5}
+        | _STRETCHED
+        | _MULTIPLIED,
+    ),
+}
 # Windows shorter than the sequences of any test, in every layer or some.
 WINDOWED = {
     "mistral": ("mistral", {"kv_heads": 2, "window": 3}),
@@ -39,7 +52,7 @@ def stored(path) -> dict[str, np.ndarray]:
 
 def tiny(style: str = "llama-gqa", **changes) -> LanguageModel:
     """A decoder of width 16, of two layers unless the style has more."""
-    family, own = (STYLES | WINDOWED)[style]
+    family, own = (STYLES | WINDOWED | LATER)[style]
     return LanguageModel(decoder_config(family, **(SHAPE | own | changes)))
 
 

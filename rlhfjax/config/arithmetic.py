@@ -115,8 +115,10 @@ def _model(run: Run, mesh: dict[str, int]) -> Iterator[str]:
     if run.model.checkpoint:
         return  # its shape is in the checkpoint
     shape, tensor, fsdp = model_shape(run.model), mesh["tensor"], mesh["fsdp"]
-    if shape.positions == "rope" and shape.head_dim % 2:
-        yield f"model: rope turns pairs, so width / heads (or architecture.head_dim) must be even, got {shape.head_dim}"
+    turned = int(shape.head_dim * shape.rope_fraction)
+    if shape.positions == "rope" and (turned % 2 or not turned):
+        share = "" if shape.rope_fraction == 1 else f" x {shape.rope_fraction:g} of {run.model.family}"
+        yield f"model: rope turns pairs, so width / heads (or architecture.head_dim){share} must be even, got {turned}"
     split = [("model.heads", shape.heads), ("model.kv_heads", shape.kv_heads), ("model.mlp_width", shape.mlp_width)]
     if not run.tokenizer.path:
         split.append(("tokenizer.vocab_size", run.tokenizer.vocab_size))
@@ -161,8 +163,8 @@ def _experts(run: Run, shape: Shape, axis: int) -> Iterator[str]:
             f"model.architecture.experts.per_token {shape.experts_per_token} is more than the {shape.experts} experts; "
             "lower it or raise count"
         )
-    if shape.activation != "swiglu" or shape.biases:
-        yield f"model: experts are SwiGLU without biases, got {shape.activation}, biases {shape.biases}; change family"
+    if shape.activation.startswith("gelu"):
+        yield f"model: experts have a gate, got the activation {shape.activation}; take swiglu, or change family"
 
 
 def _pairs(run: Run) -> Iterator[str]:

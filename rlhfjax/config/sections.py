@@ -92,7 +92,7 @@ class Architecture(Section):
 
     norm: Literal["layer", "rms"] | None = None
     positions: Literal["learned", "rope"] | None = None
-    activation: Literal["gelu", "swiglu", "geglu"] | None = None
+    activation: Literal["gelu", "gelu_exact", "swiglu", "geglu"] | None = None
     biases: bool | None = None
     tied: bool | None = None
     head_dim: Count | None = None
@@ -136,14 +136,22 @@ class Lora(Section):
 Family = Literal[
     "gpt1",
     "gpt2",
+    "gpt_neox",
     "llama",
     "mistral",
     "mixtral",
     "qwen2",
     "qwen3",
     "qwen3_moe",
+    "gemma",
     "gemma2",
     "gemma3",
+    "phi3",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "smollm3",
+    "gpt_oss",
     "transformer_2017",
 ]
 

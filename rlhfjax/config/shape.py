@@ -8,8 +8,9 @@ from rlhfjax.config.sections import Lora, Model
 # What a family chooses where `model.architecture` says nothing (Radford et al. 2019; Touvron et al. 2023).
 _LLAMA = {"norm": "rms", "positions": "rope", "activation": "swiglu", "biases": False, "tied": True}
 _GPT = {"norm": "layer", "positions": "learned", "activation": "gelu", "biases": True, "tied": True}
-_GEMMA = _LLAMA | {"activation": "geglu", "norm_place": "sandwich"}
-_GATED = {"swiglu", "geglu"}
+_GEMMA = _LLAMA | {"activation": "geglu"}
+_OLMO = _LLAMA | {"tied": False, "norm_place": "output", "qk_norm": True, "qk_norm_whole": True}
+_GATED = {"swiglu", "geglu", "clamped_swiglu"}
 _CHOICES = {"norm", "positions", "activation", "biases", "qkv_biases", "qk_norm", "tied", "mtp_heads"}
 _STYLES = {
     "gpt1": _GPT | {"norm_place": "post"},
@@ -25,9 +26,25 @@ _STYLES = {
     "mistral": _LLAMA | {"tied": False},
     "qwen2": _LLAMA | {"qkv_biases": True},
     "qwen3": _LLAMA | {"qk_norm": True},
-    "gemma2": _GEMMA,
-    "gemma3": _GEMMA | {"qk_norm": True},
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA | {"norm_place": "sandwich"},
+    "gemma3": _GEMMA | {"norm_place": "sandwich", "qk_norm": True},
+    "gpt_neox": _GPT | {"tied": False, "positions": "rope", "rope_fraction": 0.25, "activation": "gelu_exact"},
+    "phi3": _LLAMA | {"tied": False},
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
+    "granite": _LLAMA,
+    "smollm3": _LLAMA,
     "mixtral": _LLAMA | {"tied": False, "experts": 8, "experts_per_token": 2},
+    "gpt_oss": _LLAMA
+    | {
+        "tied": False,
+        "biases": True,
+        "activation": "clamped_swiglu",
+        "attention_sinks": True,
+        "experts": 32,
+        "experts_per_token": 4,
+    },
     "qwen3_moe": _LLAMA | {"tied": False, "qk_norm": True, "experts": 128, "experts_per_token": 8},
 }
 
@@ -49,8 +66,11 @@ class Shape:
     biases: bool
     tied: bool
     norm_place: str = "pre"
+    rope_fraction: float = 1.0
     qkv_biases: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    attention_sinks: bool = False
     experts: int = 0
     experts_per_token: int = 2
     mtp_heads: int = 0
@@ -104,8 +124,15 @@ def adapter_count(shape: Shape, lora: Lora) -> int:
 
 def active_count(shape: Shape, vocab_size: int) -> int:
     """Parameters that one token meets: of the experts, only those it is sent to."""
-    idle = shape.layers * max(shape.experts - shape.experts_per_token, 0) * 3 * shape.width * shape.mlp_width
+    idle = shape.layers * max(shape.experts - shape.experts_per_token, 0) * _mlp_count(shape)
     return parameter_count(shape, vocab_size) - idle
+
+
+def _mlp_count(shape: Shape) -> int:
+    """Parameters of a feed-forward block, or of one expert."""
+    inner = 2 if shape.activation in _GATED else 1
+    biases = shape.biases * (inner * shape.mlp_width + shape.width)
+    return (inner + 1) * shape.width * shape.mlp_width + biases
 
 
 def parameter_count(shape: Shape, vocab_size: int) -> int:
@@ -115,12 +142,13 @@ def parameter_count(shape: Shape, vocab_size: int) -> int:
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = shape.width * (2 * queries + 2 * keys) + bias * shape.width
     attention += (queries + 2 * keys) * (shape.biases or shape.qkv_biases)
-    inner = 2 if shape.activation in _GATED else 1
     if shape.qk_norm:
-        attention += 2 * shape.head_dim * (2 if shape.norm == "layer" else 1)
-    mlp = (inner + 1) * shape.width * shape.mlp_width + bias * (inner * shape.mlp_width + shape.width)
+        normed = queries + keys if shape.qk_norm_whole else 2 * shape.head_dim
+        attention += normed * (2 if shape.norm == "layer" else 1)
+    attention += shape.heads * shape.attention_sinks
+    mlp = _mlp_count(shape)
     if shape.experts:
-        mlp = shape.experts * (mlp + shape.width)  # and what the router knows each by
+        mlp = shape.experts * (mlp + shape.width + shape.biases)  # and what the router knows each by
     positions = shape.context * shape.width if shape.positions == "learned" else 0
     embeddings = vocab_size * shape.width * (1 if shape.tied else 2) + positions
     if shape.encoder:  # two norms in a layer that reads, three in one that writes, none at the end

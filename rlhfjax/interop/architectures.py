@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhfjax.errors import ConfigError
-from rlhfjax.interop.settings import Settings, read_rope, write_rope
+from rlhfjax.interop.rope import PLAIN, RopeKeys, read_rope, read_two_ropes, write_rope
+from rlhfjax.interop.settings import Settings
 from rlhfjax.interop.tensors import Weight, gpt_weights, llama_weights
 from rlhfjax.models import DecoderConfig
 
@@ -23,6 +24,7 @@ class Architecture:
     write: Callable[[DecoderConfig], dict[str, Any]]
     weights: Callable[[DecoderConfig], tuple[Weight, ...]]
     causal: str = "ForCausalLM"
+    classified: bool = True  # whether there is a class with a score in the place of the unembedding
 
 
 def read_gpt(s: Settings) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def read_gpt(s: Settings) -> dict[str, Any]:
         "width": width,
         "heads": heads,
         "kv_heads": heads,
-        "head_dim": _divided(width, heads),
+        "head_dim": divided(width, heads),
         "mlp_width": 4 * width,
         "context": s.size("n_positions"),
         "norm": "layer",
@@ -47,7 +49,8 @@ def read_gpt(s: Settings) -> dict[str, Any]:
     }
 
 
-def _divided(width: int, heads: int) -> int:
+def divided(width: int, heads: int) -> int:
+    """The size of a head."""
     if width % heads:
         raise ConfigError(f"config.json: expected a width that is a multiple of {heads} heads, got {width}")
     return width // heads
@@ -83,14 +86,14 @@ def _write_gpt2(c: DecoderConfig) -> dict[str, Any]:
 
 def read_llama(
     s: Settings,
+    rope: RopeKeys | dict[str, Any] = PLAIN,
     *,
     activation: str = "hidden_act",
     head_dim: int | None = None,
-    theta: float = 1e4,
-    local_theta: float | None = None,
+    norm_eps: float = 1e-6,
     tied: bool = False,
 ) -> dict[str, Any]:
-    """What all later families share; the arguments are their defaults over there."""
+    """What all later families share; the arguments are their defaults over there, or rotary positions as read."""
     width, heads = s.size("hidden_size"), s.size("num_attention_heads")
     if activation == "hidden_act":
         s.expect("hidden_act", ("silu", "swish"), "silu")
@@ -100,13 +103,12 @@ def read_llama(
         "width": width,
         "heads": heads,
         "kv_heads": s.size("num_key_value_heads", None) or heads,
-        "head_dim": s.size("head_dim", head_dim) or _divided(width, heads),
+        "head_dim": s.size("head_dim", head_dim) or divided(width, heads),
         "mlp_width": s.size("intermediate_size"),
-        "context": s.size("max_position_embeddings"),
-        "norm_eps": s.positive("rms_norm_eps", 1e-6),
+        "norm_eps": s.positive("rms_norm_eps", norm_eps),
         "tied": s.take("tie_word_embeddings", bool, tied),
         "init_std": s.positive("initializer_range", 0.02),
-        **read_rope(s, theta, local_theta),
+        **(read_rope(s, rope) if isinstance(rope, RopeKeys) else rope),
     }
 
 
@@ -145,8 +147,13 @@ def read_windows(s: Settings, layers: int, window: int | None, usual: Callable[[
     pattern = "".join(_KINDS[kind] for kind in kinds)
     if "L" not in pattern or window is None:
         return {}
-    shortest = next(n for n in range(1, layers + 1) if (pattern[:n] * layers)[:layers] == pattern)
-    return {"window": window, "window_pattern": pattern[:shortest]}
+    return {"window": window, "window_pattern": shortest(pattern)}
+
+
+def shortest(pattern: str) -> str:
+    """What is repeated over the layers."""
+    layers = len(pattern)
+    return next(pattern[:n] for n in range(1, layers + 1) if (pattern[:n] * layers)[:layers] == pattern)
 
 
 def write_windows(c: DecoderConfig) -> dict[str, Any]:
@@ -169,40 +176,56 @@ def write_qwen(c: DecoderConfig) -> dict[str, Any]:
     return write_llama(c) | write_windows(c) | {"use_sliding_window": any(c.local_layers), "max_window_layers": first}
 
 
-def _read_gemma(s: Settings, cap: float | None, logit_cap: float | None, **defaults: Any) -> dict[str, Any]:
+_GEMMA = {"activation": "geglu", "norm_offset": True, "scale_embeddings": True}
+
+
+def _read_gemma(s: Settings) -> dict[str, Any]:
+    s.expect("hidden_act", ("gelu_pytorch_tanh", "gelu", None), None)  # which means the same there
+    s.expect("hidden_activation", ("gelu_pytorch_tanh", None), None)
+    return read_llama(s, activation="", head_dim=256, tied=True) | _GEMMA
+
+
+def _read_later_gemma(
+    s: Settings, cap: float | None, logit_cap: float | None, rope: RopeKeys | dict[str, Any] = PLAIN
+) -> dict[str, Any]:
     for key in ("hidden_activation", "hidden_act"):
         s.expect(key, ("gelu_pytorch_tanh", None), None)
-    return read_llama(s, activation="", head_dim=256, tied=True, **defaults) | {
-        "activation": "geglu",
-        "norm_place": "sandwich",
-        "norm_offset": True,
-        "scale_embeddings": True,
-        "query_scalar": s.positive("query_pre_attn_scalar", 256),
-        "attention_softcap": s.positive("attn_logit_softcapping", cap),
-        "logit_softcap": s.positive("final_logit_softcapping", logit_cap),
-    }
+    return (
+        read_llama(s, rope, activation="", head_dim=256, tied=True)
+        | _GEMMA
+        | {
+            "norm_place": "sandwich",
+            "query_scalar": s.positive("query_pre_attn_scalar", 256),
+            "attention_softcap": s.positive("attn_logit_softcapping", cap),
+            "logit_softcap": s.positive("final_logit_softcapping", logit_cap),
+        }
+    )
 
 
 def _read_gemma2(s: Settings) -> dict[str, Any]:
-    fields = _read_gemma(s, 50.0, 30.0)
+    fields = _read_later_gemma(s, 50.0, 30.0)
     return fields | read_windows(s, fields["layers"], s.size("sliding_window", 4096), lambda layer: layer % 2 == 0)
 
 
 def _read_gemma3(s: Settings) -> dict[str, Any]:
-    fields = _read_gemma(s, None, None, theta=1e6, local_theta=1e4) | {"qk_norm": True}
+    rope = read_two_ropes(s, 1e6, 1e4, "rope_local_base_freq")
+    fields = _read_later_gemma(s, None, None, rope) | {"qk_norm": True}
     period = s.size("_sliding_window_pattern", s.size("sliding_window_pattern", 6))
     usual = lambda layer: (layer + 1) % period != 0  # noqa: E731
     return fields | read_windows(s, fields["layers"], s.size("sliding_window", 4096), usual)
 
 
 def _write_gemma(c: DecoderConfig) -> dict[str, Any]:
-    scalar = c.query_scalar or c.head_dim
+    return write_llama(c) | {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+
+
+def _write_later_gemma(c: DecoderConfig) -> dict[str, Any]:
+    scalar, local = c.query_scalar or c.head_dim, c.rope_local_theta
     return (
-        write_llama(c)
+        _write_gemma(c)
         | write_windows(c)
+        | ({} if local is None else {"rope_local_base_freq": local})
         | {
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_activation": "gelu_pytorch_tanh",
             "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
             "attn_logit_softcapping": c.attention_softcap,
             "final_logit_softcapping": c.logit_softcap,
@@ -218,7 +241,7 @@ def _gpt2_weights(c: DecoderConfig) -> tuple[Weight, ...]:
     return gpt_weights(c, "wte", "wpe", "ln_f")
 
 
-# By family; mixtures of experts are in a file of their own.
+# By family; later ones and mixtures of experts are in files of their own.
 ARCHITECTURES = {
     "gpt1": Architecture("OpenAIGPT", "openai-gpt", _read_gpt1, _write_gpt, _gpt1_weights, "LMHeadModel"),
     "gpt2": Architecture("GPT2", "gpt2", _read_gpt2, _write_gpt2, _gpt2_weights, "LMHeadModel"),
@@ -228,6 +251,7 @@ ARCHITECTURES = {
     "qwen3": Architecture(
         "Qwen3", "qwen3", lambda s: read_qwen(s, head_dim=128) | {"qk_norm": True}, write_qwen, llama_weights
     ),
-    "gemma2": Architecture("Gemma2", "gemma2", _read_gemma2, _write_gemma, llama_weights),
-    "gemma3": Architecture("Gemma3", "gemma3_text", _read_gemma3, _write_gemma, llama_weights),
+    "gemma": Architecture("Gemma", "gemma", _read_gemma, _write_gemma, llama_weights),
+    "gemma2": Architecture("Gemma2", "gemma2", _read_gemma2, _write_later_gemma, llama_weights),
+    "gemma3": Architecture("Gemma3", "gemma3_text", _read_gemma3, _write_later_gemma, llama_weights),
 }

@@ -24,6 +24,7 @@ from rlhfjax.interop.model_card import model_card
 from rlhfjax.interop.parity import certificate, outputs
 from rlhfjax.interop.pretrained import load_parameters, names_of
 from rlhfjax.interop.safetensors_files import DTYPES, cast, write_file
+from rlhfjax.interop.tensors import tensor_of
 from rlhfjax.interop.whole_directories import check_target, whole_directory
 from rlhfjax.models import DecoderConfig, LanguageModel, SequenceModel
 from rlhfjax.models.lora import has_adapters, merge
@@ -171,9 +172,9 @@ def _write_weights(part: Path, config: DecoderConfig, params: Params, dtype: str
 
 
 def _grouped(params: Params, config: DecoderConfig) -> list[list[Weight]]:
-    """The weights of each of their tensors, which may hold several of our parameters side by side."""
+    """The weights of each of their tensors, which may hold several of our parameters."""
     groups: dict[str, list[Weight]] = {}
-    for weight in sorted(weights(config, scalar="head" in params), key=lambda weight: weight.part):
+    for weight in weights(config, scalar="head" in params):
         groups.setdefault(weight.name, []).append(weight)
     return list(groups.values())
 
@@ -187,8 +188,7 @@ def _produced(
     for group in tensors:
         stacked = [np.asarray(leaves[weight.path]) for weight in group]
         for place, name in names_of(group[0], config):
-            parts = [weight.to_theirs(own[place]) for weight, own in zip(group, stacked, strict=True)]
-            yield name, cast(np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0], dtype, name)
+            yield name, cast(tensor_of(group, [own[place] for own in stacked]), dtype, name)
     if "head" in params:
         yield HEAD, cast(np.asarray(params["head"]["kernel"])[None], dtype, HEAD)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop.architectures import ARCHITECTURES, Architecture
+from rlhfjax.interop.later_architectures import LATER
 from rlhfjax.interop.mixtures import MIXTURES
 from rlhfjax.interop.settings import Settings
 from rlhfjax.interop.tensors import Weight
@@ -17,8 +18,21 @@ from rlhfjax.models import DecoderConfig
 
 __all__ = ["Weight", "config_of", "hf_config", "weights"]
 
-_KNOWN = ARCHITECTURES | MIXTURES
+_KNOWN = ARCHITECTURES | LATER | MIXTURES
 _CLASSIFIER = "ForSequenceClassification"
+# The scalings of rotary positions that each setting is of.
+_STRETCHED = {
+    "rope_factor": ("linear", "dynamic", "llama3", "yarn", "longrope"),
+    "rope_attention_factor": ("yarn", "longrope"),
+    "rope_original_context": ("llama3", "yarn", "longrope"),
+    "rope_low_freq": ("llama3",),
+    "rope_high_freq": ("llama3",),
+    "rope_beta_fast": ("yarn",),
+    "rope_beta_slow": ("yarn",),
+    "rope_truncate": ("yarn",),
+    "rope_short_factors": ("longrope",),
+    "rope_long_factors": ("longrope",),
+}
 
 
 def config_of(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -27,6 +41,11 @@ def config_of(hf: Mapping[str, Any]) -> DecoderConfig:
     Raises ConfigError naming an architecture that is not supported, or a setting that is missing, wrong or unknown.
     """
     settings = Settings(hf)
+    if quantised := settings.take("quantization_config", dict, None):
+        raise ConfigError(
+            "config.json: expected weights of a float type, got quantization_config of "
+            f"{quantised.get('quant_method')!r:.40}; write the model in bfloat16 first (transformers dequantises it)"
+        )
     family = _family_of(settings)
     config = DecoderConfig(family=family, **_KNOWN[family].read(settings))
     settings.check_all_read()
@@ -35,9 +54,19 @@ def config_of(hf: Mapping[str, Any]) -> DecoderConfig:
             f"config.json: expected num_attention_heads a multiple of num_key_value_heads, got {config.heads} and "
             f"{config.kv_heads}"
         )
-    if config.positions == "rope" and config.head_dim % 2:
-        raise ConfigError(f"config.json: expected an even head_dim, got {config.head_dim}")
+    _check_rope(config)
     return config
+
+
+def _check_rope(config: DecoderConfig) -> None:
+    size = config.rotated_size
+    if config.positions == "rope" and (size % 2 or not 0 < size <= config.head_dim):
+        raise ConfigError(
+            f"config.json: expected an even head_dim, and a part of it that turns, got {config.head_dim} and {size}"
+        )
+    for key, factors in (("short_factor", config.rope_short_factors), ("long_factor", config.rope_long_factors)):
+        if config.rope_scaling == "longrope" and len(factors) != size // 2:
+            raise ConfigError(f"config.json: expected {size // 2} numbers in {key}, one a pair, got {len(factors)}")
 
 
 def hf_config(config: DecoderConfig, scalar: bool = False) -> dict[str, Any]:
@@ -48,6 +77,8 @@ def hf_config(config: DecoderConfig, scalar: bool = False) -> dict[str, Any]:
     architecture = _architecture_of(config)
     name = architecture.stem + architecture.causal
     labels: dict[str, Any] = {}
+    if scalar and not architecture.classified:
+        raise ConfigError(f"export: transformers has no {architecture.stem}{_CLASSIFIER}; export a policy instead")
     if scalar:  # the classifier of Gemma 3 without "Text" reads pictures
         name = architecture.stem + ("Text" if architecture.stem == "Gemma3" else "") + _CLASSIFIER
         labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
@@ -66,10 +97,12 @@ def weights(config: DecoderConfig, scalar: bool = False) -> tuple[Weight, ...]:
 
 def _family_of(settings: Settings) -> str:
     names, kind = settings.take("architectures", list, None), settings.take("model_type", str, None)
-    if names == ["Gemma3ForConditionalGeneration"]:
+    text = settings.take("text_config", dict, None)
+    if text is not None or names == ["Gemma3ForConditionalGeneration"]:
+        inner = (text or {}).get("model_type", "gemma3_text")
         raise ConfigError(
-            "config.json: expected a model of text such as Gemma3ForCausalLM, got Gemma3ForConditionalGeneration, "
-            "which reads pictures as well; save its language model by itself first"
+            f"config.json: expected a model of text such as Gemma3ForCausalLM, got {names!r:.100} around "
+            f"{inner!r:.40}, which reads pictures or sounds as well; save its language model by itself first"
         )
     for family, known in _KNOWN.items():
         stem = known.stem
@@ -109,16 +142,18 @@ def _numbers(config: DecoderConfig) -> dict[str, Any]:
     for name in ("capacity_factor", "load_balancing_coef", "router_z_coef"):  # of training
         del plain[name]
     plain["window_pattern"] = config.local_layers
-    plain["query_scalar"] = float(config.query_scalar or config.head_dim)
-    unused: set[str] = set()
+    plain["rope_pattern"] = config.rotated_layers
+    plain["attention_multiplier"] = config.score_scale
+    unused = {"query_scalar"}
     if not any(config.local_layers):
         unused |= {"window", "rope_local_theta"}
     if config.positions != "rope":
         unused |= {name for name in plain if name.startswith("rope_")}
-    if config.rope_scaling != "llama3":
-        unused |= {"rope_low_freq", "rope_high_freq", "rope_original_context"}
-    if config.rope_scaling == "none":
-        unused |= {"rope_factor"}
+    for name, kinds in _STRETCHED.items():
+        if config.rope_scaling not in kinds:
+            unused |= {name}
+    if not config.qk_norm:
+        unused |= {"qk_norm_whole"}
     if not config.experts:
         unused |= {"experts_per_token", "norm_topk"}
     return {name: value for name, value in plain.items() if name not in unused}

@@ -1,33 +1,28 @@
 """A model in GGUF, as llama.cpp writes it: its configuration, tokenizer and weights.
 
 The metadata is put in the words of config.json and read by the same lists as a Hugging Face directory; tensors get the
-names that transformers gives them. Three things are undone. The rows of Llama's query and key projections are in the
-order of interleaved rotary pairs: row 2i + j of a head is row i + j·D/2 of ours. Gemma's norms have 1 added. GPT-2's
-matrices are transposed.
+names that transformers gives them. Four things are undone. The rows of Llama's query and key projections (and of those
+that follow it) are in the order of interleaved rotary pairs: row 2i + j of a head is row i + j·D/2 of ours. Gemma's
+norms have 1 added. GPT-2's matrices are transposed. GPT-NeoX has all queries before all keys, and not head by head.
 """
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.interop.families import Weight, config_of, weights
 from rlhfjax.interop.gguf_files import GgufFile, open_file
+from rlhfjax.interop.gguf_settings import CLASSES, described
 from rlhfjax.interop.gguf_tokenizer import tokenizer_of_metadata
 from rlhfjax.interop.pretrained import Pretrained, names_of
 from rlhfjax.models import DecoderConfig
 
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3": "Gemma3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-}
+# Gemma 2 and 3, and OLMo 2, have norms behind their blocks.
+_LATER_GEMMA = ("gemma2", "gemma3")
+_INTERLEAVED = {"llama", "granite", "smollm3"}
 _NAMES = {  # transformers' name of a tensor, without layer and ending
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -52,15 +47,22 @@ _NAMES = {  # transformers' name of a tensor, without layer and ending
     "attn.c_proj": "attn_output",
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
+    "gpt_neox.embed_in": "token_embd",
+    "gpt_neox.final_layer_norm": "output_norm",
+    "embed_out": "output",
+    "attention.query_key_value": "attn_qkv",
+    "attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
 }
-_GEMMA = {
+_BEHIND = {  # where blocks have norms behind them
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-_IN_LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)")
-# Models whose queries are not scaled by their own width, which the file does not say: blocks → why.
-_LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
+_IN_LAYER = re.compile(r"(?:model\.layers|transformer\.h|gpt_neox\.layers)\.(\d+)\.(.+)")
 
 
 def open_gguf(path: Path) -> Pretrained:
@@ -71,12 +73,12 @@ def open_gguf(path: Path) -> Pretrained:
     """
     file = open_file(path)
     architecture = file.metadata.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
+    if architecture not in CLASSES:
         raise ConfigError(
-            f"{path}: expected a model of {', '.join(_ARCHITECTURES)}, got architecture {str(architecture)[:80]!r}"
+            f"{path}: expected a model of {', '.join(CLASSES)}, got architecture {str(architecture)[:80]!r}"
         )
     try:
-        config = config_of(_described(file, architecture))
+        config = config_of(described(file, architecture))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     wanted = weights(config)
@@ -89,63 +91,6 @@ def open_gguf(path: Path) -> Pretrained:
         return _as_transformers(file.read(_name(name, architecture)), name, architecture, config)
 
     return Pretrained(config, "policy", tokenizer, wanted, read, notes=(note,) if note else ())
-
-
-def _described(file: GgufFile, architecture: str) -> dict[str, Any]:
-    """config.json of the model that the metadata describes. Numbers in the file are float32: 1e-5 is 9.9999997e-06."""
-
-    def get(name: str, otherwise: Any = None) -> Any:
-        value = file.metadata.get(f"{architecture}.{name}", otherwise)
-        return float(str(np.float32(value))) if isinstance(value, float) else value
-
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise IntegrityError(f"{file.path}: expected a matrix token_embd.weight, got none; fetch the file again")
-    common = {
-        "architectures": [_ARCHITECTURES[architecture]],
-        "vocab_size": embedding.shape[0],
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-    }
-    width, heads = get("embedding_length"), get("attention.head_count")
-    if architecture == "gpt2":
-        return common | {
-            "n_embd": width,
-            "n_head": heads,
-            "n_layer": get("block_count"),
-            "n_positions": get("context_length"),
-            "n_inner": get("feed_forward_length"),
-            "layer_norm_epsilon": get("attention.layer_norm_epsilon", 1e-5),
-        }
-    if get("expert_count"):
-        raise ConfigError(f"{file.path}: expected a dense model in GGUF, got experts; import its safetensors instead")
-    if get("rope.scaling.type", "none") != "none" or "rope_freqs.weight" in file.tensors:
-        raise ConfigError(
-            f"{file.path}: expected rotary positions without scaling in GGUF, got scaled ones; import its safetensors"
-        )
-    described = common | {
-        "hidden_size": width,
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": get("attention.key_length", get("rope.dimension_count")),
-        "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "rope_theta": get("rope.freq_base", 1e6 if architecture == "gemma3" else 1e4),
-    }
-    if architecture in _LARGEST_GEMMA:
-        largest = get("block_count") == _LARGEST_GEMMA[architecture]
-        described |= {
-            "hidden_activation": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": width // heads if largest else described["head_dim"],
-            "sliding_window": get("attention.sliding_window"),
-        }
-    if architecture == "gemma2":
-        described |= {
-            "attn_logit_softcapping": get("attn_logit_softcapping"),
-            "final_logit_softcapping": get("final_logit_softcapping"),
-        }
-    return {key: value for key, value in described.items() if value is not None}
 
 
 def _check(file: GgufFile, wanted: tuple[Weight, ...], config: DecoderConfig, architecture: str) -> None:
@@ -173,7 +118,7 @@ def _check(file: GgufFile, wanted: tuple[Weight, ...], config: DecoderConfig, ar
 def _name(theirs: str, architecture: str) -> str:
     """The name in the file of a tensor of transformers."""
     stem, ending = theirs.rpartition(".")[::2]
-    names: Mapping[str, str] = _NAMES | _GEMMA if architecture in _LARGEST_GEMMA else _NAMES
+    names: Mapping[str, str] = _NAMES | _BEHIND if architecture in (*_LATER_GEMMA, "olmo2") else _NAMES
     inside = _IN_LAYER.fullmatch(stem)
     return f"blk.{inside[1]}.{names[inside[2]]}.{ending}" if inside else f"{names[stem]}.{ending}"
 
@@ -187,10 +132,13 @@ def _transposed(theirs: str, architecture: str) -> bool:
 def _as_transformers(tensor: np.ndarray, theirs: str, architecture: str, config: DecoderConfig) -> np.ndarray:
     if _transposed(theirs, architecture):
         return tensor.T
-    if architecture == "llama" and re.search(r"self_attn\.[qk]_proj\.", theirs):
+    if architecture in _INTERLEAVED and re.search(r"self_attn\.[qk]_proj\.", theirs):
         heads = config.heads if ".q_proj." in theirs else config.kv_heads
         pairs = tensor.reshape(heads, config.head_dim // 2, 2, *tensor.shape[1:])
         return pairs.swapaxes(1, 2).reshape(tensor.shape)
-    if architecture in _LARGEST_GEMMA and theirs.endswith("norm.weight"):
+    if architecture == "gptneox" and "query_key_value" in theirs:
+        kinds = tensor.reshape(3, config.heads, config.head_dim, *tensor.shape[1:])
+        return kinds.swapaxes(0, 1).reshape(tensor.shape)
+    if architecture.startswith("gemma") and theirs.endswith("norm.weight"):
         return tensor - np.float32(1)
     return tensor

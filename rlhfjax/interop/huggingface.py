@@ -1,7 +1,8 @@
 """A Hugging Face directory, read without running or believing anything in it.
 
 config.json goes through our own list of what is known, weights come from safetensors alone, and every file that is
-opened lies in the directory itself. Shapes are compared before anything is allocated.
+opened lies in the directory itself, or in the same model of the hub's cache. Shapes are compared before anything is
+allocated.
 """
 
 import json
@@ -14,19 +15,25 @@ import numpy as np
 
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.interop.families import Weight, config_of, weights
+from rlhfjax.interop.hub import blobs_of
 from rlhfjax.interop.pretrained import Pretrained, names_of
 from rlhfjax.interop.safetensors_files import DTYPES, Tensor, read_header, read_tensor
+from rlhfjax.interop.text_parts import text_config, text_tensors
 from rlhfjax.models import DecoderConfig
 from rlhfjax.text.loading import AnyTokenizer, load_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-HEAD, UNEMBEDDING = "score.weight", "lm_head.weight"
+HEAD = "score.weight"
+_UNEMBEDDINGS = ("lm_head.weight", "embed_out.weight")
 SCORE_BIAS = "rlhfjax_score_bias"  # in config.json: transformers' heads have no bias
 CLASSIFIER = "ForSequenceClassification"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _LARGEST_JSON = {"config.json": 1 << 20, INDEX: 1 << 26}
 # Constants that older versions of transformers saved beside the weights; they are computed here.
-_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+_BUFFERS = (
+    *(".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"),
+    *(".attention.bias", ".attention.masked_bias"),
+)
 
 
 def open_directory(directory: Path) -> Pretrained:
@@ -37,15 +44,16 @@ def open_directory(directory: Path) -> Pretrained:
     """
     _check_links(directory)
     described = _read_json(directory, "config.json")
-    if "auto_map" in described:
-        raise ConfigError(
-            f"{directory / 'config.json'}: expected a model of a known architecture, got auto_map, which asks to run "
-            "code that comes with it; rlhfjax never does"
-        )
+    notes = _without_code(directory, described)
+    found = None
+    if (text := text_config(described)) is not None:
+        around, (found, others) = described["architectures"][0], text_tensors(_tensors(directory))
+        described = text | {"tie_word_embeddings": _UNEMBEDDINGS[0] not in found}
+        notes += (f"the language model of {around} alone, without its {', '.join(others)}",)
     scalar, bias = _score(described)
     config = config_of(described)
     wanted = weights(config, scalar)
-    found = _with_prefix(_tensors(directory), wanted)
+    found = _with_prefix(_tensors(directory) if found is None else found, wanted)
     head = None
     if scalar:
         kernel = _one(directory, found, HEAD, (1, config.width))
@@ -55,13 +63,44 @@ def open_directory(directory: Path) -> Pretrained:
     def read(weight: Weight, name: str) -> np.ndarray:
         return read_tensor(found[name], name)
 
-    return Pretrained(config, "reward" if scalar else "policy", _tokenizer(directory, config), wanted, read, head)
+    role = "reward" if scalar else "policy"
+    return Pretrained(config, role, _tokenizer(directory, config), wanted, read, head, notes + _notes_on(config))
+
+
+def _without_code(directory: Path, described: dict[str, Any]) -> tuple[str, ...]:
+    """Takes `auto_map` out, which asks to run code that comes with the model, and says so.
+
+    Families that transformers took up since are published with the code that they once needed. Any other is an error.
+    """
+    classes = described.pop("auto_map", None)
+    if not classes:
+        return ()
+    names = described.get("architectures")
+    stem = str(names[0]).partition("For")[0] if isinstance(names, list) and names else ""
+    own = classes.values() if isinstance(classes, Mapping) else [classes]
+    if not stem or not all(isinstance(name, str) and name.rpartition(".")[2].startswith(stem) for name in own):
+        raise ConfigError(
+            f"{directory / 'config.json'}: expected a model of a known architecture, got auto_map, which asks to run "
+            "code that comes with it; rlhfjax never does"
+        )
+    return (f"config.json names code of its own (auto_map), which is not run: this is {names[0]} of transformers",)
+
+
+def _notes_on(config: DecoderConfig) -> tuple[str, ...]:
+    """What whoever imports it should know of its context."""
+    if config.rope_scaling not in ("longrope", "dynamic"):
+        return ()
+    return (
+        f"rotary positions are scaled ({config.rope_scaling}) by the length of a text: up to {config.context:,} tokens "
+        "all lengths are read alike, and longer ones are refused",
+    )
 
 
 def _score(described: dict[str, Any]) -> tuple[bool, float]:
     """Whether the model is a classifier of one label, and the bias of its score, which is taken out of `described`."""
     bias, labels = described.pop(SCORE_BIAS, 0.0), described.pop("id2label", None)
-    count = described.pop("num_labels", len(labels) if isinstance(labels, Mapping) else 2)
+    count = described.pop("num_labels", 2)
+    count = len(labels) if isinstance(labels, Mapping) else count  # which goes first there
     described.pop("label2id", None)
     names = described.get("architectures")
     if not (isinstance(names, list) and names and isinstance(names[0], str) and names[0].endswith(CLASSIFIER)):
@@ -118,7 +157,7 @@ def _with_prefix(found: dict[str, Tensor], wanted: tuple[Weight, ...]) -> dict[s
     prefix = wanted[0].name.partition(".")[0] + "."
     if any(name.startswith(prefix) for name in found):
         return found
-    return {name if name in (HEAD, UNEMBEDDING) else prefix + name: tensor for name, tensor in found.items()}
+    return {name if name in (HEAD, *_UNEMBEDDINGS) else prefix + name: tensor for name, tensor in found.items()}
 
 
 def _check(
@@ -133,7 +172,7 @@ def _check(
     for name in sorted(found.keys() - names):
         if name.endswith(_BUFFERS):
             continue
-        if name == UNEMBEDDING and config.tied and _same_as_embedding(found, wanted, name):
+        if name in _UNEMBEDDINGS and config.tied and _same_as_embedding(found, wanted, name):
             continue
         raise IntegrityError(
             f"{directory}: expected the tensors of this architecture, got {name[:80]!r} as well; is config.json theirs?"
@@ -185,8 +224,9 @@ def _check_links(directory: Path) -> None:
     if not directory.is_dir():
         raise ConfigError(f"{directory}: expected a directory with config.json, got none")
     root = directory.resolve()
+    inside = [root] if (blobs := blobs_of(root)) is None else [root, blobs]
     for path in directory.iterdir():
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in inside):
             raise IntegrityError(
                 f"{path}: expected files that lie in the directory, got a link out of it; make a copy that follows "
                 "links (cp -rL) if they are to be trusted"

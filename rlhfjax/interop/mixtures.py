@@ -1,18 +1,28 @@
-"""Mixtral and Qwen3-MoE as transformers has them: settings, and one tensor an expert and matrix in the files."""
+"""Mixtures of experts as transformers has them.
+
+Files of Mixtral and Qwen3-MoE have a tensor for each expert and matrix, those of gpt-oss one for all experts.
+"""
 
 from typing import Any
 
 from rlhfjax.errors import ConfigError
-from rlhfjax.interop.architectures import Architecture, read_llama, write_llama
+from rlhfjax.interop.architectures import Architecture, read_llama, read_windows, write_llama, write_windows
+from rlhfjax.interop.rope import RopeKeys, write_rope
 from rlhfjax.interop.settings import Settings
-from rlhfjax.interop.tensors import Weight, linear, llama_weights
+from rlhfjax.interop.tensors import Weight, linear, llama_weights, same
 from rlhfjax.models import DecoderConfig
+from rlhfjax.models.activations import ALPHA, LIMIT
 
 
 def _read_mixtral(s: Settings) -> dict[str, Any]:
     s.take("router_jitter_noise", float, 0.0)  # of their training only
-    own = {"norm_eps": s.positive("rms_norm_eps", 1e-5), "window": s.size("sliding_window", None)}
-    return read_llama(s, theta=1e6) | own | _read_router(s, s.size("num_local_experts", 8), 2) | {"norm_topk": True}
+    own = {"window": s.size("sliding_window", None)}
+    return (
+        read_llama(s, RopeKeys(1e6), norm_eps=1e-5)
+        | own
+        | _read_router(s, s.size("num_local_experts", 8), 2)
+        | {"norm_topk": True}
+    )
 
 
 def _read_qwen3_moe(s: Settings) -> dict[str, Any]:
@@ -30,6 +40,45 @@ def _read_qwen3_moe(s: Settings) -> dict[str, Any]:
             "norm_topk": s.take("norm_topk_prob", bool, False),
         }
     )
+
+
+_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+_OSS_SWIGLU = {"swiglu_alpha": ALPHA, "swiglu_limit": LIMIT}
+
+
+def _read_gpt_oss(s: Settings) -> dict[str, Any]:
+    s.expect("attention_bias", (True,), True)
+    for key, constant in _OSS_SWIGLU.items():
+        s.expect(key, (constant,), constant)
+    s.take("initial_context_length", int, None)  # says again what rotary positions say
+    router = _read_router(s, s.size("num_local_experts", s.size("num_experts", 128)), 4)
+    s.expect("experts_per_token", (router["experts_per_token"], None), None)
+    fields = read_llama(s, RopeKeys(1.5e5, usual=_OSS_ROPE), head_dim=64, norm_eps=1e-5) | router
+    own = {"biases": True, "activation": "clamped_swiglu", "attention_sinks": True, "norm_topk": True}
+    window = read_windows(s, fields["layers"], s.size("sliding_window", 128), lambda layer: layer % 2 == 0)
+    return fields | own | window
+
+
+def _write_gpt_oss(c: DecoderConfig) -> dict[str, Any]:
+    own = {"num_local_experts": c.experts, "attention_bias": True} | _OSS_SWIGLU
+    rope = write_rope(c)
+    rope["rope_scaling"] = rope["rope_scaling"] or {"rope_type": "default"}  # without one it would be stretched
+    return write_llama(c) | write_windows(c) | _write_router(c) | own | rope
+
+
+def _gpt_oss_weights(c: DecoderConfig) -> tuple[Weight, ...]:
+    """Gate and up take turns on the last axis of one tensor."""
+    at, experts = "model.layers.{layer}.mlp.", "blocks/experts"
+    found = [weight for weight in llama_weights(c) if not weight.path.startswith("blocks/mlp/")]
+    found.append(linear(f"{experts}/router/kernel", f"{at}router.weight", (c.width,), (c.experts,)))
+    found.append(same(f"{experts}/router/bias", f"{at}router.bias", (c.experts,)))
+    for i, name in enumerate(("gate", "up")):
+        for leaf, ending, shape in (("kernel", "", (c.experts, c.width)), ("bias", "_bias", (c.experts,))):
+            path, theirs = f"{experts}/{name}/{leaf}", f"{at}experts.gate_up_proj{ending}"
+            found.append(Weight(path, theirs, (*shape, 2 * c.mlp_width), lambda x, i=i: x[..., i::2], shared=True))
+    found.append(same(f"{experts}/down/kernel", f"{at}experts.down_proj", (c.experts, c.mlp_width, c.width)))
+    found.append(same(f"{experts}/down/bias", f"{at}experts.down_proj_bias", (c.experts, c.width)))
+    return tuple(found)
 
 
 def _read_router(s: Settings, experts: int, usual: int) -> dict[str, Any]:
@@ -90,6 +139,7 @@ def _qwen3_moe_weights(c: DecoderConfig) -> tuple[Weight, ...]:
 
 
 MIXTURES = {
+    "gpt_oss": Architecture("GptOss", "gpt_oss", _read_gpt_oss, _write_gpt_oss, _gpt_oss_weights),
     "mixtral": Architecture("Mixtral", "mixtral", _read_mixtral, _write_mixtral, _mixtral_weights),
     "qwen3_moe": Architecture("Qwen3Moe", "qwen3_moe", _read_qwen3_moe, _write_qwen3_moe, _qwen3_moe_weights),
 }

@@ -15,6 +15,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.interop.families import Weight, weights
 from rlhfjax.interop.pretrained import names_of
 from rlhfjax.interop.safetensors_files import write_file
+from rlhfjax.interop.tensors import tensor_of
 from rlhfjax.interop.whole_directories import whole_directory
 from rlhfjax.models import LanguageModel, SequenceModel
 from rlhfjax.models.lora import LEAVES, has_adapters
@@ -66,9 +67,10 @@ def _adapted(model: LanguageModel, params: Params) -> Iterator[tuple[Weight, Par
 def _is_transposed(weight: Weight, ours: tuple[int, ...], theirs: tuple[int, int]) -> bool:
     """Whether the family stores [in, out]; ConfigError when it stores other linears in the same tensor."""
     probe = np.arange(theirs[0] * theirs[1], dtype=np.float32)
-    stored, matrix = weight.to_theirs(probe.reshape(ours)), probe.reshape(theirs[::-1])
-    transposed = np.array_equal(stored, matrix)
-    if weight.part != (0, 1) or not (transposed or np.array_equal(stored, matrix.T)):
+    matrix = probe.reshape(theirs[::-1])
+    stored = None if weight.shared else tensor_of([weight], [probe.reshape(ours)])
+    transposed = stored is not None and np.array_equal(stored, matrix)
+    if stored is None or not (transposed or np.array_equal(stored, matrix.T)):
         raise ConfigError(
             f"export --adapters: {weight.name} holds more than {weight.path}, so it cannot take its adapters alone; "
             "export the model as a whole"

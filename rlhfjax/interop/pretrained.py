@@ -72,5 +72,5 @@ def load_parameters(source: Pretrained, mesh: jax.sharding.Mesh | None = None, d
 def _stacked(source: Pretrained, weight: Weight, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     buffer = np.empty(shape, dtype)
     for place, name in names_of(weight, source.config):
-        buffer[place] = weight.to_ours(source.read(weight, name))
+        buffer[place] = weight.look(source.read(weight, name))
     return buffer

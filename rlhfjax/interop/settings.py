@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhfjax.errors import ConfigError
-from rlhfjax.models import DecoderConfig
 
 _REQUIRED: Any = object()
 
@@ -23,6 +22,7 @@ _HARMLESS = frozenset(
         is_llama_config id2label label2id num_labels problem_type finetuning_task return_dict torchscript use_bfloat16
         chunk_size_feed_forward max_length min_length do_sample early_stopping num_beams num_beam_groups
         diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+        hidden_dropout classifier_dropout embedding_dropout
         encoder_no_repeat_ngram_size num_return_sequences bad_words_ids forced_bos_token_id forced_eos_token_id
         suppress_tokens begin_suppress_tokens prefix tokenizer_class is_decoder gradient_checkpointing unsloth_fixed
         """,
@@ -84,61 +84,3 @@ class Settings:
                     f"{self._where}: setting {key} = {self._values[key]!r:.80} is not supported for this architecture; "
                     "the model would compute something else"
                 )
-
-
-def read_rope(settings: Settings, theta: float, local_theta: float | None = None) -> dict[str, Any]:
-    """Fields of rotary positions: `rope_parameters` as transformers 5 writes them, or what 4 wrote at the top.
-
-    The two thetas are defaults; with a `local_theta` layers with a window have their own.
-    """
-    context = settings.size("max_position_embeddings")
-    theta = settings.positive("rope_theta", theta) or theta
-    settings.expect("partial_rotary_factor", (1.0, None), None)
-    given = settings.take("rope_parameters", dict, None) or settings.take("rope_scaling", dict, None) or {}
-    settings.take("rope_scaling", dict, None)
-    if local_theta is None:
-        return _rope(given, theta, context)
-    local_theta = settings.positive("rope_local_base_freq", local_theta) or local_theta
-    if not {"full_attention", "sliding_attention"} & given.keys():
-        return _rope(given, theta, context) | {"rope_local_theta": local_theta}
-    near = _rope(given.get("sliding_attention") or {}, local_theta, context)
-    if near.get("rope_scaling", "none") != "none":
-        raise ConfigError(
-            f"config.json: expected plain rotary positions in sliding_attention, got {near['rope_scaling']}"
-        )
-    return _rope(given.get("full_attention") or {}, theta, context) | {"rope_local_theta": near["rope_theta"]}
-
-
-def _rope(given: Mapping[str, Any], theta: Any, context: int) -> dict[str, Any]:
-    rope = Settings(given, "config.json: rope_parameters")
-    older = rope.expect("type", ("default", "linear", "llama3"), "default")
-    kind = rope.expect("rope_type", ("default", "linear", "llama3"), older)
-    rope.expect("partial_rotary_factor", (1.0, None), None)
-    fields = {"rope_theta": rope.positive("rope_theta", theta) or theta}
-    if kind != "default":
-        fields |= {"rope_scaling": kind, "rope_factor": rope.positive("factor")}
-    if kind == "llama3":
-        fields |= {
-            "rope_low_freq": rope.positive("low_freq_factor"),
-            "rope_high_freq": rope.positive("high_freq_factor"),
-            "rope_original_context": rope.size("original_max_position_embeddings", context),
-        }
-    rope.check_all_read()
-    return fields
-
-
-def write_rope(config: DecoderConfig) -> dict[str, Any]:
-    """The settings of transformers 4, which 5 reads as well."""
-    scaling: dict[str, Any] | None = None
-    if config.rope_scaling == "linear":
-        scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
-    if config.rope_scaling == "llama3":
-        scaling = {
-            "rope_type": config.rope_scaling,
-            "factor": config.rope_factor,
-            "low_freq_factor": config.rope_low_freq,
-            "high_freq_factor": config.rope_high_freq,
-            "original_max_position_embeddings": config.rope_original_context,
-        }
-    written = {"max_position_embeddings": config.context, "rope_theta": config.rope_theta, "rope_scaling": scaling}
-    return written | ({"rope_local_base_freq": config.rope_local_theta} if config.rope_local_theta else {})

@@ -1,7 +1,7 @@
 """Our parameters and the tensors of transformers' models: names, shapes, and how one is seen as the other."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,44 +13,56 @@ from rlhfjax.models import DecoderConfig
 class Weight:
     """One parameter here and there, of one layer.
 
-    `path` is ours, `name` theirs with {layer} (and {expert}) to fill in, `shape` theirs. `to_ours` takes their tensor,
-    `to_theirs` our parameter; both only look at it in another way, whatever its float type. Where `part` is (i, n),
-    their tensor is n of ours side by side on its last axis: `to_ours` takes the whole tensor, `to_theirs` gives part i.
+    `path` is ours, `name` theirs with {layer} (and {expert}) to fill in, `shape` that of their whole tensor. `look`
+    sees our parameter in it, whatever its float type, without a copy, so that one is read and written through it. Where
+    the tensor is `shared`, others of ours are in it as well.
     """
 
     path: str
     name: str
     shape: tuple[int, ...]
-    to_ours: Callable[[np.ndarray], np.ndarray]
-    to_theirs: Callable[[np.ndarray], np.ndarray]
-    part: tuple[int, int] = (0, 1)
+    look: Callable[[np.ndarray], np.ndarray]
+    shared: bool = False
+
+
+def tensor_of(weights: Sequence[Weight], ours: Sequence[np.ndarray]) -> np.ndarray:
+    """Their tensor, of all parameters that are in it."""
+    made = np.empty(weights[0].shape, ours[0].dtype)
+    for weight, own in zip(weights, ours, strict=True):
+        weight.look(made)[...] = own
+    return made
 
 
 def same(path: str, name: str, shape: tuple[int, ...]) -> Weight:
     """A tensor that is alike here and there."""
-    return Weight(path, name, shape, lambda x: x, lambda x: x)
+    return Weight(path, name, shape, lambda x: x)
 
 
 def linear(path: str, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Weight:
     """A matrix of torch.nn.Linear, [outputs, inputs]; ours is [*inputs, *outputs]."""
-    rows, columns = math.prod(outputs), math.prod(inputs)
-    return Weight(
-        path, name, (rows, columns), lambda x: x.T.reshape(inputs + outputs), lambda x: x.reshape(columns, rows).T
-    )
+    return rows(path, name, inputs, outputs, 0, math.prod(outputs), shared=False)
+
+
+def rows(
+    path: str, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], start: int, total: int, shared: bool = True
+) -> Weight:
+    """The same, where our outputs are those from `start` on of `total`."""
+    here = slice(start, start + math.prod(outputs))
+    theirs = (total, math.prod(inputs))
+    return Weight(path, name, theirs, lambda x: x[here].T.reshape(inputs + outputs), shared)
 
 
 def flattened(path: str, name: str, shape: tuple[int, ...]) -> Weight:
     """A vector, ours with several axes."""
-    return Weight(path, name, (math.prod(shape),), lambda x: x.reshape(shape), lambda x: x.reshape(-1))
+    return Weight(path, name, (math.prod(shape),), lambda x: x.reshape(shape))
 
 
 def columns(path: str, name: str, ours: tuple[int, ...], axis: int, part: tuple[int, int] = (0, 1)) -> Weight:
-    """A matrix or vector as GPT-2 has them, with the inputs first; our outputs begin at `axis`."""
+    """A matrix or vector as GPT-2 has them, with the inputs first; our outputs begin at `axis`, a part of all."""
     index, count = part
     inputs, size = (math.prod(ours[:axis]),) if axis else (), math.prod(ours[axis:])
     here = slice(index * size, (index + 1) * size)
-    theirs = (*inputs, count * size)
-    return Weight(path, name, theirs, lambda x: x[..., here].reshape(ours), lambda x: x.reshape(*inputs, size), part)
+    return Weight(path, name, (*inputs, count * size), lambda x: x[..., here].reshape(ours), count > 1)
 
 
 def gpt_weights(c: DecoderConfig, tokens: str, positions: str, final_norm: str | None) -> tuple[Weight, ...]:
@@ -70,47 +82,54 @@ def gpt_weights(c: DecoderConfig, tokens: str, positions: str, final_norm: str |
             yield columns(f"blocks/{path}/kernel", f"{at}.weight", (*inputs, output), len(inputs))
             yield same(f"blocks/{path}/bias", f"{at}.bias", (output,))
         for ours, theirs in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2")):
-            yield from _layer_norm(f"blocks/{ours}", "transformer.h.{layer}." + theirs, c.width)
+            yield from layer_norm(f"blocks/{ours}", "transformer.h.{layer}." + theirs, c.width)
 
     found = [same("embed/embedding", f"transformer.{tokens}.weight", (c.vocab_size, c.width))]
     found += [same("positions/embedding", f"transformer.{positions}.weight", (c.context, c.width)), *block()]
     if final_norm:
-        found += _layer_norm("final_norm", f"transformer.{final_norm}", c.width)
-    return (*found, *_unembedding(c))
+        found += layer_norm("final_norm", f"transformer.{final_norm}", c.width)
+    return (*found, *unembedding(c))
 
 
 def llama_weights(c: DecoderConfig) -> tuple[Weight, ...]:
-    """Llama and everything that is named like it: Mistral, Qwen, Gemma."""
+    """Llama and everything that is named like it: Mistral, Qwen, Gemma, OLMo, Granite, SmolLM3."""
     return (
         same("embed/embedding", "model.embed_tokens.weight", (c.vocab_size, c.width)),
         *llama_attention(c),
         *llama_norms(c),
         *llama_feed_forward(c),
         same("final_norm/scale", "model.norm.weight", (c.width,)),
-        *_unembedding(c),
+        *unembedding(c),
     )
 
 
 def llama_attention(c: DecoderConfig) -> Iterator[Weight]:
-    """Projections, their biases and the norms of queries and keys."""
+    """Projections, their biases, the norms of queries and keys, and sinks."""
     at = "model.layers.{layer}.self_attn."
     for name, heads in (("query", c.heads), ("key", c.kv_heads), ("value", c.kv_heads)):
         path, theirs = f"blocks/attention/{name}", f"{at}{name[0]}_proj"
         yield linear(f"{path}/kernel", f"{theirs}.weight", (c.width,), (heads, c.head_dim))
-        if c.qkv_biases:
+        if c.qkv_biases or c.biases:
             yield flattened(f"{path}/bias", f"{theirs}.bias", (heads, c.head_dim))
     yield linear("blocks/attention/out/kernel", f"{at}o_proj.weight", (c.heads, c.head_dim), (c.width,))
+    if c.biases:
+        yield same("blocks/attention/out/bias", f"{at}o_proj.bias", (c.width,))
+    if c.attention_sinks:
+        yield same("blocks/attention/sinks", f"{at}sinks", (c.heads,))
     if c.qk_norm:
-        yield same("blocks/attention/query_norm/scale", f"{at}q_norm.weight", (c.head_dim,))
-        yield same("blocks/attention/key_norm/scale", f"{at}k_norm.weight", (c.head_dim,))
+        queries, keys = (c.heads, c.kv_heads) if c.qk_norm_whole else (1, 1)
+        yield same("blocks/attention/query_norm/scale", f"{at}q_norm.weight", (queries * c.head_dim,))
+        yield same("blocks/attention/key_norm/scale", f"{at}k_norm.weight", (keys * c.head_dim,))
 
 
 def llama_norms(c: DecoderConfig) -> Iterator[Weight]:
-    """The norms around the blocks; their names change their meaning where there are four."""
+    """The norms around the blocks; their names change their meaning where blocks have one behind them."""
     names = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    behind = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
     if c.norm_place == "sandwich":
-        names |= {"attention_post_norm": "post_attention_layernorm", "mlp_norm": "pre_feedforward_layernorm"}
-        names |= {"mlp_post_norm": "post_feedforward_layernorm"}
+        names |= {"mlp_norm": "pre_feedforward_layernorm"} | behind
+    if c.norm_place == "output":
+        names = behind
     for ours, theirs in names.items():
         yield same(f"blocks/{ours}/scale", "model.layers.{layer}." + f"{theirs}.weight", (c.width,))
 
@@ -126,11 +145,13 @@ def llama_feed_forward(c: DecoderConfig) -> Iterator[Weight]:
         yield linear(f"blocks/mlp/{name}/kernel", theirs, (inputs,), (outputs,))
 
 
-def _layer_norm(path: str, name: str, width: int) -> Iterator[Weight]:
+def layer_norm(path: str, name: str, width: int) -> Iterator[Weight]:
+    """Scale and bias."""
     yield same(f"{path}/scale", f"{name}.weight", (width,))
     yield same(f"{path}/bias", f"{name}.bias", (width,))
 
 
-def _unembedding(c: DecoderConfig) -> Iterator[Weight]:
+def unembedding(c: DecoderConfig, name: str = "lm_head") -> Iterator[Weight]:
+    """The output matrix, where it is one of its own."""
     if not c.tied:
-        yield linear("unembed/kernel", "lm_head.weight", (c.width,), (c.vocab_size,))
+        yield linear("unembed/kernel", f"{name}.weight", (c.width,), (c.vocab_size,))

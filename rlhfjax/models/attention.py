@@ -43,17 +43,19 @@ def attend(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, "H"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B T H D"]:
     """softmax(scale · q·k) · v over earlier tokens of the same segment and their own (Vaswani et al. 2017, eq. 1).
 
     `local` layers see the last `window` tokens only; it may be traced. Heads are a multiple of the K key heads. With
     `softcap` scores are softcap · tanh(score / softcap). Segments are runs of equal ids; padding is one, whatever its
-    id. `prefixes` names the segment that a token's own goes on from, which it sees as well. Raises ValueError on
-    another implementation, and where `takes_prefixes` says no.
+    id. `prefixes` names the segment that a token's own goes on from, which it sees as well. With `sinks` each head may
+    look at nothing (`softmax`), which `xla` alone computes. Raises ValueError on another implementation, and where
+    `takes_prefixes` says no.
     """
     scale, length = scale or query.shape[-1] ** -0.5, query.shape[1]
-    program = _program(implementation, query, key, softcap)
+    program = _program(implementation, query, key, softcap) if sinks is None else partial(reference, sinks=sinks)
     if prefixes is not None and not takes_prefixes(implementation, window, length):
         raise ValueError(f"expected segments alone for {implementation!r} with window {window}, got prefixes too")
     everything = partial(program, window=None, scale=scale, softcap=softcap)
@@ -115,31 +117,45 @@ def masked_attention(
     mask: Bool[Array, "B T S"],
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B T H D"]:
     """Attention under any mask, keys of a cache among them; scores and softmax in float32.
 
     The soft cap is that of Gemma Team 2024, section 2.
     """
-    if softcap is None:
+    if softcap is None and sinks is None:
         return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale, implementation="xla")
     batch, length, heads, size = query.shape
     grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], size)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
-    weights = _weights(scores, mask[:, None, None], scale or size**-0.5, softcap).astype(value.dtype)
+    weights = _weights(scores, mask[:, None, None], scale or size**-0.5, softcap, sinks).astype(value.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(query.shape)
 
 
-def _weights(scores: Array, mask: Array, scale: float, softcap: float | None) -> Array:
+def _weights(scores: Array, mask: Array, scale: float, softcap: float | None, sinks: Array | None) -> Array:
     scores = scores * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    return softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), sinks)
 
 
-def reference(query, key, value, segments, prefixes=None, *, window, scale, softcap):
+def softmax(scores: Float[Array, "B K G T S"], sinks: Float[Array, "K*G"] | None) -> Float[Array, "B K G T S"]:
+    """exp(s) / Σ exp(s); with a sink of each head, a score that stands for no token, exp(s) / (Σ exp(s) + exp(sink)).
+
+    (Xiao et al. 2024, section 3.3; OpenAI 2025, gpt-oss model card.)
+    """
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sink = sinks.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+    top = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), sink))
+    parts = jnp.exp(scores - top)
+    return parts / (parts.sum(axis=-1, keepdims=True) + jnp.exp(sink - top))
+
+
+def reference(query, key, value, segments, prefixes=None, *, window, scale, softcap, sinks=None):
     """The equation as it stands, with a matrix of scores [B, H, T, T]."""
     mask = attention_mask(segments, segments, 0, window, prefixes)
-    return masked_attention(query, key, value, mask, scale, softcap)
+    return masked_attention(query, key, value, mask, scale, softcap, sinks)
 
 
 def blocked(query, key, value, segments, prefixes=None, *, window, scale, softcap):

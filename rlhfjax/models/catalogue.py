@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from rlhfjax.models.configuration import DecoderConfig
 from rlhfjax.models.encoder_decoder import EncoderDecoder
 from rlhfjax.models.interface import LanguageModel
-from rlhfjax.models.layers import DecoderConfig
 from rlhfjax.models.transformer_2017 import FAMILY, EncoderDecoderConfig
 
 SequenceModel: TypeAlias = LanguageModel | EncoderDecoder  # both have every function that stages and sampler call

@@ -1,4 +1,4 @@
-"""One decoder-only transformer; GPT, Llama, Mistral, Mixtral, Qwen and Gemma are configurations of it."""
+"""One decoder-only transformer; GPT, Llama, Qwen, Gemma, OLMo, Phi, Granite and others are configurations of it."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -7,20 +7,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhfjax.models.layers import Block, DecoderConfig, Linear, Sight, norm, turns
+from rlhfjax.models.configuration import DecoderConfig
+from rlhfjax.models.layers import Block, Linear, Sight, kinds, norm
 from rlhfjax.models.quantized import int8_dot
 from rlhfjax.models.remat import POLICIES
+from rlhfjax.models.rotary import turns
 
 _GPT = {"norm": "layer", "positions": "learned", "activation": "gelu", "biases": True, "tied": True}
 _LLAMA = {"norm": "rms", "positions": "rope", "activation": "swiglu", "biases": False, "tied": True}
 _QWEN = _LLAMA | {"rope_theta": 1e6, "norm_eps": 1e-6}
-_GEMMA = _LLAMA | {
-    "activation": "geglu",
-    "norm_place": "sandwich",
-    "norm_offset": True,
-    "norm_eps": 1e-6,
-    "scale_embeddings": True,
-}
+_GEMMA = _LLAMA | {"activation": "geglu", "norm_offset": True, "norm_eps": 1e-6, "scale_embeddings": True}
+_GEMMA2 = _GEMMA | {"norm_place": "sandwich"}
+_OLMO = _LLAMA | {"tied": False, "norm_place": "output", "norm_eps": 1e-6, "qk_norm": True, "qk_norm_whole": True}
 
 # What each family chooses where nothing else is said; windows are those of the published models.
 FAMILIES = {
@@ -30,11 +28,38 @@ FAMILIES = {
     "mistral": _LLAMA | {"window": 4096, "tied": False},
     "qwen2": _QWEN | {"qkv_biases": True},
     "qwen3": _QWEN | {"qk_norm": True},
-    "gemma2": _GEMMA | {"window": 4096, "window_pattern": "LG", "attention_softcap": 50.0, "logit_softcap": 30.0},
-    "gemma3": _GEMMA
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA2 | {"window": 4096, "window_pattern": "LG", "attention_softcap": 50.0, "logit_softcap": 30.0},
+    "gemma3": _GEMMA2
     | {"window": 1024, "window_pattern": "LLLLLG", "qk_norm": True, "rope_theta": 1e6, "rope_local_theta": 1e4},
+    "gpt_neox": _GPT
+    | {
+        "tied": False,
+        "positions": "rope",
+        "rope_fraction": 0.25,
+        "activation": "gelu_exact",
+        "parallel": True,
+    },
+    "phi3": _LLAMA | {"tied": False},
+    "olmo2": _OLMO | {"rope_theta": 5e5},
+    "olmo3": _OLMO | {"rope_theta": 5e5, "rope_local_theta": 5e5, "window": 4096, "window_pattern": "LLLG"},
+    "granite": _LLAMA | {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logit_divisor": 8.0},
+    "smollm3": _LLAMA | {"rope_theta": 2e6, "rope_pattern": "RRRN", "norm_eps": 1e-6},
     "mixtral": _LLAMA
     | {"tied": False, "rope_theta": 1e6, "experts": 8, "experts_per_token": 2, "load_balancing_coef": 0.02},
+    "gpt_oss": _LLAMA
+    | {
+        "tied": False,
+        "biases": True,
+        "activation": "clamped_swiglu",
+        "attention_sinks": True,
+        "window": 128,
+        "window_pattern": "LG",
+        "rope_theta": 1.5e5,
+        "experts": 32,
+        "experts_per_token": 4,
+        "load_balancing_coef": 0.001,
+    },
     "qwen3_moe": _QWEN
     | {"qk_norm": True, "tied": False, "experts": 128, "experts_per_token": 8, "load_balancing_coef": 0.001},
 }
@@ -56,7 +81,7 @@ def decoder_config(
     """The configuration of a family; `style` overrides what the family chooses, None keeps it."""
     chosen = FAMILIES[family] | {key: value for key, value in style.items() if value is not None}
     if mlp_width is None:  # a gate makes it three matrices, so 8/3 of the width keeps the parameter count of 4x
-        mlp_width = 4 * width if chosen["activation"] == "gelu" else -(-8 * width // 3 // 8) * 8
+        mlp_width = 4 * width if chosen["activation"] in ("gelu", "gelu_exact") else -(-8 * width // 3 // 8) * 8
     return DecoderConfig(
         vocab_size=vocab_size,
         layers=layers,
@@ -134,21 +159,20 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         if self.embed.has_variable("params", "embedding_scale"):
             x = x.astype(jnp.float32) * self.embed.get_variable("params", "embedding_scale")[tokens]
-        if c.scale_embeddings:
-            x = x * c.width**0.5
+        if c.input_scale != 1:
+            x = x * c.input_scale
         if c.positions == "learned":
             x = x + self.positions(jnp.minimum(positions, c.context - 1))
-        # Layers of two kinds in one scan: what differs is chosen by an array over the layers, which is no parameter.
-        local = jnp.asarray(c.local_layers) if len(set(c.local_layers)) == 2 else None
+        kind = kinds(c)  # which is no parameter
         x, sight = x.astype(c.compute_dtype), Sight(positions, segments, prefixes, turns(c, positions))
         if read is not None and _unroll(c) > 1 and not c.experts and not self.dropout:
-            x = self._last_apart(x, local, sight, read)
+            x = self._last_apart(x, kind, sight, read)
         else:
-            x, _ = self.blocks(x, local, sight)
+            x, _ = self.blocks(x, kind, sight)
             x = sight._replace(read=read).wanted(x)
         return x if c.norm_place == "post" else self.final_norm(x)
 
-    def _last_apart(self, x, local, sight, read):
+    def _last_apart(self, x, kind, sight, read):
         """The same layers one by one: the last computes nothing but keys and values where it is not read.
 
         Where layers are few that is a good part of the work, a fifth of a reward model of four.
@@ -164,7 +188,7 @@ class Decoder(nn.Module):
         for i in range(count):
             params = jax.tree.unflatten(tree, [leaf[i][0] for leaf in layers])
             sight = sight._replace(read=read if i == count - 1 else None)
-            x, _ = block({"params": params}, x, None if local is None else local[i], sight)
+            x, _ = block({"params": params}, x, jax.tree.map(lambda side, i=i: side[i], kind), sight)
         return x
 
     def logits(self, hidden):
@@ -177,6 +201,8 @@ class Decoder(nn.Module):
             logits = int8_dot(hidden, self.embed.embedding.T, scale.T, 1, jnp.float32)
         else:
             logits = hidden @ self.embed.embedding.T
+        if self.config.logit_divisor != 1:
+            logits = logits / self.config.logit_divisor
         return cap * jnp.tanh(logits / cap) if cap else logits
 
     def __call__(self, tokens, positions, segments):

@@ -15,14 +15,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rlhfjax.models.activations import GATED, PLAIN
+from rlhfjax.models.attention import softmax
+from rlhfjax.models.configuration import DecoderConfig
 from rlhfjax.models.experts import Experts
-from rlhfjax.models.layers import DecoderConfig, at_columns, norm, rotate, turns
+from rlhfjax.models.layers import at_columns, by_heads, norm
 from rlhfjax.models.lora import has_adapters, merge
 from rlhfjax.models.quantized import Int8Vectors, empty_vectors, is_quantized, read_vectors, vectors
+from rlhfjax.models.rotary import rotate, turns
 from rlhfjax.types import Params
 
 Store = Callable[[int, Array, Array], tuple[Any, Any]]
-_GATED = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}
 
 
 @jax.tree_util.register_dataclass
@@ -154,13 +157,13 @@ def _layer(config: DecoderConfig, block: Params, parts: int, fused: bool) -> Par
     made = {name: tree for name, tree in block.items() if name.endswith("_norm")}
     if "experts" in block:  # the router stays float32
         made["experts"] = {
-            name: tree if name == "router" else {"kernel": _cast(c, tree["kernel"])}
+            name: tree if name == "router" else {leaf: _cast(c, array) for leaf, array in tree.items()}
             for name, tree in block["experts"].items()
         }
-    made |= {name: attention[name] for name in ("query_norm", "key_norm") if name in attention}
+    made |= {name: attention[name] for name in ("query_norm", "key_norm", "sinks") if name in attention}
     made |= {"qkv": together(attention, ("query", "key", "value")), "out": _linear(c, [attention["out"]], 2, parts)}
     if "mlp" in block:
-        names = ("up",) if c.activation == "gelu" else ("gate", "up")
+        names = ("gate", "up") if c.gated else ("up",)
         made |= {"up": together(block["mlp"], names), "down": _linear(c, [block["mlp"]["down"]], 1, parts)}
     return made
 
@@ -200,7 +203,8 @@ def _attention(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: 
     joined = _all(c, layer["qkv"], x).reshape(batch, x.shape[1], c.heads + 2 * c.kv_heads, c.head_dim)
     query, key, value = jnp.split(joined, [c.heads, c.heads + c.kv_heads], axis=2)
     if c.qk_norm:
-        query, key = _norm(c, layer, "query_norm", query), _norm(c, layer, "key_norm", key)
+        query = by_heads(c, lambda x: _norm(c, layer, "query_norm", x), query)
+        key = by_heads(c, lambda x: _norm(c, layer, "key_norm", x), key)
     if turn is not None:
         query, key = rotate(query, turn), rotate(key, turn)
     keys, values = store(key.astype(c.compute_dtype), value.astype(c.compute_dtype))
@@ -211,11 +215,11 @@ def _attention(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: 
     scores = jnp.einsum("btkgd,bksd->bkgts", grouped, numbers, preferred_element_type=jnp.float32)
     if scales is not None:
         scores = scores * scales[:, :, None, None, :, 0]
-    scores = scores * (c.query_scalar or c.head_dim) ** -0.5
+    scores = scores * c.score_scale
     if cap := c.attention_softcap:
         scores = cap * jnp.tanh(scores / cap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1)
+    weights = softmax(scores, layer.get("sinks"))
     numbers, scales = read_vectors(values, query.dtype)
     if scales is not None:
         weights = weights * scales[:, :, None, None, :, 0]
@@ -232,26 +236,27 @@ def _fed(config: DecoderConfig, layer: Params, x: Array) -> Array:
     if c.experts:
         return Experts(c).apply({"params": layer["experts"]}, x, jnp.ones(x.shape[:2], bool))  # pyright: ignore
     hidden = _all(c, layer["up"], x)
-    if c.activation == "gelu":
-        return _apply(c, layer["down"], jax.nn.gelu(hidden))
-    gate, up = jnp.split(hidden, 2, axis=-1)
-    return _apply(c, layer["down"], _GATED[c.activation](gate) * up)
+    if not c.gated:
+        return _apply(c, layer["down"], PLAIN[c.activation](hidden))
+    return _apply(c, layer["down"], GATED[c.activation](*jnp.split(hidden, 2, axis=-1)))
 
 
 def _block(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: Array, store: Any, read: Any) -> Any:
     """One layer, its norms where `norm_place` says (`layers.Block`); nothing but keys and values beside `read`."""
     c = config
-    before = c.norm_place != "post"
-    normed = _norm(c, layer, "attention_norm", x) if before else x
-    attended, kept = _attention(c, layer, normed, turn, mask, store, read)
-    x = _wanted(x, read)
-    if c.norm_place == "sandwich":
-        attended = _norm(c, layer, "attention_post_norm", attended)
-    x = x + attended if before else _norm(c, layer, "attention_norm", x + attended)
-    fed = _fed(c, layer, _norm(c, layer, "mlp_norm", x) if before else x)
-    if c.norm_place == "sandwich":
-        fed = _norm(c, layer, "mlp_post_norm", fed)
-    return (x + fed if before else _norm(c, layer, "mlp_norm", x + fed)), kept
+
+    def normed(y: Array, name: str, *places: str) -> Array:
+        return _norm(c, layer, name, y) if c.norm_place in places else y
+
+    def added(block: Array, name: str) -> Array:
+        out = normed(block, name, "output", "sandwich")
+        return out if c.residual_multiplier == 1 else c.residual_multiplier * out
+
+    attended, kept = _attention(c, layer, normed(x, "attention_norm", "pre", "sandwich"), turn, mask, store, read)
+    before = _wanted(x, read)
+    x = normed(before + added(attended, "attention_post_norm"), "attention_norm", "post")
+    fed = _fed(c, layer, normed(before if c.parallel else x, "mlp_norm", "pre", "sandwich"))
+    return normed(x + added(fed, "mlp_post_norm"), "mlp_norm", "post"), kept
 
 
 def _embedded(config: DecoderConfig, weights: Weights, tokens: Array, positions: Array) -> Array:
@@ -259,8 +264,8 @@ def _embedded(config: DecoderConfig, weights: Weights, tokens: Array, positions:
     x = embed["embedding"][tokens]
     if "embedding_scale" in embed:
         x = x.astype(jnp.float32) * embed["embedding_scale"][tokens]
-    if c.scale_embeddings:
-        x = x * c.width**0.5
+    if c.input_scale != 1:
+        x = x * c.input_scale
     if c.positions == "learned":
         x = x + weights.ends["positions"]["embedding"][jnp.minimum(positions, c.context - 1)]
     return x.astype(c.compute_dtype)
@@ -286,9 +291,10 @@ def _forward(
 
     turned = turns(c, positions)
     x, kept = _embedded(c, weights, tokens, positions), []
-    for i, (layer, local) in enumerate(zip(weights.layers, c.local_layers, strict=True)):
+    for i, (layer, local, rotated) in enumerate(zip(weights.layers, c.local_layers, c.rotated_layers, strict=True)):
         mask, last = near if local else everything, read if i == c.layers - 1 else None
-        x, pair = _block(c, layer, x, turned.get(local), mask, lambda key, value, i=i: store(i, key, value), last)
+        turn = turned[local] if rotated else None
+        x, pair = _block(c, layer, x, turn, mask, lambda key, value, i=i: store(i, key, value), last)
         kept.append(pair)
     if c.norm_place != "post":
         x = _norm(c, weights.ends, "final_norm", x)
@@ -349,4 +355,6 @@ def unembed(config: DecoderConfig, weights: Weights, hidden: Float[Array, "*B D"
     logits = made[0] if len(made) == 1 else jnp.concatenate(made, axis=-1)
     if "scale" in linear:
         logits = logits * linear["scale"].reshape((1,) * (logits.ndim - 1) + (-1,))
+    if config.logit_divisor != 1:
+        logits = logits / config.logit_divisor
     return cap * jnp.tanh(logits / cap) if cap else logits

@@ -5,19 +5,20 @@ the residual stream carries dropped tokens past the block.
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from functools import cache, partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhfjax.models.activations import GATED
+from rlhfjax.models.configuration import DecoderConfig
 from rlhfjax.types import Routing
 
-if TYPE_CHECKING:
-    from rlhfjax.models.layers import DecoderConfig
-
-Kernels = tuple[Array, Array, Array]  # gate and up [E, D, F], down [E, F, D]
+# Gate and up [E, D, F], down [E, F, D]; where they have biases, three more [E, F], [E, F], [E, D].
+Kernels = tuple[Array, ...]
 
 
 def route(
@@ -41,16 +42,24 @@ def capacity(factor: float, length: int, experts: int, experts_per_token: int) -
     return min(length, math.ceil(factor * experts_per_token * length / experts))
 
 
-@jax.custom_vjp
 def dropless(
-    x: Float[Array, "*B D"], weights: Float[Array, "*B K"], chosen: Int[Array, "*B K"], kernels: Kernels
+    x: Float[Array, "*B D"],
+    weights: Float[Array, "*B K"],
+    chosen: Int[Array, "*B K"],
+    kernels: Kernels,
+    activation: str = "swiglu",
 ) -> Float[Array, "*B D"]:
     """Σ_k weight_k · expert_k(x): assignments sorted by expert, one grouped matrix product for each of the kernels."""
-    return _mapped(x, weights, chosen, kernels)
+    return _dropless(activation, x, weights, chosen, kernels)
 
 
-def _sorted(x: Array, weights: Array, chosen: Array, kernels: Kernels) -> Array:
-    gate, up, down = kernels
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dropless(activation: str, x: Array, weights: Array, chosen: Array, kernels: Kernels) -> Array:
+    return _mapped(activation)(x, weights, chosen, kernels)
+
+
+def _sorted(activation: str, x: Array, weights: Array, chosen: Array, kernels: Kernels) -> Array:
+    (gate, up, down), biases = kernels[:3], kernels[3:]
     width, per_token = x.shape[-1], chosen.shape[-1]
     expert = chosen.reshape(-1)
     order = jnp.argsort(expert, stable=True)
@@ -58,30 +67,38 @@ def _sorted(x: Array, weights: Array, chosen: Array, kernels: Kernels) -> Array:
     # Copies before the permutation: its gradient then adds no two rows, and no order of adding can matter.
     copies = jnp.repeat(x.reshape(-1, width), per_token, axis=0)
     rows = copies.at[order].get(unique_indices=True, mode="promise_in_bounds")
-    hidden = nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-    out = jax.lax.ragged_dot(hidden, down, sizes)
+    # A product and no look-up, whose gradient would add rows in any order.
+    own = jax.nn.one_hot(expert[order], gate.shape[0], dtype=x.dtype)
+    of_gate, of_up, of_down = (own @ bias for bias in biases) if biases else (0, 0, 0)
+    opened, wide = (jax.lax.ragged_dot(rows, kernel, sizes) for kernel in (gate, up))
+    hidden = GATED[activation](opened + of_gate, wide + of_up)
+    out = jax.lax.ragged_dot(hidden, down, sizes) + of_down
     out = out.at[jnp.argsort(order)].get(unique_indices=True, mode="promise_in_bounds")
     return _weighted(out.reshape(*chosen.shape, width), weights)
 
 
-@jax.custom_batching.custom_vmap
-def _mapped(x: Array, weights: Array, chosen: Array, kernels: Kernels) -> Array:
-    return _sorted(x, weights, chosen, kernels)
+@cache
+def _mapped(activation: str) -> Any:
+    """`_sorted` with a rule for maps: `ragged_dot` cannot be mapped over one factor alone."""
+    mapped = jax.custom_batching.custom_vmap(partial(_sorted, activation))
+    mapped.def_vmap(partial(_map, activation))
+    return mapped
 
 
-@_mapped.def_vmap
-def _map(size: int, mapped: Any, x: Array, weights: Array, chosen: Array, kernels: Kernels) -> tuple[Array, bool]:
-    # `ragged_dot` cannot be mapped over one factor alone, but tokens of a mapped axis are only more tokens.
+def _map(activation: str, size: int, mapped: Any, x: Array, weights: Array, chosen: Array, kernels: Kernels) -> Any:
     if any(mapped[3]):
         raise NotImplementedError("experts are mapped over tokens, not over parameters")
     inputs = [
         v if m else jnp.broadcast_to(v, (size, *v.shape)) for v, m in zip((x, weights, chosen), mapped[:3], strict=True)
     ]
-    return _sorted(inputs[0], inputs[1], inputs[2], kernels), True
+    return _sorted(activation, *inputs, kernels), True  # tokens of a mapped axis are only more tokens
 
 
 # What can be mapped by a rule of its own cannot be differentiated, so the gradient is that of what is behind the rule.
-dropless.defvjp(lambda *inputs: jax.vjp(_sorted, *inputs), lambda pullback, out: pullback(out))
+_dropless.defvjp(
+    lambda activation, *inputs: jax.vjp(partial(_sorted, activation), *inputs),
+    lambda activation, pullback, out: pullback(out),
+)
 
 
 def bounded(
@@ -91,13 +108,14 @@ def bounded(
     real: Bool[Array, "B T"],
     kernels: Kernels,
     slots: int,
+    activation: str = "swiglu",
 ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
     """The same sum without the assignments that find their expert's `slots` taken, and how many those are.
 
     All first choices of a row are served before any second choice, each in the order of the tokens (Lepikhin et al.
     2021, algorithm 1); weights of what is left are not raised. Padding takes no slot.
     """
-    gate, up, down = kernels
+    (gate, up, down), biases = kernels[:3], kernels[3:]
     experts, (batch, length, per_token) = gate.shape[0], chosen.shape
     expert = chosen.swapaxes(1, 2).reshape(batch, per_token * length)
     wanted = jnp.tile(real, (1, per_token))
@@ -116,8 +134,10 @@ def bounded(
         return rows.at[slot].get(unique_indices=True, mode="fill", fill_value=0)
 
     inputs = jax.vmap(dispatch)(jnp.tile(x, (1, per_token, 1)), slot).reshape(batch, experts, slots, -1)
-    hidden = nn.silu(jnp.einsum("becd,edf->becf", inputs, gate)) * jnp.einsum("becd,edf->becf", inputs, up)
-    out = jnp.einsum("becf,efd->becd", hidden, down).reshape(batch, experts * slots, -1)
+    of_gate, of_up, of_down = (bias[None, :, None] for bias in biases) if biases else (0, 0, 0)
+    opened, wide = (jnp.einsum("becd,edf->becf", inputs, kernel) for kernel in (gate, up))
+    hidden = GATED[activation](opened + of_gate, wide + of_up)
+    out = (jnp.einsum("becf,efd->becd", hidden, down) + of_down).reshape(batch, experts * slots, -1)
     out = jax.vmap(combine)(out, slot).reshape(batch, per_token, length, -1).swapaxes(1, 2)
     return _weighted(out, weights), (wanted & ~kept).sum().astype(jnp.float32)
 
@@ -127,40 +147,46 @@ def _weighted(out: Float[Array, "*B K D"], weights: Float[Array, "*B K"]) -> Flo
     return (out.astype(jnp.float32) * weights[..., None]).sum(axis=-2).astype(out.dtype)
 
 
-class Kernel(nn.Module):
-    """A matrix, or one an expert: a leaf named like that of any other layer."""
+class Matrix(nn.Module):
+    """A matrix, or one an expert, and its bias: leaves named like those of any other layer."""
 
     shape: tuple[int, ...]
     std: float
+    bias: bool
 
     @nn.compact
-    def __call__(self):
-        return self.param("kernel", nn.initializers.normal(self.std), self.shape)
+    def __call__(self) -> tuple[Array, ...]:
+        kernel = self.param("kernel", nn.initializers.normal(self.std), self.shape)
+        if not self.bias:
+            return (kernel,)
+        return kernel, self.param("bias", nn.initializers.zeros, (*self.shape[:-2], self.shape[-1]))
 
 
 class Experts(nn.Module):
-    """SwiGLU experts behind a softmax router, in the place of the feed-forward block.
+    """Gated experts behind a softmax router, in the place of the feed-forward block.
 
     The router's product and softmax are float32 (Fedus et al. 2022, section 2.4). What it did with real tokens is sown
     into the collection `routing` where that is asked for.
     """
 
-    config: "DecoderConfig"
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
         c = self.config
-        logits = x.astype(jnp.float32) @ Kernel((c.width, c.experts), c.init_std, name="router")()
+        router = Matrix((c.width, c.experts), c.init_std, c.biases, name="router")()
+        logits = x.astype(jnp.float32) @ router[0]
+        logits = logits + router[1][None, None] if c.biases else logits
         weights, chosen = route(logits, c.experts_per_token, c.norm_topk)
         inner, outer = (c.experts, c.width, c.mlp_width), (c.experts, c.mlp_width, c.width)
-        gate = Kernel(inner, c.init_std, name="gate")().astype(c.compute_dtype)
-        up = Kernel(inner, c.init_std, name="up")().astype(c.compute_dtype)
-        down = Kernel(outer, c.init_std / (2 * c.layers) ** 0.5, name="down")().astype(c.compute_dtype)
+        matrices = [Matrix(inner, c.init_std, c.biases, name=name)() for name in ("gate", "up")]
+        matrices.append(Matrix(outer, c.init_std / (2 * c.layers) ** 0.5, c.biases, name="down")())
+        kernels = tuple(leaf.astype(c.compute_dtype) for leaves in zip(*matrices, strict=True) for leaf in leaves)
         if c.capacity_factor is None:
-            out, dropped = dropless(x, weights, chosen, (gate, up, down)), jnp.float32(0.0)
+            out, dropped = dropless(x, weights, chosen, kernels, c.activation), jnp.float32(0.0)
         else:
             slots = capacity(c.capacity_factor, x.shape[1], c.experts, c.experts_per_token)
-            out, dropped = bounded(x, weights, chosen, real, (gate, up, down), slots)
+            out, dropped = bounded(x, weights, chosen, real, kernels, slots, c.activation)
         if self.is_mutable_collection("routing"):
             routing = routing_of(logits, chosen, real, dropped)
             self.sow("routing", "of", routing, init_fn=lambda: routing, reduce_fn=lambda _, new: new)

@@ -13,10 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.models import decoding
 from rlhfjax.models.attention import takes_prefixes
+from rlhfjax.models.configuration import DecoderConfig
 from rlhfjax.models.decoder import Decoder
 from rlhfjax.models.decoding import Cache, Weights
 from rlhfjax.models.heads import apply_head, init_head, with_head
-from rlhfjax.models.layers import DecoderConfig
 from rlhfjax.models.lora import merge
 from rlhfjax.models.multi_token import ahead, init_heads
 from rlhfjax.models.quantized import is_quantized, quantize
@@ -95,10 +95,10 @@ class LanguageModel:
 
     def unembedding(self, params: Params) -> tuple[Array, dict[str, Any]]:
         """What hidden states are multiplied with to make logits, and the form of it (`functional/vocabulary.py`)."""
-        form = {"tied": self.config.tied, "softcap": self.config.logit_softcap}
-        if self.config.tied:
-            return params["embed"]["embedding"], form
-        return merge(params["unembed"], self.config.lora_alpha)["kernel"], form
+        c = self.config
+        table = params["embed"]["embedding"] if c.tied else merge(params["unembed"], c.lora_alpha)["kernel"]
+        table = table if c.logit_divisor == 1 else table / c.logit_divisor
+        return table, {"tied": c.tied, "softcap": c.logit_softcap}
 
     def scalar(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
         """The head of a scalar model at each hidden state, float32."""

@@ -1,6 +1,6 @@
-"""Layers of the decoder: norms, rotary positions, attention with an explicit cache, feed-forward blocks."""
+"""Layers of the decoder: norms, attention with an explicit cache, feed-forward blocks."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -9,98 +9,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rlhfjax.models.activations import GATED, PLAIN
 from rlhfjax.models.attention import attend
+from rlhfjax.models.configuration import DecoderConfig
 from rlhfjax.models.experts import Experts
-from rlhfjax.models.products import dot_general, settled
+from rlhfjax.models.products import dot_general
 from rlhfjax.models.quantized import int8_dot
 from rlhfjax.models.remat import again, keep
+from rlhfjax.models.rotary import Turn, rotate
 
 
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Shape and style of a decoder; every field is a number, a word or None, so that JSON holds it.
+class Kind(NamedTuple):
+    """What differs from layer to layer within one scan: arrays over the layers; None where all are alike."""
 
-    Sizes are counts; `mlp_width` is the width inside the feed-forward block, or inside one expert.
-    """
-
-    vocab_size: int
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_width: int
-    context: int
-
-    # Norms. `pre` has one before each block, `post` one after each sum and none at the end, `sandwich` one on each side
-    # of each block. With `norm_offset` the scale is 1 + w.
-    norm: str = "rms"  # layer | rms
-    norm_place: str = "pre"  # pre | post | sandwich
-    norm_offset: bool = False
-    norm_eps: float = 1e-5
-
-    # Positions. Frequencies are stretched by `rope_scaling`; layers with a window may have a theta of their own.
-    positions: str = "rope"  # learned | rope
-    rope_theta: float = 10_000.0
-    rope_local_theta: float | None = None
-    rope_scaling: str = "none"  # none | linear | llama3
-    rope_factor: float = 1.0
-    rope_low_freq: float = 1.0
-    rope_high_freq: float = 4.0
-    rope_original_context: int = 8192
-
-    # Attention. Layers that are L in `window_pattern` (repeated over the layers) see the last `window` tokens, their
-    # own among them; layers that are G see all. Scores are divided by the root of `query_scalar` (None: head_dim).
-    window: int | None = None
-    window_pattern: str = "L"
-    qk_norm: bool = False
-    qkv_biases: bool = False
-    query_scalar: float | None = None
-    attention_softcap: float | None = None
-
-    activation: str = "swiglu"  # gelu | swiglu | geglu
-    biases: bool = False  # of every linear layer but the unembedding
-
-    # Mixture of experts in the place of the feed-forward block; 0 experts: none. No capacity factor: none dropped.
-    experts: int = 0
-    experts_per_token: int = 2
-    norm_topk: bool = True
-    capacity_factor: float | None = None
-    load_balancing_coef: float = 0.0
-    router_z_coef: float = 0.0
-
-    # Both ends of the decoder.
-    tied: bool = True
-    scale_embeddings: bool = False  # by sqrt(width)
-    logit_softcap: float | None = None
-
-    # Heads that predict tokens 2 … mtp_heads + 1 ahead, and the weight of their loss (DeepSeek-AI 2024, section 2.2).
-    mtp_heads: int = 0
-    mtp_coef: float = 0.3
-
-    family: str = "llama"
-    init_std: float = 0.02
-    lora_alpha: float = 16.0  # adapters are scaled by lora_alpha / rank
-    remat: str = "none"  # none | full | dots | attention | offload
-    attention: str = "auto"  # auto | xla | blocked | cudnn | splash: what computes it, `rlhfjax.models.attention`
-    dtype: str = "float32"  # of the computation; parameters, logits and softmax are float32
-
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.dtype)
-
-    @property
-    def local_layers(self) -> tuple[bool, ...]:
-        """Which layers have the window."""
-        pattern = self.window_pattern if self.window else "G"
-        return tuple(pattern[layer % len(pattern)] == "L" for layer in range(self.layers))
+    local: Array | None
+    rotated: Array | None
 
 
-class Turn(NamedTuple):
-    """Sines and cosines of the angles by which RoPE turns each pair of a token's coordinates."""
-
-    sin: Float[Array, "B T 1 D/2"]
-    cos: Float[Array, "B T 1 D/2"]
+def kinds(config: DecoderConfig) -> Kind:
+    """The kinds of all layers."""
+    sides = config.local_layers, config.rotated_layers
+    return Kind(*(jnp.asarray(side) if len(set(side)) == 2 else None for side in sides))
 
 
 class Sight(NamedTuple):
@@ -122,43 +51,6 @@ def at_columns(x: Float[Array, "B T *D"], columns: Int[Array, "B N"]) -> Float[A
     return jnp.take_along_axis(x, columns.reshape(columns.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
-def rope_frequencies(config: DecoderConfig, local: bool = False) -> Float[Array, "D/2"]:
-    """Radians a position: theta^(-2i/D), stretched as `rope_scaling` says; layers with a theta of their own are not.
-
-    `linear` divides all by the factor. `llama3` divides those whose wavelength is over original_context / low_freq,
-    keeps those under original_context / high_freq, and blends in between (Grattafiori et al. 2024, section 3.4.1).
-    """
-    half, own = config.head_dim // 2, config.rope_local_theta if local else None
-    frequency = (own or config.rope_theta) ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if own is not None or config.rope_scaling == "none":
-        return frequency
-    if config.rope_scaling == "linear":
-        return frequency / config.rope_factor
-    turns = config.rope_original_context * frequency / (2 * jnp.pi)  # in the original context
-    keep = (turns - config.rope_low_freq) / (config.rope_high_freq - config.rope_low_freq)
-    keep = jnp.clip(keep, 0.0, 1.0)
-    return keep * frequency + (1 - keep) * frequency / config.rope_factor
-
-
-def turns(config: DecoderConfig, positions: Int[Array, "B T"]) -> dict[bool, Turn]:
-    """The turns of tokens at these positions in each kind of layer, once for all layers; none without RoPE."""
-    if config.positions != "rope":
-        return {}
-
-    def turn(local: bool) -> Turn:
-        angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config, local)[None, None, None, :]
-        return Turn(settled(jnp.sin(angle)), settled(jnp.cos(angle)))
-
-    return {local: turn(local) for local in sorted(set(config.local_layers))}
-
-
-def rotate(x: Float[Array, "B T H D"], turn: Turn) -> Float[Array, "B T H D"]:
-    """Rotary position embedding, half-split (Su et al. 2021): pair (i, i + D/2) turns by position · frequency_i."""
-    sin, cos = turn
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 class OffsetRMSNorm(nn.Module):
     """x / rms(x) · (1 + w), float32 inside; w starts at 0 (Gemma Team 2024)."""
 
@@ -178,6 +70,11 @@ def norm(config: DecoderConfig, name: str) -> nn.Module:
         return nn.remat(OffsetRMSNorm, prevent_cse=False)(config, name=name)
     kind = nn.remat(nn.RMSNorm if config.norm == "rms" else nn.LayerNorm, prevent_cse=False)
     return kind(epsilon=config.norm_eps, dtype=config.compute_dtype, name=name)
+
+
+def by_heads(config: DecoderConfig, apply: Callable[[Array], Array], x: Float[Array, "B T H D"]) -> Array:
+    """A norm of queries or keys: of each head by itself, or of all of them together."""
+    return apply(x.reshape(*x.shape[:2], -1)).reshape(x.shape) if config.qk_norm_whole else apply(x)
 
 
 class Linear(nn.DenseGeneral):
@@ -231,26 +128,30 @@ def _linear(
 class Attention(nn.Module):
     """Multi-head or grouped-query attention within segments.
 
-    `local` says whether this layer has the window: a bool, or a traced one where layers of a scan differ.
+    `kind` says whether this layer has the window, and whether it knows of positions; where layers of a scan differ,
+    they are traced.
     """
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, sight: Sight, local):
+    def __call__(self, x, sight: Sight, kind: Kind):
         c = self.config
+        local = all(c.local_layers) if kind.local is None else kind.local
         query = _linear(c, (c.heads, c.head_dim), "query", bias=c.qkv_biases)(x)
         key = _linear(c, (c.kv_heads, c.head_dim), "key", bias=c.qkv_biases)(x)
         value = _linear(c, (c.kv_heads, c.head_dim), "value", bias=c.qkv_biases)(x)
         if c.qk_norm:
-            query, key = norm(c, "query_norm")(query), norm(c, "key_norm")(key)
-        if c.positions == "rope":
-            turn = _either(local, sight.turns)
+            query, key = by_heads(c, norm(c, "query_norm"), query), by_heads(c, norm(c, "key_norm"), key)
+        if sight.turns:
+            turn = _unless_still(kind.rotated, _either(local, sight.turns))
             query, key = rotate(query, turn), rotate(key, turn)
-        scale = None if c.query_scalar is None else c.query_scalar**-0.5
-        how = {"softcap": c.attention_softcap, "implementation": c.attention, "prefixes": sight.prefixes}
+        how = {"window": c.window, "scale": c.score_scale, "softcap": c.attention_softcap}
+        how |= {"implementation": c.attention, "prefixes": sight.prefixes}
+        if c.attention_sinks:
+            how |= {"sinks": self.param("sinks", nn.initializers.normal(c.init_std), (c.heads,), jnp.float32)}
         query, key, value = keep(query, key, value)
-        out = sight.wanted(keep(attend(query, key, value, sight.segments, local, window=c.window, scale=scale, **how)))
+        out = sight.wanted(keep(attend(query, key, value, sight.segments, local, **how)))
         # GPT-2's residual scaling: outputs of both blocks start smaller by 1/sqrt(2 x layers).
         return _linear(c, c.width, "out", axis=(-2, -1), std=c.init_std / (2 * c.layers) ** 0.5)(out)
 
@@ -262,8 +163,15 @@ def _either(local, turns):
     return jax.tree.map(partial(jnp.where, local), turns[True], turns[False])
 
 
+def _unless_still(rotated, turn: Turn) -> Turn:
+    """The turn of a layer that may know of no positions; by an angle of 0, nothing moves."""
+    if rotated is None:
+        return turn
+    return Turn(jnp.where(rotated, turn.sin, 0.0), jnp.where(rotated, turn.cos, 1.0))
+
+
 class FeedForward(nn.Module):
-    """GELU, or gated by SiLU or GELU (SwiGLU and GeGLU of Shazeer 2020); GELU is the tanh form."""
+    """Two matrices with an activation between them, or three with a gate."""
 
     config: DecoderConfig
 
@@ -271,35 +179,35 @@ class FeedForward(nn.Module):
     def __call__(self, x):
         c = self.config
         hidden = _linear(c, c.mlp_width, "up")(x)
-        if c.activation == "gelu":
-            hidden = again(nn.gelu)(hidden)
+        if not c.gated:
+            hidden = again(PLAIN[c.activation])(hidden)
         else:
-            gate = nn.silu if c.activation == "swiglu" else nn.gelu
-            hidden = again(lambda opened, hidden: gate(opened) * hidden)(_linear(c, c.mlp_width, "gate")(x), hidden)
+            hidden = again(GATED[c.activation])(_linear(c, c.mlp_width, "gate")(x), hidden)
         return _linear(c, c.width, "down", std=c.init_std / (2 * c.layers) ** 0.5)(hidden)
 
 
 class Block(nn.Module):
-    """One layer, in the (carry, output) form that `nn.scan` wants; the carry is the residual stream.
-
-    `local` is None where all layers are of one kind.
-    """
+    """One layer, in the (carry, output) form that `nn.scan` wants; the carry is the residual stream."""
 
     config: DecoderConfig
     dropout: float
 
     @nn.compact
-    def __call__(self, x, local, sight: Sight):
+    def __call__(self, x, kind: Kind, sight: Sight):
         c = self.config
         dropout = nn.Dropout(self.dropout, deterministic=self.dropout == 0.0)
-        before = (lambda y, name: y) if c.norm_place == "post" else (lambda y, name: norm(c, name)(y))
-        after = (lambda y, name: norm(c, name)(y)) if c.norm_place == "sandwich" else (lambda y, name: y)
-        total = (lambda y, name: norm(c, name)(y)) if c.norm_place == "post" else (lambda y, name: y)
 
-        local = all(c.local_layers) if local is None else local
-        attended = Attention(c, name="attention")(before(x, "attention_norm"), sight, local)
-        x = total(sight.wanted(x) + dropout(after(attended, "attention_post_norm")), "attention_norm")
-        read = before(x, "mlp_norm")
+        def normed(y, name, *places):
+            return norm(c, name)(y) if c.norm_place in places else y
+
+        def added(block, name):
+            out = dropout(normed(block, name, "output", "sandwich"))
+            return out if c.residual_multiplier == 1 else c.residual_multiplier * out
+
+        attended = Attention(c, name="attention")(normed(x, "attention_norm", "pre", "sandwich"), sight, kind)
+        before, attended = sight.wanted(x), added(attended, "attention_post_norm")
+        x = normed(before + attended, "attention_norm", "post")
+        read = normed(before if c.parallel else x, "mlp_norm", "pre", "sandwich")
         real = sight.wanted(sight.segments > 0)
         fed = Experts(c, name="experts")(read, real) if c.experts else FeedForward(c, name="mlp")(read)
-        return total(x + dropout(after(fed, "mlp_post_norm")), "mlp_norm"), None
+        return normed(x + added(fed, "mlp_post_norm"), "mlp_norm", "post"), None

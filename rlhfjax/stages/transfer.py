@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.interop.exporting import PARITY, export_model, parse_size
+from rlhfjax.interop.hub import cached_snapshot, is_hub_name
 from rlhfjax.interop.huggingface import open_directory
 from rlhfjax.interop.pretrained import Pretrained, load_parameters
 from rlhfjax.interop.whole_directories import check_target, whole_directory
@@ -30,6 +31,8 @@ ITEMS = ("policy", "average", "value", "reward")
 
 def import_model(source: str, target: Path, *, dtype: str, force: bool, report: Callable[[str], None]) -> None:
     """A checkpoint, laid out as a finished stage, from a Hugging Face directory, a .gguf file or a known name.
+
+    OWNER/NAME is looked for in the hub's cache.
 
     Raises ConfigError and IntegrityError as reading does; then `target` is as it was.
     """
@@ -58,6 +61,10 @@ def _open(source: str) -> Pretrained:
         return open_gguf(known_file(source))
     if path.suffix == ".gguf":
         return open_gguf(path)
+    if is_hub_name(source):
+        snapshot = cached_snapshot(source)
+        opened = open_directory(snapshot)
+        return replace(opened, notes=(f"{source}: read from the hub's cache, {snapshot}", *opened.notes))
     return open_directory(path)
 
 

@@ -129,7 +129,7 @@ def test_what_fits_passes(load):
          "experts.count 6 must be a multiple of mesh.expert 4"),
         (["model.family=mixtral", "model.architecture.experts={count: 2, per_token: 3}"], 1, "per_token 3 is more"),
         (["model.architecture.experts.per_token=3"], 1, "experts: per_token without experts; give count or another"),
-        (["model.family=gpt2", "model.architecture.experts.count=2"], 1, "experts are SwiGLU without biases, got gelu"),
+        (["model.family=gpt2", "model.architecture.experts.count=2"], 1, "experts have a gate, got the act"),
         (["tokenizer={}"], 1, "tokenizer: give data (texts to train one on) or path"),
         (["model={checkpoint: x}"], 1, "tokenizer: a model from a checkpoint brings its own"),
         (["stages.sft=null"], 1, "stages.ppo needs a policy to start from; add stages.sft or model.checkpoint"),

@@ -13,8 +13,10 @@ import rlhfjax
 from interop.published import golden, publish, save, shard, tensors_of
 from rlhfjax.cli import app
 from rlhfjax.errors import ConfigError
+from rlhfjax.interop.families import config_of
 from rlhfjax.interop.huggingface import open_directory
 from rlhfjax.interop.pretrained import load_parameters
+from rlhfjax.interop.text_parts import text_config
 from rlhfjax.models import LanguageModel
 from rlhfjax.sharding import make_mesh, state_shardings
 from rlhfjax.text.loading import to_huggingface
@@ -94,6 +96,34 @@ def test_a_mask_that_old_gpt_2_files_hold_is_no_weight(tmp_path):
     assert_same_trees(
         load_parameters(opened), load_parameters(open_directory(publish(tmp_path / "new", "gpt2", tensors)))
     )
+
+
+def test_code_that_a_family_once_needed_is_named_and_not_run(tmp_path):
+    # as Phi-3 is published; code under any other name is refused (test_malicious.py)
+    classes = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    opened = open_directory(publish(tmp_path / "phi", "phi3", auto_map=classes))
+    assert opened.config.family == "phi3"
+    assert [note for note in opened.notes if "auto_map" in note and "not run" in note]
+    with pytest.raises(ConfigError, match="auto_map"):
+        open_directory(publish(tmp_path / "other", "phi3", auto_map=classes | {"AutoModel": "modeling_phi3.Other"}))
+
+
+@pytest.mark.parametrize("names", [("language_model.model.", ""), ("model.language_model.", "model.")])
+def test_of_a_model_with_pictures_the_language_model_is_read_and_the_rest_is_named(tmp_path, names):
+    # as transformers 4 and 5 name its parts; the settings that Gemma 3's files leave out are those of its class
+    described = golden("gemma3")[1]
+    ours, theirs = names
+    tensors = {ours + name.removeprefix("model."): array for name, array in tensors_of(described).items()}
+    tensors |= {f"{theirs}vision_tower.embeddings.weight": np.ones((2, 2), np.float32)}
+    around = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": described, "vision_config": {"a": 1}}
+    directory = publish(tmp_path / "pictures", "gemma3", tensors)
+    (directory / "config.json").write_text(json.dumps(around))
+    opened = open_directory(directory)
+    assert opened.notes == ("the language model of Gemma3ForConditionalGeneration alone, without its vision_tower",)
+    assert_same_trees(load_parameters(opened), load_parameters(open_directory(publish(tmp_path / "text", "gemma3"))))
+    sparse = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "model_type": "gemma3_text"}
+    found = config_of(text_config(around | {"text_config": sparse}))
+    assert (found.vocab_size, found.heads, found.kv_heads, found.head_dim, found.context) == (262208, 8, 4, 256, 131072)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])

@@ -17,6 +17,7 @@ from rlhfjax.interop.gguf import open_gguf
 from rlhfjax.interop.gguf_files import open_file
 from rlhfjax.interop.gguf_tokenizer import tokenizer_of_metadata
 from rlhfjax.interop.pretrained import load_parameters, names_of
+from rlhfjax.interop.tensors import tensor_of
 from rlhfjax.models import LanguageModel
 from rlhfjax.text.chat import encode_prompt
 from rlhfjax.text.sentencepiece_json import read_model
@@ -50,6 +51,29 @@ MODELS = {
         "rope_theta": 1e4,
     },
     "gemma3": {"architectures": ["Gemma3ForCausalLM"], **GEMMA, "rope_theta": 1e6},
+    "gemma": {"architectures": ["GemmaForCausalLM"], **SHAPE},
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"], **SHAPE},
+    "phi3": {"architectures": ["Phi3ForCausalLM"], **SHAPE, "sliding_window": 8, "partial_rotary_factor": 0.5},
+    "smollm3": {"architectures": ["SmolLM3ForCausalLM"], **SHAPE},
+    "granite": {
+        "architectures": ["GraniteForCausalLM"],
+        **SHAPE,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.25,
+        "attention_multiplier": 0.0625,
+        "logits_scaling": 8.0,
+    },
+    "gptneox": {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+        "rotary_pct": 0.25,
+        "use_parallel_residual": False,
+    },
     "gpt2": {
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": 64,
@@ -71,11 +95,14 @@ def at(tree, path):
 
 def as_llama_cpp(tensor, name, kind, config):
     """What the converter of llama.cpp does to a tensor of transformers."""
-    if (kind == "llama" and ".q_proj." in name) or (kind == "llama" and ".k_proj." in name):
+    if kind in ("llama", "granite", "smollm3") and (".q_proj." in name or ".k_proj." in name):
         heads = config.heads if ".q_proj." in name else config.kv_heads
         return tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
     if kind.startswith("gemma") and name.endswith("norm.weight"):
         return tensor + 1
+    if kind == "gptneox" and "query_key_value" in name:
+        heads = np.split(tensor, config.heads)
+        return np.concatenate([np.split(head, 3)[i] for i in range(3) for head in heads])
     if kind == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
         return tensor.T
     return tensor
@@ -90,14 +117,23 @@ def write(path, model, hf, params, quantise=F32, metadata=()):
     writer.add_block_count(config.layers)
     writer.add_feed_forward_length(config.mlp_width)
     writer.add_head_count(config.heads)
-    if kind == "gpt2":
+    if kind in ("gpt2", "gptneox"):
         writer.add_layer_norm_eps(config.norm_eps)
     else:
         writer.add_head_count_kv(config.kv_heads)
         writer.add_layer_norm_rms_eps(config.norm_eps)
         writer.add_rope_freq_base(config.rope_theta)
         writer.add_key_length(config.head_dim)
-    if kind.startswith("gemma"):
+    if kind in ("gptneox", "phi3"):
+        writer.add_rope_dimension_count(config.rotated_size)
+    if kind == "gptneox":
+        writer.add_parallel_residual(config.parallel)
+    if kind == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logit_divisor)
+    if kind in ("gemma2", "gemma3", "phi3"):
         writer.add_sliding_window(config.window)
     if kind == "gemma2":
         writer.add_attn_logit_softcapping(config.attention_softcap)
@@ -108,10 +144,9 @@ def write(path, model, hf, params, quantise=F32, metadata=()):
     names, whole = gguf.get_tensor_name_map(architecture, config.layers), {}
     for weight in weights(config):
         for place, name in names_of(weight, config):
-            theirs = weight.to_theirs(at(params, weight.path)[place])
-            whole.setdefault(name, []).append((weight.part[0], theirs))
+            whole.setdefault(name, []).append((weight, at(params, weight.path)[place]))
     for name, parts in whole.items():
-        tensor = np.concatenate([part for _, part in sorted(parts, key=lambda part: part[0])], axis=-1)
+        tensor = tensor_of(*zip(*parts, strict=True))
         tensor = np.ascontiguousarray(as_llama_cpp(tensor, name, kind, config), np.float32)
         stored = quantise if tensor.ndim == 2 else F32
         there = names.get_name(name, try_suffixes=(".weight", ".bias"))

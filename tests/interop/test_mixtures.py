@@ -14,6 +14,7 @@ from rlhfjax.functional import load_balancing_loss, router_z_loss
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.interop.families import config_of, hf_config, weights
 from rlhfjax.interop.pretrained import Pretrained, load_parameters, names_of
+from rlhfjax.interop.tensors import tensor_of
 from rlhfjax.models import LanguageModel
 from rlhfjax.models.interface import positions_of
 from rlhfjax.types import PromptBatch
@@ -94,7 +95,7 @@ def test_every_tensor_goes_back_to_where_it_came_from(golden):
     }
     for weight in weights(golden.model.config):
         for place, name in names_of(weight, golden.model.config):
-            made[name] = weight.to_theirs(np.asarray(flat[weight.path])[place])
+            made[name] = tensor_of([weight], [np.asarray(flat[weight.path])[place]])
     assert made.keys() == golden.tensors.keys()
     for name, tensor in golden.tensors.items():
         np.testing.assert_array_equal(made[name], tensor, err_msg=name)

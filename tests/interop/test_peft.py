@@ -45,7 +45,7 @@ def adapted(golden):
             leaf = params
             for part in weight.path.split("/"):
                 leaf = leaf[part]
-            leaf[place] = weight.to_ours(golden[f"base/{name}"])
+            leaf[place] = weight.look(golden[f"base/{name}"])
     adapters = init_lora(jax.random.key(0), params, settings["r"], ["query", "value", "out", "down"])
     adapters = jax.tree.map(np.array, adapters)
     for theirs, ours in OURS.items():

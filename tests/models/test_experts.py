@@ -30,9 +30,19 @@ KERNELS = (
 REAL = np.arange(LENGTH) < np.array([LENGTH, 4, 1])[:, None]
 
 
-def loop(x, logits, kernels, norm_topk, kept=None):
+def silu(g, u):
+    return g / (1 + np.exp(-g)) * u
+
+
+def clamped(g, u):
+    g, u = np.minimum(g, 7.0), np.clip(u, -7.0, 7.0)
+    return g / (1 + np.exp(-1.702 * g)) * (u + 1)
+
+
+def loop(x, logits, kernels, norm_topk, kept=None, activation=silu):
     """One token and one expert at a time, float64."""
-    gate, up, down = (kernel.astype(np.float64) for kernel in kernels)
+    gate, up, down = (kernel.astype(np.float64) for kernel in kernels[:3])
+    biases = kernels[3:] or [np.zeros((EXPERTS, 1))] * 3
     out = np.zeros(x.shape)
     for place in np.ndindex(x.shape[:2]):
         p = np.exp(logits[place].astype(np.float64))
@@ -41,8 +51,8 @@ def loop(x, logits, kernels, norm_topk, kept=None):
         total = p[best].sum() if norm_topk else 1.0
         for rank, expert in enumerate(best):
             if kept is None or kept[(*place, rank)]:
-                g, u = x[place] @ gate[expert], x[place] @ up[expert]
-                out[place] += p[expert] / total * ((g / (1 + np.exp(-g)) * u) @ down[expert])
+                g, u = x[place] @ gate[expert] + biases[0][expert], x[place] @ up[expert] + biases[1][expert]
+                out[place] += p[expert] / total * (activation(g, u) @ down[expert] + biases[2][expert])
     return out
 
 
@@ -51,6 +61,17 @@ def test_dropless_is_the_loop_over_tokens_and_experts(norm_topk):
     weights, chosen = route(jnp.asarray(LOGITS), PER_TOKEN, norm_topk)
     got = jax.jit(dropless)(X, weights, chosen, KERNELS)
     np.testing.assert_allclose(got, loop(X, LOGITS, KERNELS, norm_topk), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_with_biases_and_a_clamped_gate_are_the_loop_both_ways():
+    # kernels so large that the clamps hold; fails without them, or with the bias of another expert
+    large = tuple(8 * kernel for kernel in KERNELS[:2]) + KERNELS[2:]
+    kernels = large + tuple(normal(EXPERTS, size, seed=5 + i) for i, size in enumerate((INNER, INNER, WIDTH)))
+    weights, chosen = route(jnp.asarray(LOGITS), PER_TOKEN, True)
+    wanted = loop(X, LOGITS, kernels, True, activation=clamped)
+    np.testing.assert_allclose(dropless(X, weights, chosen, kernels, "clamped_swiglu"), wanted, rtol=1e-4, atol=1e-4)
+    room = jnp.ones_like(REAL), kernels, LENGTH, "clamped_swiglu"
+    np.testing.assert_allclose(bounded(X, weights, chosen, *room)[0], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_one_expert_may_get_every_token_and_others_none():
