@@ -16,6 +16,7 @@ import numpy as np
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.interop.families import Weight, config_of, weights
 from rlhfjax.interop.hub import blobs_of
+from rlhfjax.interop.mxfp4 import read_matrix, with_matrices
 from rlhfjax.interop.pretrained import Pretrained, names_of
 from rlhfjax.interop.safetensors_files import DTYPES, Tensor, read_header, read_tensor
 from rlhfjax.interop.text_parts import text_config, text_tensors
@@ -45,6 +46,11 @@ def open_directory(directory: Path) -> Pretrained:
     _check_links(directory)
     described = _read_json(directory, "config.json")
     notes = _without_code(directory, described)
+    quantised = described.get("quantization_config")
+    packed = isinstance(quantised, Mapping) and quantised.get("quant_method") == "mxfp4"
+    if packed:
+        del described["quantization_config"]
+        notes += ("experts are in MXFP4; they are read as the numbers that they stand for",)
     found = None
     if (text := text_config(described)) is not None:
         around, (found, others) = described["architectures"][0], text_tensors(_tensors(directory))
@@ -54,6 +60,7 @@ def open_directory(directory: Path) -> Pretrained:
     config = config_of(described)
     wanted = weights(config, scalar)
     found = _with_prefix(_tensors(directory) if found is None else found, wanted)
+    found = with_matrices(found) if packed else found
     head = None
     if scalar:
         kernel = _one(directory, found, HEAD, (1, config.width))
@@ -61,7 +68,7 @@ def open_directory(directory: Path) -> Pretrained:
     _check(directory, found, wanted, config, scalar)
 
     def read(weight: Weight, name: str) -> np.ndarray:
-        return read_tensor(found[name], name)
+        return read_matrix(found[name], name)
 
     role = "reward" if scalar else "policy"
     return Pretrained(config, role, _tokenizer(directory, config), wanted, read, head, notes + _notes_on(config))
@@ -76,14 +83,15 @@ def _without_code(directory: Path, described: dict[str, Any]) -> tuple[str, ...]
     if not classes:
         return ()
     names = described.get("architectures")
-    stem = str(names[0]).partition("For")[0] if isinstance(names, list) and names else ""
+    known = str(names[0]) if isinstance(names, list) and names else ""
+    stem = known.partition("For")[0]
     own = classes.values() if isinstance(classes, Mapping) else [classes]
     if not stem or not all(isinstance(name, str) and name.rpartition(".")[2].startswith(stem) for name in own):
         raise ConfigError(
             f"{directory / 'config.json'}: expected a model of a known architecture, got auto_map, which asks to run "
             "code that comes with it; rlhfjax never does"
         )
-    return (f"config.json names code of its own (auto_map), which is not run: this is {names[0]} of transformers",)
+    return (f"config.json names code of its own (auto_map), which is not run: this is {known} of transformers",)
 
 
 def _notes_on(config: DecoderConfig) -> tuple[str, ...]:

@@ -176,11 +176,12 @@ def _read_smollm3(s: Settings) -> dict[str, Any]:
     fields = read_llama(s, RopeKeys(2e6), tied=True)
     layers, every = fields["layers"], s.size("no_rope_layer_interval", 4)
     turned = s.take("no_rope_layers", list, None) or [int((layer + 1) % every != 0) for layer in range(layers)]
-    if len(turned) != layers or not all(isinstance(one, int) and one in (0, 1) for one in turned):
+    if len(turned) < layers or not all(isinstance(one, int) and one in (0, 1) for one in turned):
         raise ConfigError(f"config.json: expected no_rope_layers with 0 or 1 for each of {layers} layers")
+    s.take("max_window_layers", int, None)  # which its class does not look at
     window = s.size("sliding_window", None)
     window = window if s.take("use_sliding_window", bool, False) else None
-    fields |= {"rope_pattern": shortest("".join("NR"[one] for one in turned))}
+    fields |= {"rope_pattern": shortest("".join("NR"[one] for one in turned[:layers]))}
     return fields | read_windows(s, layers, window, lambda layer: window is not None and not turned[layer])
 
 

@@ -72,7 +72,18 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 def read_tensor(tensor: Tensor, name: str) -> np.ndarray:
     """One tensor in memory of its own. Raises IntegrityError where it is not finite or the file has become shorter."""
-    read = np.empty(tensor.shape, DTYPES[tensor.dtype])
+    read = _filled(tensor, name, np.empty(tensor.shape, DTYPES[tensor.dtype]))
+    if not np.isfinite(read).all():
+        raise _broken(tensor.path, f"tensor {name!r} with numbers that are infinite or none (NaN)")
+    return read
+
+
+def read_octets(tensor: Tensor, name: str) -> np.ndarray:
+    """The same of a tensor of type U8."""
+    return _filled(tensor, name, np.empty(tensor.shape, np.uint8))
+
+
+def _filled(tensor: Tensor, name: str, read: np.ndarray) -> np.ndarray:
     with tensor.path.open("rb", buffering=0) as file:
         file.seek(tensor.start)
         octets, done = read.reshape(-1).view(np.uint8), 0
@@ -81,8 +92,6 @@ def read_tensor(tensor: Tensor, name: str) -> np.ndarray:
             if not count:
                 raise _broken(tensor.path, f"an end of the file within tensor {name!r}")
             done += count
-    if not np.isfinite(read).all():
-        raise _broken(tensor.path, f"tensor {name!r} with numbers that are infinite or none (NaN)")
     return read
 
 

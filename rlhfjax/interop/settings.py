@@ -22,7 +22,7 @@ _HARMLESS = frozenset(
         is_llama_config id2label label2id num_labels problem_type finetuning_task return_dict torchscript use_bfloat16
         chunk_size_feed_forward max_length min_length do_sample early_stopping num_beams num_beam_groups
         diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-        hidden_dropout classifier_dropout embedding_dropout
+        hidden_dropout classifier_dropout embedding_dropout custom_pipeline custom_pipelines
         encoder_no_repeat_ngram_size num_return_sequences bad_words_ids forced_bos_token_id forced_eos_token_id
         suppress_tokens begin_suppress_tokens prefix tokenizer_class is_decoder gradient_checkpointing unsloth_fixed
         """,

@@ -91,7 +91,8 @@ def _map(activation: str, size: int, mapped: Any, x: Array, weights: Array, chos
     inputs = [
         v if m else jnp.broadcast_to(v, (size, *v.shape)) for v, m in zip((x, weights, chosen), mapped[:3], strict=True)
     ]
-    return _sorted(activation, *inputs, kernels), True  # tokens of a mapped axis are only more tokens
+    # Tokens of a mapped axis are only more tokens.
+    return _sorted(activation, inputs[0], inputs[1], inputs[2], kernels), True
 
 
 # What can be mapped by a rule of its own cannot be differentiated, so the gradient is that of what is behind the rule.
