@@ -87,7 +87,7 @@ def _figures(found: Evaluation) -> Result:
         for stage, sets in found.heldout_losses.items()
     }
     wins = ("judge", "policy", "baseline", "win", "policy_mean", "baseline_mean")
-    return _rounded(
+    return rounded(
         {
             "heldout_losses": losses,
             "reward_accuracy": _merged((row.name, row.values) for row in found.reward_accuracy),
@@ -112,37 +112,42 @@ def _merged(rows: Iterable[tuple[str, dict[str, Interval | None]]]) -> dict[str,
 
 def _policy(policy: PolicyRow, sft: PolicyRow | None) -> Result:
     keys = ("responses", "length", "distinct_1", "distinct_2", "eos_rate", "repetition", "kl", "entropy", "reward")
-    measured = {key: getattr(policy, key) for key in keys}
+    measured = {key: getattr(policy, key) for key in keys} | {"intervals": policy.intervals}
     if sft is None or policy.name == sft.name:
         return measured
     before = {key: getattr(sft, key) for key in ("length", "distinct_2")}
     return measured | {f"{key}_change_from_sft": measured[key] / old - 1 for key, old in before.items() if old}
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Plain JSON with five digits; what is not finite is null, since JSON has no NaN."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     if isinstance(value, float):
-        return round(value, _DIGITS) if math.isfinite(value) else None  # JSON has no NaN
+        return round(value, _DIGITS) if math.isfinite(value) else None
     return value
 
 
 def collect(run_dirs: Sequence[Path]) -> Result:
-    """The content of one result file: the runs of one configuration under different seeds.
+    """The content of one result file: the runs of one configuration under different seeds or versions of jax.
 
-    Raises ConfigError when two runs differ in more than the seed, or share it.
+    Raises ConfigError when two runs differ in more than these, or share both.
     """
-    runs = sorted((collect_run(path) for path in run_dirs), key=lambda run: run["seed"])
+    runs = sorted((collect_run(path) for path in run_dirs), key=lambda run: (run["versions"]["jax"], run["seed"]))
     shared = {key: runs[0][key] for key in ("config", "recipe_hash")}
     for before, run in pairwise(runs):
-        if any(run[key] != value for key, value in shared.items()) or run["seed"] == before["seed"]:
+        if any(run[key] != value for key, value in shared.items()) or _kind(run) == _kind(before):
             raise ConfigError(
-                f"expected runs of one configuration under different seeds, got {before['name']} with seed "
-                f"{before['seed']} and {run['name']} with seed {run['seed']}; collect other configurations apart"
+                f"expected runs of one configuration under different seeds or versions of jax, got {before['name']} "
+                f"({_kind(before)}) and {run['name']} ({_kind(run)}); collect other configurations apart"
             )
     return {"kind": KIND} | shared | {"runs": [{k: v for k, v in run.items() if k not in shared} for run in runs]}
+
+
+def _kind(run: Result) -> str:
+    return f"seed {run['seed']}, jax {run['versions']['jax']}"
 
 
 def read_results(folder: Path) -> list[Result]:

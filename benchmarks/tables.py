@@ -4,18 +4,25 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rlhfjax.evaluation.display import change, duration, number, percent, percent_interval
-from rlhfjax.evaluation.rows import MEASURES
+from rlhfjax.evaluation.display import change, duration, number, number_interval, percent, percent_interval
+from rlhfjax.evaluation.rows import MEASURES, REWARD_MODEL
 from rlhfjax.evaluation.statistics import Interval
 
 Result = dict[str, Any]
 Row = tuple[str, Callable[[Result], str]]  # a name, and how one run shows it
+MANY = 5  # so many runs are shown as the first of them and what all of them span
 SHOWN_MEASURES = ("within_heldout", "across_clear", "comparisons")  # the result files hold the others too
 
 
 def tables(results: Sequence[Result]) -> str:
     """All results as Markdown: for each configuration its commands, hardware and date, then one table."""
-    parts = [f"### {result['config']}\n\n{_caption(result['runs'])}\n\n{_table(result['runs'])}" for result in results]
+    parts = []
+    for result in results:
+        runs = result["runs"]
+        shown = runs if len(runs) < MANY else runs[:1]
+        parts.append(f"### {result['config']}\n\n{_caption(shown)}\n\n{_table(shown)}")
+        if shown is not runs:
+            parts.append(_spread(runs))
     return "\n\n".join(parts).replace("\u00a0", " ") or "No results are committed yet."
 
 
@@ -38,6 +45,46 @@ def _table(runs: list[Result]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 
 
+def _signed(share: float) -> str:
+    return change(1 + share, 1)
+
+
+def _spread(runs: list[Result]) -> str:
+    """What moves from run to run: by version of jax the mean of each figure, with the lowest and the highest."""
+    by_jax: dict[str, list[Result]] = {}
+    for run in runs:
+        by_jax.setdefault(run["versions"]["jax"], []).append(run)
+    said = [f"jax {version}, {len(found)} seeds" for version, found in by_jax.items()]
+    head = ["Mean (lowest to highest)", *said]
+    body = [[name, *(_range(get, show, found) for found in by_jax.values())] for name, get, show in _FIGURES]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
+
+
+def _range(get: Callable[[Result], float], show: Callable[[float], str], runs: list[Result]) -> str:
+    values = [get(run) for run in runs]
+    return f"{show(sum(values) / len(values))} ({show(min(values))} to {show(max(values))})"
+
+
+def _won(judge: str) -> Callable[[Result], float]:
+    return lambda run: next(row["win"][0] for row in run["win_rates"] if row["judge"] == judge)
+
+
+def _accurate(measure: str) -> Callable[[Result], float]:
+    return lambda run: run["reward_accuracy"][REWARD_MODEL][measure][0]
+
+
+_FIGURES: tuple[tuple[str, Callable[[Result], float], Callable[[float], str]], ...] = (
+    ("Accuracy of reward model, one batch, held-out labelers", _accurate("within_heldout"), percent),
+    ("Accuracy of reward model, two batches, over 0.5 apart", _accurate("across_clear"), percent),
+    ("ppo preferred to sft by ridge judge", _won("ridge judge"), percent),
+    ("ppo preferred to sft by VADER", _won("VADER"), percent),
+    ("KL(ppo ‖ sft), nats a response", lambda run: run["policies"]["ppo"]["kl"], number),
+    ("Length, sft → ppo", lambda run: run["policies"]["ppo"]["length_change_from_sft"], _signed),
+    ("Distinct 2-grams, sft → ppo", lambda run: run["policies"]["ppo"]["distinct_2_change_from_sft"], _signed),
+    ("Wall time, all stages", lambda run: sum(run["stage_seconds"].values()), duration),
+)
+
+
 def _rows(run: Result) -> Iterator[Row]:
     """The rows of a table: whatever its first run has measured."""
     yield "Wall time, all stages", lambda run: duration(sum(run["stage_seconds"].values()))
@@ -58,11 +105,11 @@ def _rows(run: Result) -> Iterator[Row]:
 
 
 def _policy_rows() -> Iterator[Row]:
-    yield "KL(ppo ‖ sft), nats a response", lambda run: number(run["policies"]["ppo"]["kl"])
-    yield "Entropy, nats a token, sft → ppo", lambda run: _both(run, "entropy", number)
-    yield "Length, tokens, sft → ppo", lambda run: _both(run, "length", lambda x: number(x, 1))
-    yield "Distinct 2-grams, sft → ppo", lambda run: _both(run, "distinct_2", lambda x: number(x, 3))
-    yield "Responses that end by themselves, sft → ppo", lambda run: _both(run, "eos_rate", percent)
+    yield "KL(ppo ‖ sft), nats a response", lambda run: _bounded(run["policies"]["ppo"], "kl", 2)
+    yield "Entropy, nats a token, sft → ppo", lambda run: _both(run, "entropy", 2)
+    yield "Length, tokens, sft → ppo", lambda run: _both(run, "length", 1)
+    yield "Distinct 2-grams, sft → ppo", lambda run: _both(run, "distinct_2", 3)
+    yield "Responses that end by themselves, sft → ppo", lambda run: _both(run, "eos_rate", None)
 
 
 def _asked(measure: str) -> str:
@@ -92,7 +139,16 @@ def _losses(run: Result, name: str) -> str:
     return f"{shown} ({change(losses['ppo'], losses['sft'])})" if losses.keys() >= {"sft", "ppo"} else shown
 
 
-def _both(run: Result, key: str, show: Callable[[float], str]) -> str:
-    before, after = (_number(run["policies"][name][key]) for name in ("sft", "ppo"))
-    changed = f" ({change(after, before)})" if key in ("length", "distinct_2") else ""
-    return f"{show(before)} → {show(after)}{changed}"
+def _both(run: Result, key: str, digits: int | None) -> str:
+    sft, ppo = (run["policies"][name] for name in ("sft", "ppo"))
+    changed = f" ({change(_number(ppo[key]), _number(sft[key]))})" if key in ("length", "distinct_2") else ""
+    return f"{_bounded(sft, key, digits)} → {_bounded(ppo, key, digits)}{changed}"
+
+
+def _bounded(policy: Result, key: str, digits: int | None) -> str:
+    """A figure with its interval, where the run has one; decimals, or None for a share."""
+    ends = policy.get("intervals", {}).get(key)
+    if ends is None:
+        return percent(_number(policy[key])) if digits is None else number(_number(policy[key]), digits)
+    interval = Interval(*map(_number, ends))
+    return percent_interval(interval) if digits is None else number_interval(interval, digits)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,13 @@ def evaluation(seed=0, entropy=5.0):
     )
 
 
-def write_run(folder, seed=0, config="quickstart", overrides=(), argv=("/opt/bin/rlhfjax", "run"), found=None):
+def write_run(
+    folder, seed=0, config="quickstart", overrides=(), argv=("/opt/bin/rlhfjax", "run"), found=None, jax="0.10.2"
+):
     run = load_config(config, [f"seed={seed}", *overrides])
     attempt = {
         "argv": list(argv), "config": resolved(run), "config_hash": config_hash(run), "seed": seed, "python": "3.11.7",
-        "git": {"sha": "0123456789abcdef", "dirty": True}, "packages": {"rlhfjax": "0.1.0", "jax": "0.10.2"},
+        "git": {"sha": "0123456789abcdef", "dirty": True}, "packages": {"rlhfjax": "0.1.0", "jax": jax},
     }  # fmt: skip
     (folder / "evaluate").mkdir(parents=True)
     (folder / "manifest.jsonl").write_text(json.dumps(attempt) + "\n", encoding="utf-8")
@@ -110,6 +113,35 @@ def test_the_table_in_full(collect, tmp_path):
     )
 
 
+def test_many_runs_are_shown_as_one_and_what_all_span(collect, tmp_path):
+    """Five runs and more: reward model 59 % to 61 %, judge 73 % to 75 %, PPO −10 % to +10 % in length, by hand."""
+
+    def result(seed, jax, accuracy, win, length):
+        found = replace(
+            evaluation(seed),
+            reward_accuracy=[
+                AccuracyRow("reward model", dict.fromkeys(("within_heldout", "across_clear"), Interval(accuracy, 0, 1)))
+            ],
+            win_rates=[WinRow(name, "ppo", "sft", Interval(win, 0, 1), 0, 0) for name in ("ridge judge", "VADER")],
+            policies=[PolicyRow(n, 8, x, 0.5, 0.8, 1.0, kl=2.0) for n, x in (("sft", 10.0), ("ppo", length))],
+        )
+        return write_run(tmp_path / f"{jax}-{seed}", seed, found=found, jax=jax)
+
+    runs = [result(s, "0.10.2", 0.59 + 0.01 * s, 0.75 - 0.01 * s, 9.0 + s) for s in range(3)]
+    runs += [result(s, "0.12.0", 0.6, 0.7, 10.0) for s in range(2)]
+    text = collect.tables([collect.collect(runs)])
+    assert "seed 1" not in text
+    assert "| Mean (lowest to highest) | jax 0.10.2, 3 seeds | jax 0.12.0, 2 seeds |" in text
+    for row in (
+        "reward model, one batch, held-out labelers | 60.0 % (59.0 % to 61.0 %) | 60.0 % (60.0 % to 60.0 %) |",
+        "| ppo preferred to sft by VADER | 74.0 % (73.0 % to 75.0 %) | 70.0 % (70.0 % to 70.0 %) |",
+        "| Length, sft → ppo | +0.0 % (−10.0 % to +10.0 %) | +0.0 % (+0.0 % to +0.0 %) |",
+    ):
+        assert row in text
+    with pytest.raises(ConfigError, match=r"seed 0, jax 0\.12\.0"):
+        collect.collect([*runs, runs[3]])
+
+
 def test_a_changed_configuration_keeps_its_own_command_without_paths(collect, tmp_path):
     argv = ["/opt/bin/rlhfjax", "run", "quickstart", "stages.ppo.steps=3", "--run-dir", "/data/of/somebody/short"]
     run = collect.collect_run(write_run(tmp_path / "short", overrides=["stages.ppo.steps=3"], argv=argv))
@@ -127,9 +159,9 @@ def test_runs_that_do_not_belong_together_are_refused(collect, tmp_path):
     other = write_run(tmp_path / "c", seed=1, overrides=["stages.ppo.kl.coef=0.5"])
     unfinished = tmp_path / "d"
     unfinished.mkdir()
-    with pytest.raises(ConfigError, match="a with seed 0 and b with seed 0"):
+    with pytest.raises(ConfigError, match=r"a \(seed 0, jax 0\.10\.2\) and b \(seed 0"):
         collect.collect([first, again])
-    with pytest.raises(ConfigError, match="a with seed 0 and c with seed 1"):
+    with pytest.raises(ConfigError, match=r"a \(seed 0, jax 0\.10\.2\) and c \(seed 1"):
         collect.collect([other, first])
     with pytest.raises(ConfigError, match="run its stages first"):
         collect.collect([first, unfinished])
