@@ -15,7 +15,9 @@ test: $(VENV)/.installed-test lint
 
 # What differs between versions of Python and jax, in minutes: equations, the checkpoints of older releases, a run that is
 # stopped and goes on, several devices, sampling, the command line.
-SHORT := $(addprefix tests/,functional stages/test_old_checkpoints.py)
+SHORT := $(addprefix tests/,functional training/test_checkpoint.py sharding/test_rules.py sharding/test_mesh.py \
+  generation/test_slots.py stages/test_finished_run.py stages/test_resume.py stages/test_old_checkpoints.py test_cli.py \
+  test_xla_flags.py test_packaging.py)
 test-short: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(SHORT)
 

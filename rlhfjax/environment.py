@@ -49,7 +49,7 @@ SETTINGS = (
     "jax_numpy_dtype_promotion",
     "jax_disable_jit",
 )
-_EXTRAS = ("judges", "cuda", "tpu")
+_EXTRAS = ("judges", "parquet", "cuda", "tpu")
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9][\w.-]*)\s*(?:\[([^\]]*)\])?")
 
 

@@ -108,3 +108,9 @@ def test_lock_files_name_no_host_and_pin_every_file():
         assert pins
         assert all(re.match(r"[a-z0-9_.-]+==\S+ .*\\$", line) for line in pins)
         assert all(lines[lines.index(line) + 1].strip().startswith("--hash=sha256:") for line in pins)
+
+
+def test_the_short_set_is_of_tests_that_are_there():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    [names] = re.findall(r"^SHORT := \$\(addprefix tests/,(.*)\)$", makefile, re.MULTILINE)
+    assert [name for name in names.split() if not (ROOT / "tests" / name).exists()] == []
