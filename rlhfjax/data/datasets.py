@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from rlhfjax.data.files import expanded, is_data_path
 from rlhfjax.data.preparing import prepare_source
 from rlhfjax.data.reading import RECOGNISE, Reading
-from rlhfjax.data.records import PROMPTED, parse_record
+from rlhfjax.data.records import PROMPTED, good_answer, parse_record
 from rlhfjax.data.storage import decode
 from rlhfjax.data.writing import read_manifest, require_whole
 from rlhfjax.errors import DataError, IntegrityError
@@ -37,21 +37,28 @@ class RandomAccess(Sequence[dict[str, Any]]):
     """One split of a prepared dataset as a sequence of records: Python strings, numbers and lists.
 
     Records of a dataset that was not prepared by this package are checked against `kind` as they are read, or returned
-    as they are where `kind` is None. Raises IntegrityError where a record's stored checksum does not match.
+    as they are where `kind` is None. Read as demonstrations, unpaired records are those whose label is true. Raises
+    IntegrityError where a record's stored checksum does not match.
     """
 
     def __init__(self, folder: Path, split: str, kind: str | None):
         self.folder, self.split, self.manifest = folder, split, read_manifest(folder)
         own_kind = self.manifest.get("kind")
-        if own_kind and kind and own_kind != kind:
+        good_only = (own_kind, kind) == ("unpaired", "demonstration")
+        if own_kind and kind and own_kind != kind and not good_only:
             raise DataError(f"{folder}: expected a dataset of {kind} records, got {own_kind}; choose another source")
         self.kind, self._foreign = own_kind or kind, own_kind is None
         self._rows = _data_source(folder, split)
+        self._good: list[int] | None = None
+        if good_only:
+            self._good = [row for row, record in enumerate(self) if record["label"]]
 
     @property
     def notes(self) -> list[str]:
         """What was said when the dataset was prepared: layouts, and fields that nobody reads."""
-        return self.manifest.get("notes", [])
+        bad = 0 if self._good is None else len(self._rows) - len(self._good)
+        left = [f"{bad:,} of {len(self._rows):,} answers left out: their label is false"] if bad else []
+        return [*self.manifest.get("notes", []), *left]
 
     @property
     def forms(self) -> set[str]:
@@ -63,7 +70,7 @@ class RandomAccess(Sequence[dict[str, Any]]):
         return ({"messages"} if messages else set()) | ({"plain"} if messages < count else set())
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) if self._good is None else len(self._good)
 
     def __getitem__(self, index: Any) -> Any:
         return self.__getitems__([index])[0]
@@ -87,11 +94,12 @@ class RandomAccess(Sequence[dict[str, Any]]):
         row = int(index) + len(self) if index < 0 else int(index)
         if not 0 <= row < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        return row
+        return row if self._good is None else self._good[row]
 
     def _record(self, row: int, example: Any) -> dict[str, Any]:
         if not self._foreign and self.kind:
-            return decode(self.kind, example)
+            record = decode(self.kind, example)
+            return record if self._good is None else good_answer(record)
         where = f"{self.folder}:{self.split}[{row}]"
         return parse_record(self.kind, _plain(example), where) if self.kind else _plain(example)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhfjax.data.fields import Fields, check_values, type_name
+from rlhfjax.data.labels import meaning, take_label
 from rlhfjax.data.messages import conversation, prompt, settings
 from rlhfjax.errors import ConfigError, DataError
 
@@ -42,12 +43,25 @@ def check_kind(kind: str) -> None:
         raise ConfigError(f"expected a record kind among {', '.join(KINDS)}, got {kind!r}{hint}")
 
 
+def answered(asked: Record, answer: str) -> Record:
+    """A prompt, in either form, with its answer."""
+    if asked.get("messages") is None:
+        return {**asked, "completion": answer}
+    return {**asked, "messages": [*asked["messages"], {"role": "assistant", "content": answer}]}
+
+
+def good_answer(unpaired: Record) -> Record:
+    """The demonstration in an unpaired record whose label is true."""
+    rest = {name: value for name, value in unpaired.items() if name not in ("completion", "label")}
+    return answered(rest, unpaired["completion"])
+
+
 def _document(fields: Fields) -> Record:
     return {"text": fields.text("text")}
 
 
 def _demonstration(fields: Fields) -> Record:
-    if fields.left.get("label") is False:
+    if meaning(fields.left.get("label")) is False:
         raise fields.error("label", "a good answer to learn from", "false", "read the file as unpaired records")
     fields.not_both("messages", "prompt")
     fields.not_both("messages", "completion")
@@ -60,7 +74,7 @@ def _demonstration(fields: Fields) -> Record:
 def _unpaired(fields: Fields) -> Record:
     """An answer with a label, true where people found it good (Ethayarajh et al. 2024, KTO)."""
     asked = prompt(fields)
-    answer = {"completion": fields.text("completion"), "label": fields.take("label", bool, "true or false")}
+    answer = {"completion": fields.text("completion"), "label": take_label(fields, "label")}
     return {**asked, **answer, **fields.ids("labeler_id", "prompt_id")}
 
 

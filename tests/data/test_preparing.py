@@ -123,6 +123,22 @@ def test_a_dataset_whose_messages_have_role_and_content_alone_is_still_read():
     ]
 
 
+def test_unpaired_records_are_read_as_demonstrations_where_their_label_is_true(tmp_path):
+    rows = [
+        {"prompt": "p", "completion": "bad", "label": False},
+        {"prompt": "p", "completion": "good", "label": True, "labeler_id": "a", "source": "x"},
+        {"messages": [{"role": "user", "content": "p"}], "completion": "fine", "label": True},
+    ]
+    prepare_files({"train": write(tmp_path / "k.jsonl", rows)}, "unpaired", "kto", tmp_path / "data")
+    good = open_source("kto", "train", tmp_path / "data", "demonstration")
+    assert [record.get("completion") for record in good] == ["good", None]
+    assert good[-1] == {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "fine"}]}
+    assert good.notes == ["1 of 3 answers left out: their label is false"]
+    assert len(open_source("kto", "train", tmp_path / "data", "unpaired")) == 3
+    with pytest.raises(IndexError):
+        good[2]
+
+
 def test_demonstrations_of_both_forms_in_one_file(tmp_path):
     turns = [{"role": "user", "content": "Wie geht's? 🙂"}, {"role": "assistant", "content": "日本語\r\n\t"}]
     objects = [{"prompt": "p", "completion": " c"}, {"messages": turns, "prompt_id": "9"}]

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from rlhfjax.data.fields import Fields
+from rlhfjax.data.labels import meaning, take_label
 from rlhfjax.data.layouts.derived import layout
 from rlhfjax.data.layouts.layout import Layout, Object, Way
 from rlhfjax.data.layouts.preferences import DIFFER, compared
@@ -40,9 +41,9 @@ def _preferred(key: str, fields: Fields) -> list[Object]:
 
 def _judged(key: str, fields: Fields) -> list[Object]:
     messages = _opened(key, fields)
-    label = next(name for name in _LABELS if name in fields)
+    label = next((name for name in _LABELS if name in fields), _LABELS[0])
     *before, answer = to_last_answer(fields, key, messages)
-    given = {"completion": answer_text(fields, key, answer), "label": fields.take(label, bool, "true or false")}
+    given = {"completion": answer_text(fields, key, answer), "label": take_label(fields, label)}
     return [{"messages": before, **given, **tools(fields)}]
 
 
@@ -67,7 +68,7 @@ def _says_who(message: Any) -> bool:
 
 
 def _labelled(obj: Object) -> bool:
-    return any(isinstance(obj.get(name), bool) for name in _LABELS)
+    return any(meaning(obj.get(name)) is not None for name in _LABELS)
 
 
 def _both(obj: Object) -> bool:

@@ -5,7 +5,9 @@ from functools import partial
 from typing import Any
 
 from rlhfjax.data.fields import Fields
+from rlhfjax.data.labels import meaning
 from rlhfjax.data.layouts.layout import Convert, Layout, Object, Way
+from rlhfjax.data.records import answered, good_answer
 
 _EMPTY = "rows whose best response is empty"
 _UNLABELLED = "rows whose label is false (bad answers are never demonstrations)"
@@ -45,19 +47,12 @@ def _best(row: Object) -> list[Object]:
     else:
         ranked = {name: value for name, value in row.items() if name != "rejected"}
         answer = ranked.pop("chosen")
-    return [_answered(ranked, answer)] if answer.strip() else []
+    return [answered(ranked, answer)] if answer.strip() else []
 
 
 def _good(row: Object) -> list[Object]:
     """An unpaired answer that people found good; none for one that they did not."""
-    rest = {name: value for name, value in row.items() if name not in ("completion", "label")}
-    return [_answered(rest, row["completion"])] if row["label"] is True else []
-
-
-def _answered(row: Object, answer: str) -> Object:
-    if row.get("messages") is None:
-        return {**row, "completion": answer}
-    return {**row, "messages": [*row["messages"], {"role": "assistant", "content": answer}]}
+    return [good_answer(row)] if meaning(row.get("label")) else []
 
 
 def _asked(row: Object) -> list[Object]:

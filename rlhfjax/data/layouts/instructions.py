@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from rlhfjax.data.fields import Fields, type_name
+from rlhfjax.data.labels import meaning, take_label
 from rlhfjax.data.layouts.derived import layout
 from rlhfjax.data.layouts.layout import Layout, Object
 from rlhfjax.data.layouts.turns import Message, tools, with_system
@@ -51,7 +52,7 @@ def _compared(ask: _Ask, fields: Fields) -> list[Object]:
 
 def _judged(ask: _Ask, answer: str, label: str, fields: Fields) -> list[Object]:
     messages = ask(fields)
-    given: dict[str, Any] = {"completion": fields.text(answer), "label": fields.take(label, bool, "true or false")}
+    given: dict[str, Any] = {"completion": fields.text(answer), "label": take_label(fields, label)}
     return [{"messages": messages, **given, **tools(fields)}]
 
 
@@ -145,7 +146,7 @@ LAYOUTS: tuple[Layout, ...] = (
     layout(
         "alpaca_kto",
         "instruction, input, output, kto_tag",
-        lambda obj: _has("instruction", "output")(obj) and isinstance(obj.get("kto_tag"), bool),
+        lambda obj: _has("instruction", "output")(obj) and meaning(obj.get("kto_tag")) is not None,
         "unpaired",
         partial(_judged, _alpaca, "output", "kto_tag"),
         f"{_ALPACA}, output → completion, kto_tag → label",

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from rlhfjax.data.fields import Fields
+from rlhfjax.data.labels import meaning
 from rlhfjax.data.layouts.derived import layout
 from rlhfjax.data.layouts.layout import READ, SETTINGS, Layout, Object, Way
 from rlhfjax.data.messages import ROLES
@@ -52,7 +53,7 @@ def _asks(obj: Object) -> bool:
 
 
 def _is_demonstration(obj: Object) -> bool:
-    if not _plainly(obj) or isinstance(obj.get("label"), bool):
+    if not _plainly(obj) or meaning(obj.get("label")) is not None:
         return False
     if obj.get("messages") is not None:
         return is_conversation(obj["messages"], "assistant")
@@ -65,7 +66,7 @@ def _is_comparison(obj: Object) -> bool:
 
 
 def _is_unpaired(obj: Object) -> bool:
-    return _asks(obj) and _texts(obj, "completion") and isinstance(obj.get("label"), bool)
+    return _asks(obj) and _texts(obj, "completion") and meaning(obj.get("label")) is not None
 
 
 def _take(kind: str, fields: Fields) -> list[Object]:

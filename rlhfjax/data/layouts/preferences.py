@@ -6,6 +6,7 @@ Source: TRL, "Dataset formats and types" (prompt-only, prompt-completion, prefer
 from typing import Any
 
 from rlhfjax.data.fields import Fields
+from rlhfjax.data.labels import meaning, take_label
 from rlhfjax.data.layouts.derived import layout
 from rlhfjax.data.layouts.layout import Object
 from rlhfjax.data.layouts.own import contains_prompt
@@ -35,7 +36,7 @@ def _judged(fields: Fields) -> list[Object]:
     *before, answer = turns(fields, "completion", fields.pop("completion"), alone="assistant") or [{}]
     if before or not answer:
         raise fields.error("completion", "one answer", f"{len(before)} messages before it" if answer else "none")
-    label = fields.take("label", bool, "true or false")
+    label = take_label(fields, "label")
     return [
         {
             "messages": asked,
@@ -121,7 +122,7 @@ LAYOUTS = (
     layout(
         "trl_unpaired",
         "prompt, completion, label",
-        lambda obj: _conversational(obj, "prompt", "completion") and isinstance(obj.get("label"), bool),
+        lambda obj: _conversational(obj, "prompt", "completion") and meaning(obj.get("label")) is not None,
         "unpaired",
         _judged,
         "prompt → messages, completion → completion, label → label",
@@ -164,7 +165,7 @@ LAYOUTS = (
     layout(
         "trl_prompt_completion",
         "prompt, completion",
-        lambda obj: _conversational(obj, "prompt", "completion") and not isinstance(obj.get("label"), bool),
+        lambda obj: _conversational(obj, "prompt", "completion") and meaning(obj.get("label")) is None,
         "demonstration",
         _completed,
         "prompt + completion → messages",

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhfjax.data.layouts import recognise
+from rlhfjax.data.layouts import named, recognise
 from rlhfjax.errors import DataError
 from tests.data.layouts.cases import ASKED, BAD, BRIEF, GOOD, USER, bare, read, said
 
@@ -106,6 +106,15 @@ def test_unpaired_answers():
         {"messages": [USER], "completion": BAD, "label": False},
     ]
     assert read(rows, "demonstration") == [{"messages": [USER, said(GOOD)]}]
+
+
+@pytest.mark.parametrize(("true", "false"), [(True, False), ("True", "False"), ("true", "false ")])
+def test_a_label_may_be_a_word_as_in_tables(true, false):
+    rows = [{"prompt": "p", "completion": "good", "label": true}, {"prompt": "p", "completion": "bad", "label": false}]
+    assert [record["label"] for record in read(rows, "unpaired")] == [True, False]
+    assert read(rows, "demonstration") == [{"prompt": "p", "completion": "good"}]
+    with pytest.raises(DataError, match="file:2: label: expected a good answer to learn from"):
+        read(rows, "demonstration", named("rlhfjax"))
 
 
 def test_prompts_and_the_answers_that_rewards_read_later():
