@@ -11,17 +11,16 @@ import numpy as np
 from rlhfjax.algorithms import Dpo, RewardModelling
 from rlhfjax.algorithms.language_modelling import predicted
 from rlhfjax.config import schema
-from rlhfjax.data.batches import left_padded
 from rlhfjax.data.pipeline import Batches
-from rlhfjax.generation import generate
 from rlhfjax.models import SequenceModel
 from rlhfjax.sharding import place_share
-from rlhfjax.stages.job import Job, plain_sampling
+from rlhfjax.stages.job import Job
 from rlhfjax.stages.losses import language_modelling
+from rlhfjax.stages.responses import draws_of
 from rlhfjax.training.checkpoint import find_checkpoint, load_model
 from rlhfjax.training.state import abstract
 from rlhfjax.training.update import Pack, summed
-from rlhfjax.types import Params, PromptBatch
+from rlhfjax.types import Params
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,11 @@ def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[P
     c: schema.Sft = job.config
     scorer, reward = load_model(find_checkpoint(str(c.reward_model)), job.mesh)
     pairs = job.reader.demonstration_ids(c.validation, c.batch.length, count)
-    tokens, mask = left_padded([prompt for prompt, _ in pairs], job.tokenizer.pad_id)
-    settings = plain_sampling(c.batch.length - tokens.shape[1], job.tokenizer)
-    batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
+    draws = draws_of(job, [prompt for prompt, _ in pairs], min(model.config.context, scorer.config.context))
 
     @jax.jit
     def mean_score(params, reward, key):
-        made = generate(model, params, batch, key, settings)
+        made = draws.of(model, params, key)
         parts = (made.prompt, made.prompt_mask, made.response, made.response_mask)
         return scorer.response_scores(reward, *parts).mean()
 

@@ -7,19 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.config import schema
-from rlhfjax.data.batches import left_padded, right_padded
+from rlhfjax.data.batches import right_padded
 from rlhfjax.data.pipeline import Batches
-from rlhfjax.generation import generate
 from rlhfjax.models import SequenceModel
 from rlhfjax.models.heads import init_head, rescale_head, with_head
 from rlhfjax.sharding import processes
 from rlhfjax.stages.data import held_out, open_batches
-from rlhfjax.stages.job import Job, plain_sampling
+from rlhfjax.stages.job import Job
 from rlhfjax.stages.losses import reward_modelling
 from rlhfjax.stages.meters import accuracy_meter, named
 from rlhfjax.stages.offline import Facts, train_stage
 from rlhfjax.stages.parts import ranking_packer
-from rlhfjax.types import Params, PromptBatch
+from rlhfjax.stages.responses import draws_of
+from rlhfjax.types import Params
 
 
 def reward(job: Job) -> Facts:
@@ -58,7 +58,7 @@ def normalize_scores(job: Job, model: SequenceModel, params: Params) -> tuple[Pa
         return params, {}
     pairs = job.reader.demonstration_ids(n.data, c.batch.length, n.count)
     if n.on == "samples":
-        pairs = _sampled(job, [prompt for prompt, _ in pairs], c.batch.length)
+        pairs = _sampled(job, [prompt for prompt, _ in pairs])
     tokens, mask = right_padded([prompt + response for prompt, response in pairs], job.tokenizer.pad_id)
     lengths = np.asarray([len(prompt) for prompt, _ in pairs], np.int32)
 
@@ -75,15 +75,19 @@ def normalize_scores(job: Job, model: SequenceModel, params: Params) -> tuple[Pa
         "eval/rm/normalized_std": float(after.std()),
         "normalized_gain": float(gain),
         "normalized_on": f"{len(pairs)} {n.on}",
+        "normalized_lengths": _spread([len(response) for _, response in pairs]),
     }
 
 
-def _sampled(job: Job, prompts: list[list[int]], length: int) -> list[tuple[list[int], list[int]]]:
+def _spread(lengths: list[int]) -> dict[str, float]:
+    """Of responses, in tokens."""
+    return {"shortest": min(lengths), "mean": round(sum(lengths) / len(lengths), 2), "longest": max(lengths)}
+
+
+def _sampled(job: Job, prompts: list[list[int]]) -> list[tuple[list[int], list[int]]]:
     model, policy = job.policy_from("sft", "pretrain")
-    tokens, mask = left_padded(prompts, job.tokenizer.pad_id)
-    settings = plain_sampling(length - tokens.shape[1], job.tokenizer)
-    batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
-    rollout = processes.fetch(jax.jit(partial(generate, model, sampling=settings))(policy, batch, job.key("samples")))
+    draws = draws_of(job, prompts, model.config.context)
+    rollout = processes.fetch(jax.jit(partial(draws.of, model))(policy, job.key("samples")))
     return [
         (prompt, response[kept].tolist())
         for prompt, response, kept in zip(prompts, rollout.response, rollout.response_mask, strict=True)

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,13 @@ def _keep_until(path: Path, last: int, writes: bool) -> list[dict[str, Any]]:
     os.chmod(part, 0o600)
     part.replace(path)
     return rows
+
+
+def labelled(row: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Those of `names` that the row has, by the last part of each, or by all of it where others end alike."""
+    last = [name.rpartition("/")[2] for name in names]
+    labels = {name: name if last.count(end) > 1 else end for name, end in zip(names, last, strict=True)}
+    return {labels[name]: row[name] for name in names if name in row}
 
 
 class ProgressLine:

@@ -12,7 +12,7 @@ from rlhfjax import faults
 from rlhfjax.training import stopping
 from rlhfjax.training.flops import machine_peak
 from rlhfjax.training.guards import Guard, write_row
-from rlhfjax.training.metrics import MetricsWriter, ProgressLine
+from rlhfjax.training.metrics import MetricsWriter, ProgressLine, labelled
 from rlhfjax.training.profiling import Trace
 from rlhfjax.training.supervision import Watch
 from rlhfjax.types import TrainState
@@ -81,7 +81,7 @@ def train_offline(
         if stop:
             break
         began = time.monotonic() if measured or save else began
-        progress.show(step, {name.split("/")[-1]: latest[name] for name in shown if name in latest})
+        progress.show(step, labelled(latest, shown))
     trace.close()
     if pending:
         write(*pending)

@@ -12,7 +12,7 @@ from rlhfjax.errors import Stopped
 from rlhfjax.training import stopping
 from rlhfjax.training.flops import machine_peak
 from rlhfjax.training.guards import Guard, write_row
-from rlhfjax.training.metrics import MetricsWriter, ProgressLine
+from rlhfjax.training.metrics import MetricsWriter, ProgressLine, labelled
 from rlhfjax.training.profiling import Clock, Trace
 from rlhfjax.training.supervision import Watch
 from rlhfjax.types import Experience, OnlineState, Params, PromptBatch, Rollout
@@ -109,7 +109,7 @@ def train_online(
             saved = iteration
         if stop:
             break
-        progress.show(iteration, {name.split("/")[-1]: latest[name] for name in _SHOWN if name in latest})
+        progress.show(iteration, labelled(latest, _SHOWN))
     trace.close()
     if pending:
         write(*pending)

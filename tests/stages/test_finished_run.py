@@ -162,6 +162,9 @@ def test_the_reward_model_is_centred_on_the_demonstrations(finished, files, conf
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-5)
     assert float(scores.std()) == pytest.approx(facts["eval/rm/normalized_std"], rel=1e-4)
     assert facts["normalized_on"] == f"{len(pairs)} demonstrations"
+    lengths = sorted(len(response) for _, response in pairs)
+    expected = {"shortest": lengths[0], "mean": pytest.approx(np.mean(lengths), abs=0.005), "longest": lengths[-1]}
+    assert facts["normalized_lengths"] == expected
 
 
 def test_samples_are_text_with_their_score_and_kl(finished, files):

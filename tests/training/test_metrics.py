@@ -10,7 +10,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from rlhfjax.errors import ConfigError
-from rlhfjax.training.metrics import MetricsWriter, ProgressLine
+from rlhfjax.training.metrics import MetricsWriter, ProgressLine, labelled
 from rlhfjax.training.sinks import Sink
 
 
@@ -210,3 +210,12 @@ def test_progress_without_a_terminal_is_a_line_at_the_end(capsys):
     assert len(shown) == 1
     assert "step 2/2" in shown[0]
     assert "kl 0.123" in shown[0]
+
+
+def test_two_metrics_with_one_last_name_are_told_apart():
+    # fails where the accuracy of an old validation hides that of the step: seen
+    row = {"train/rm/loss": 0.6, "train/rm/accuracy": 0.75, "eval/rm/accuracy": 0.87, "perf/mfu": 0.4, "lr": 1e-3}
+    names = ("train/rm/loss", "train/rm/accuracy", "eval/rm/accuracy", "perf/mfu")
+    first = {"loss": 0.6, "train/rm/accuracy": 0.75, "mfu": 0.4}
+    assert labelled(row, names) == first | {"eval/rm/accuracy": 0.87}
+    assert labelled({name: value for name, value in row.items() if not name.startswith("eval")}, names) == first

@@ -1,0 +1,55 @@
+"""Responses that a stage draws to measure by them, each within a budget of its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from rlhfjax.data.batches import left_padded
+from rlhfjax.generation import SamplingParams, generate
+from rlhfjax.models import SequenceModel
+from rlhfjax.stages.job import Job, plain_sampling, sampling_params
+from rlhfjax.types import Params, PromptBatch, Rollout
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Prompts, how to sample responses to them, and the most tokens of each response."""
+
+    prompts: PromptBatch
+    sampling: SamplingParams
+    budgets: Int[Array, "B"]
+
+    def of(self, model: SequenceModel, params: Params, key: jax.Array) -> Rollout:
+        """A response to each prompt. Those that reach their budget have not ended, as at `max_new_tokens`."""
+        made = generate(model, params, self.prompts, key, self.sampling)
+        slots = jnp.arange(self.sampling.max_new_tokens, dtype=jnp.int32)
+        mask = made.response_mask & (slots[None, :] < self.budgets[:, None])
+        return replace(
+            made,
+            response=jnp.where(mask, made.response, self.sampling.pad_id),
+            response_mask=mask,
+            finished=made.finished & (mask == made.response_mask).all(axis=1),
+            sampled_log_probs=jnp.where(mask, made.sampled_log_probs, 0.0),
+        )
+
+
+def draws_of(job: Job, prompts: Sequence[Sequence[int]], context: int) -> Draws:
+    """As PPO will sample, where the recipe has it, within `context` tokens; else freely up to the stage's length.
+
+    The budget of a response depends on its own prompt alone: `length` or `context` less the prompt, and no more than
+    PPO's `max_new_tokens`.
+    """
+    lengths, ppo = np.asarray([len(prompt) for prompt in prompts], np.int32), job.run.stages.ppo
+    if ppo:
+        sampling = replace(sampling_params(ppo.sampling, job.tokenizer), speculation=None)
+        budgets = np.minimum(sampling.max_new_tokens, context - lengths)
+    else:
+        budgets = job.config.batch.length - lengths
+        sampling = plain_sampling(int(budgets.max()), job.tokenizer)
+    tokens, mask = left_padded(prompts, job.tokenizer.pad_id)
+    places = jnp.arange(len(tokens), dtype=jnp.int32)
+    return Draws(PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), places), sampling, jnp.asarray(budgets))
