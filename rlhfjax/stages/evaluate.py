@@ -40,6 +40,7 @@ from rlhfjax.stages.job import Job, sampler_of, sampling_params
 from rlhfjax.stages.meters import loss_meter
 from rlhfjax.stages.offline import Facts
 from rlhfjax.stages.parts import rows_at_a_time
+from rlhfjax.stages.run_directory import saved_or_stopped, write_text
 from rlhfjax.text.chat import beginning, encode_prompt
 from rlhfjax.training.checkpoint import COMPLETE
 from rlhfjax.training.supervision import Watch
@@ -104,10 +105,9 @@ def _evaluate(job: Job, watch: Watch) -> Facts:
 
 
 def _write(job: Job, result: Evaluation) -> None:
-    path = job.dir / "evaluation.json"
-    path.write_text(result.to_json(), encoding="utf-8")
-    os.chmod(path, 0o600)
-    write_report(job.run_dir / "report.html", read_run(job.run_dir))
+    with saved_or_stopped(job.dir):
+        write_text(job.dir / "evaluation.json", result.to_json())
+        write_report(job.run_dir / "report.html", read_run(job.run_dir))
 
 
 @dataclass

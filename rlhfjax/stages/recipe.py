@@ -22,7 +22,7 @@ from rlhfjax.stages.agreement import facts_of
 from rlhfjax.stages.determinism import use_determinism
 from rlhfjax.stages.manifest import Manifest, other_layout
 from rlhfjax.stages.output import lasting_output
-from rlhfjax.stages.run_directory import COMPLETE, require_own, settle, write_text
+from rlhfjax.stages.run_directory import COMPLETE, require_own, saved_or_stopped, settle, write_text
 from rlhfjax.stages.run_lock import run_lock
 from rlhfjax.training import stopping
 
@@ -142,7 +142,7 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
         facts = execute(job)
         seconds = round(time.monotonic() - began, 1)
         done = {"stage": job.stage, "seconds": seconds, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
-        _by_first(partial(write_json, job.dir / COMPLETE, done | facts), job.stage)
+        _by_first(partial(_mark, job.dir, done | facts), job.stage)
         stops = (
             f"; asked to, it would have stopped within {facts['timing/stop_s']:.1f} s"
             if "timing/stop_s" in facts
@@ -156,6 +156,11 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
         if guarded := {name: facts[name] for name in ("skipped_updates", "divergences", "rollbacks") if name in facts}:
             manifest.note(guards={**manifest.line.get("guards", {}), job.stage: guarded})
         began = time.monotonic()
+
+
+def _mark(stage_dir: Path, facts: Mapping[str, Any]) -> None:
+    with saved_or_stopped(stage_dir):
+        write_json(stage_dir / COMPLETE, facts)
 
 
 def _print_results(run_dir: Path) -> None:

@@ -7,12 +7,13 @@ run's.
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rlhfjax.config import Run, load_config, resolved, resolved_yaml, schema
-from rlhfjax.errors import ConfigError, IntegrityError
+from rlhfjax.errors import ConfigError, IntegrityError, Stopped
 from rlhfjax.stages.manifest import MANIFEST, read_attempts
 
 COMPLETE = "complete.json"
@@ -53,7 +54,8 @@ def _require_own(run_dir: Path) -> None:
     marked = [name for name in held if any((run_dir / name / mark).exists() for mark in (COMPLETE, "checkpoints"))]
     if begun is None and not marked:
         _require_written(config)
-    foreign = [name for name in _FOLDERS if name in held and name not in marked and name not in (begun or ())]
+    known = {*marked, *(name for name in begun or () if (run_dir / name).is_dir())}
+    foreign = [name for name in _FOLDERS if name in held and name not in known]
     if foreign:
         raise ConfigError(
             f"{run_dir / foreign[0]}: expected the folder of a stage, with checkpoints or {COMPLETE}, got something "
@@ -169,3 +171,15 @@ def write_text(path: Path, text: str) -> None:
     part.write_text(text, encoding="utf-8")
     os.chmod(part, 0o600)
     part.replace(path)
+
+
+@contextmanager
+def saved_or_stopped(folder: Path) -> Iterator[None]:
+    """Raises Stopped where the disk does not take the last files of a stage, whose steps it has."""
+    try:
+        yield
+    except OSError as error:
+        raise Stopped(
+            f"{error.filename or folder}: cannot be written: {error.strerror}; make room or repair the directory, and "
+            "run the same command again"
+        ) from error

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from rlhfjax.cli import app
 from rlhfjax.config import load_config, resolved_yaml
-from rlhfjax.errors import ConfigError, IntegrityError
+from rlhfjax.errors import ConfigError, IntegrityError, Stopped
+from rlhfjax.stages import recipe
 from rlhfjax.stages.run_directory import require_own, settle
 from stages.tiny_recipe import STAGES
 
@@ -149,3 +150,9 @@ def test_a_run_directory_that_cannot_be_is_no_bug(config, tmp_path, name, said):
     # meant to catch FileExistsError and its relatives as tracebacks
     (tmp_path / "file").touch()
     assert said in refused(config, tmp_path / name)
+
+
+def test_a_stage_that_cannot_be_marked_stops_and_can_go_on(tmp_path):
+    # meant to catch OSError as a traceback, for which other processes would wait for ever
+    with pytest.raises(Stopped, match=r"complete\.json\.part: cannot be written: No such file .* same command again"):
+        recipe._mark(tmp_path / "gone", {"step": 4})

@@ -4,6 +4,7 @@ A step is written as `STEP.part`. Its manifest comes last, and only then does it
 a number for a name is whole whenever a process is killed.
 """
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -33,7 +34,7 @@ def put_in_place(part: Path, step_dir: Path, leaves: Mapping[str, Mapping[str, s
     for path in [*part.rglob("*"), part]:
         path.chmod(0o700 if path.is_dir() else 0o600)
     write_manifest(part, leaves=leaves)
-    before = step_dir.with_name(f"{step_dir.name}{_REPLACED}")
+    before = _aside(step_dir, _REPLACED)
     if step_dir.exists():
         os.rename(step_dir, before)
     os.rename(part, step_dir)
@@ -44,17 +45,25 @@ def put_in_place(part: Path, step_dir: Path, leaves: Mapping[str, Mapping[str, s
 
 def remove(step_dir: Path) -> None:
     """Delete a step; killed halfway, it is no step any more."""
-    gone = step_dir.with_name(f"{step_dir.name}{_REMOVED}")
+    gone = _aside(step_dir, _REMOVED)
     os.rename(step_dir, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
 def set_aside(step_dir: Path) -> Path:
     """Take a damaged step out of the way, so that nothing reads it and it can be looked at."""
-    aside = step_dir.with_name(f"{step_dir.name}{DAMAGED}")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = _aside(step_dir, DAMAGED)
     os.rename(step_dir, aside)
     return aside
+
+
+def _aside(step_dir: Path, ending: str) -> Path:
+    """A free name to move a step to: `STEP.removed`, or `STEP.2.removed` where the disk did not let the first one go.
+
+    On a network's file system a directory with an open file stays, and a name that is taken would fail the move.
+    """
+    names = itertools.chain([step_dir.name], (f"{step_dir.name}.{i}" for i in itertools.count(2)))
+    return next(path for name in names if not os.path.lexists(path := step_dir.with_name(f"{name}{ending}")))
 
 
 def tidy(directory: Path, report: Callable[[str], None]) -> None:
