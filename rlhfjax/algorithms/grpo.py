@@ -20,10 +20,11 @@ class Grpo:
     """GRPO of Shao et al. 2024, eq. 3 and 4: each token of a response has the advantage of the response in its group.
 
     Rows come in groups of `group` next to each other, responses to one prompt. `log_probs` is that of `Ppo`; `params`
-    is {"policy": …}. Without `standardize` the advantage is score − mean (Dr. GRPO, Liu et al. 2025). `beta` weighs
-    the k3 estimate of the KL to the reference in the loss; `kl_coef` of `estimate` takes it from the score instead.
-    `clip_high` bounds the ratio above in the place of `clip` (DAPO, Yu et al. 2025, eq. 10). `average` is over the
-    responses of their means over tokens (`sequence`, as published), or over all tokens (`token`, DAPO, eq. 12).
+    is {"policy": …}. `deviation` is that of `group_relative`; `none` leaves score − mean (Dr. GRPO, Liu et al. 2025).
+    `beta` weighs the k3 estimate of the KL to the reference in the loss; `kl_coef` of `estimate` takes it from the
+    score instead. `clip_high` bounds the ratio above in the place of `clip` (DAPO, Yu et al. 2025, eq. 10). `average`
+    is over the responses of their means over tokens (`sequence`, as published), or over all tokens (`token`, DAPO,
+    eq. 12).
     """
 
     log_probs: Callable[[Params, Any], tuple[Array, Array]]
@@ -31,7 +32,7 @@ class Grpo:
     clip: float = 0.2
     clip_high: float | None = None
     beta: float = 0.04
-    standardize: bool = True
+    deviation: str = "sample"  # sample | population | none
     average: str = "sequence"  # sequence | token
     missing_eos: str = "replace"  # replace | subtract | keep
     missing_eos_value: float = -1.0
@@ -46,10 +47,9 @@ class Grpo:
         mask, scores = rollout.response_mask, final_scores(rollout, self.missing_eos, self.missing_eos_value)
         non_score = -kl_coef * sequence_kl(rollout.log_probs, rollout.ref_log_probs, mask, "k1")
         rewards = (scores + non_score).reshape(-1, self.group)
-        centred = rewards - rewards.mean(axis=1, keepdims=True)
-        each = group_relative(rewards) if self.standardize else centred
+        each = group_relative(rewards, deviation=self.deviation)
         advantages = jnp.where(mask, each.reshape(-1)[:, None], 0.0)
-        alike = (jnp.abs(centred).max(axis=1) < 1e-6).astype(jnp.float32)
+        alike = (rewards == rewards[:, :1]).all(axis=1).astype(jnp.float32)
         metrics = measured(rollout, scores, non_score, kl_coef) | {"objective/groups_alike": alike.mean()}
         return Experience(rollout, advantages, jnp.zeros_like(advantages)), metrics
 

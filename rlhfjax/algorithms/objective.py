@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rlhfjax.functional import kl_estimate, masked_mean, masked_sum
+from rlhfjax.functional.masking import masked_variance
 from rlhfjax.types import Rollout
 
 
@@ -34,7 +35,7 @@ def measured(
         "objective/kl_k3_per_token": masked_mean(kl["k3"], mask),
         "objective/kl_coef": kl_coef,
         "objective/scores": scores.mean(),
-        "objective/scores_std": scores.std(),
+        "objective/scores_std": jnp.sqrt(masked_variance(scores, jnp.ones(scores.shape, bool))),
         "objective/non_score_reward": penalties.mean(),
         "objective/rlhf_reward": (scores + penalties).mean(),
         "objective/length": mask.sum(axis=1).astype(jnp.float32).mean(),

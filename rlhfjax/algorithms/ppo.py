@@ -16,11 +16,11 @@ from rlhfjax.functional import (
     clipped_value_loss,
     gae,
     kl_penalized_rewards,
-    masked_mean,
     masked_sum,
     value_clip_fraction,
     whiten,
 )
+from rlhfjax.functional.masking import masked_variance
 from rlhfjax.types import Experience, Params, Rollout, TokenExperience
 
 
@@ -57,7 +57,7 @@ class Ppo:
         shaped = whiten(rewards, mask, shift_mean=False) if self.whiten_rewards else rewards
         advantages, returns = gae(shaped, rollout.values, mask, self.gamma, self.lam)
         residual = jnp.where(mask, returns - rollout.values, 0.0)
-        explained = 1.0 - _variance(residual, mask) / jnp.maximum(_variance(returns, mask), 1e-8)
+        explained = 1.0 - masked_variance(residual, mask) / jnp.maximum(masked_variance(returns, mask), 1e-8)
         if self.whiten_advantages:
             advantages = whiten(advantages, mask)
         metrics = measured(rollout, scores, non_score.sum(axis=1), kl_coef) | {"val/explained_variance": explained}
@@ -116,7 +116,3 @@ def _speculation(rollout: Rollout) -> dict[str, Array]:
         "speculation/kept": kept / jnp.maximum(guessed, 1.0),
         "speculation/tokens_per_call": after_first / jnp.maximum(calls, 1.0),
     }
-
-
-def _variance(x: Array, mask: Array) -> Array:
-    return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)

@@ -5,6 +5,8 @@ from jaxtyping import Array, Bool, Float
 
 from rlhfjax.functional.masking import Scalar, last_token_mask, masked_sum
 
+SMALLEST_STEP = 0.1  # what one call of `adaptive_kl` leaves of the coefficient at least
+
 
 def kl_estimate(
     log_probs: Float[Array, "*shape"], ref_log_probs: Float[Array, "*shape"], kind: str
@@ -33,7 +35,14 @@ def sequence_kl(
 
     The mean over the batch is what `adaptive_kl` steers.
     """
-    return masked_sum(kl_estimate(log_probs, ref_log_probs, kind), mask, axis=-1)
+    return masked_sum(_kl_of_real(log_probs, ref_log_probs, mask, kind), mask, axis=-1)
+
+
+def _kl_of_real(log_probs: Array, ref_log_probs: Array, mask: Array, kind: str) -> Array:
+    """`kl_estimate` with 0 in padding, put there before the square or the exponential: its gradient is no 0 · ∞."""
+    keep = jnp.asarray(mask).astype(bool)
+    real, ref = (jnp.where(keep, jnp.asarray(x, jnp.float32), 0.0) for x in (log_probs, ref_log_probs))
+    return kl_estimate(real, ref, kind)
 
 
 def kl_penalized_rewards(
@@ -50,20 +59,23 @@ def kl_penalized_rewards(
     Source: Ziegler et al. 2019, eq. 2; Ouyang et al. 2022, eq. 2.
     """
     keep = jnp.asarray(mask).astype(bool)
-    penalty = jnp.asarray(kl_coef, jnp.float32) * kl_estimate(log_probs, ref_log_probs, "k1")
+    penalty = jnp.asarray(kl_coef, jnp.float32) * _kl_of_real(log_probs, ref_log_probs, keep, "k1")
     score_at_end = jnp.where(last_token_mask(keep), jnp.asarray(scores, jnp.float32)[:, None], 0.0)
     return jnp.where(keep, score_at_end - penalty, 0.0)
 
 
 def adaptive_kl(kl_coef: Scalar, kl: Scalar, *, target: Scalar, horizon: Scalar, episodes: Scalar) -> Float[Array, ""]:
-    """Next KL coefficient of the proportional controller: β·(1 + clip(KL/target − 1, ±0.2)·episodes/horizon).
+    """Next KL coefficient of the proportional controller: β·max(1 + clip(KL/target − 1, ±0.2)·episodes/horizon, 0.1).
 
     `kl` is the per-response KL (sum over tokens, mean over the batch) and `target` the wanted one, in nats; `horizon`
     and `episodes` (responses since the last call) are counted in responses, so the pace ignores the batch size.
-    Source: Ziegler et al. 2019, section 2.2.
+    A positive coefficient stays positive: a negative one would pay for distance from the reference, and 0 would stay.
+    Source: Ziegler et al. 2019, section 2.2, whose gain K_β (episodes/horizon) is 0.1, so that their factor is never
+    below 0.98; the bound of 0.1 is ours, and changes nothing up to episodes = 4.5·horizon.
     """
     kl_coef, kl, target, horizon, episodes = (
         jnp.asarray(value, jnp.float32) for value in (kl_coef, kl, target, horizon, episodes)
     )
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
-    return kl_coef * (1.0 + error * episodes / horizon)
+    moved = kl_coef * jnp.maximum(1.0 + error * episodes / horizon, SMALLEST_STEP)
+    return jnp.where(kl_coef > 0, jnp.maximum(moved, jnp.finfo(jnp.float32).tiny), moved)

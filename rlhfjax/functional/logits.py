@@ -1,22 +1,30 @@
 """Temperature and truncation of next-token distributions.
 
 Temperature is part of the policy, so it divides the logits in every log-probability too (`likelihood.py`). Top-k and
-top-p are not: they belong to sampling alone and are off while rewards are being collected. Temperature 0 (greedy) has
-no distribution; the sampler takes the argmax itself.
+top-p are not: they belong to sampling alone and are off while rewards are being collected. Where logits tie with the
+k-th largest exactly k stay (transformers keeps all of them). At temperature 0 the sampler takes the argmax itself, and
+reports what the policy says of it at temperature 1.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+LEAST_TEMPERATURE = 1e-15
+
 PerRow = Float[Array, "*B"] | float
 PerRowCount = Int[Array, "*B"] | int
 
 
 def apply_temperature(logits: Float[Array, "*B V"], temperature: PerRow) -> Float[Array, "*B V"]:
-    """Logits divided by a temperature T > 0, one for all rows or one per row: z / T, in float32."""
+    """Logits divided by a temperature T > 0, one for all rows or one per row: z / max(T, 1e-15), in float32.
+
+    As T goes to 0 the softmax of this becomes 1 at the largest logit, and below the bound, where z / T would leave
+    float32 and make every probability NaN, it has got there: logits that differ at all differ by hundreds of nats.
+    """
     logits = jnp.asarray(logits, jnp.float32)
-    return logits / jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), logits.shape[:-1])[..., None]
+    temperature = jnp.maximum(jnp.asarray(temperature, jnp.float32), LEAST_TEMPERATURE)
+    return logits / jnp.broadcast_to(temperature, logits.shape[:-1])[..., None]
 
 
 def top_k(logits: Float[Array, "*B V"], k: PerRowCount) -> Float[Array, "*B V"]:

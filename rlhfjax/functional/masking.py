@@ -54,17 +54,41 @@ def masked_mean(
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1.0), 0.0)
 
 
+def masked_centred(
+    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: int | None = None
+) -> Float[Array, "*shape"]:
+    """Distance of each real token from the mean of them all, x − μ; masked positions 0, and equal values exactly 0.
+
+    The mean of n equal float32 numbers may be rounded to another one, and dividing by a deviation that is as small
+    would blow the difference up to the size of a signal. So the least value is taken away first: that is exact for
+    equal values, and the mean of zeros is zero.
+    """
+    keep = jnp.asarray(mask).astype(bool)
+    x = jnp.asarray(x, jnp.float32)
+    least = jnp.min(jnp.where(keep, x, jnp.inf), axis=axis, keepdims=True)
+    # Without a gradient: what is centred does not depend on what was taken away.
+    least = jax.lax.stop_gradient(jnp.where(keep.any(axis=axis, keepdims=True), least, 0.0))
+    above = jnp.where(keep, x - jnp.broadcast_to(least, x.shape), 0.0)
+    mean = masked_mean(above, keep, axis)
+    mean = mean if axis is None else jnp.expand_dims(mean, axis)
+    return jnp.where(keep, above - jnp.broadcast_to(mean, x.shape), 0.0)
+
+
+def masked_variance(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: int | None = None) -> Array:
+    """Population variance over real tokens: Σ m·(x − μ)² / Σ m; exactly 0 for equal values, and where none is real."""
+    return masked_mean(jnp.square(masked_centred(x, mask, axis)), mask, axis)
+
+
 def whiten(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], shift_mean: bool = True) -> Float[Array, "*shape"]:
     """Zero mean and unit variance over real tokens: (x − μ)·(σ² + 1e-8)^-½, masked positions 0.
 
-    σ² is the population variance. `shift_mean=False` adds μ back: the scale changes and the mean stays (rewards).
+    σ² is the population variance, as in Ziegler's code; TRL, verl and NeMo-RL divide by n − 1. Equal values become
+    exactly 0. `shift_mean=False` adds μ back: the scale changes and the mean stays (rewards).
     Source: Ziegler et al. 2019 (released code); Huang et al. 2024, details on reward and advantage whitening.
     """
     keep = jnp.asarray(mask).astype(bool)
-    x = jnp.where(keep, jnp.asarray(x, jnp.float32), 0.0)
-    mean = masked_mean(x, keep)
-    centred = x - mean
+    centred = masked_centred(x, keep)
     whitened = centred * jax.lax.rsqrt(masked_mean(jnp.square(centred), keep) + 1e-8)
     if not shift_mean:
-        whitened = whitened + mean
+        whitened = whitened + masked_mean(x, keep)
     return jnp.where(keep, whitened, 0.0)

@@ -59,10 +59,13 @@ def approx_kl(
 ) -> Float[Array, ""]:
     """How far the update has moved the policy, in nats per token: mean of (log π − log π_old)² / 2.
 
+    This is the k2 estimate, never negative; OpenRLHF reports the mean of log π_old − log π (k1) under that name.
     Source: Ziegler et al. 2019 (released code); Huang et al. 2024.
     """
-    moved = jnp.asarray(log_probs, jnp.float32) - jnp.asarray(old_log_probs, jnp.float32)
-    return masked_mean(jnp.square(moved) / 2, mask, normalizer=normalizer)
+    keep = jnp.asarray(mask).astype(bool)
+    # Masked before the square, whose gradient is 2 x: 0 · infinity would be NaN.
+    moved = jnp.where(keep, jnp.asarray(log_probs, jnp.float32) - jnp.asarray(old_log_probs, jnp.float32), 0.0)
+    return masked_mean(jnp.square(moved) / 2, keep, normalizer=normalizer)
 
 
 def clipped_value_loss(
@@ -99,7 +102,7 @@ def value_clip_fraction(
 def _surrogates(log_probs, old_log_probs, advantages, mask, clip) -> tuple[Array, Array]:
     ratio = importance_ratio(log_probs, old_log_probs, mask)
     clip = jnp.asarray(clip, jnp.float32)
-    advantages = jnp.asarray(advantages, jnp.float32)
+    advantages = jnp.where(jnp.asarray(mask).astype(bool), jnp.asarray(advantages, jnp.float32), 0.0)
     return -advantages * ratio, -advantages * jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
 
 

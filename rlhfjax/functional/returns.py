@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rlhfjax.functional.masking import Scalar
+from rlhfjax.functional.masking import Scalar, masked_centred
 
 
 def gae(
@@ -16,13 +16,13 @@ def gae(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Advantages A_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_t + γ V_{t+1} − V_t, and returns A_t + V_t.
 
-    The value after the last real token is 0: the response is over. Masked positions take no time: the successor of a
-    real token is the next real one, so padding on either side and holes inside give what the packed row would give.
-    Both results are 0 there. Neither is whitened.
+    The value after the last real token is 0: the response is over (rlax bootstraps from one more value). Masked
+    positions take no time: the successor of a real token is the next real one, so padding on either side and holes
+    inside give what the packed row would give. Both results are 0 there. Neither is whitened.
     Source: Schulman et al. 2016, eq. 16.
     """
     keep = jnp.asarray(mask).astype(bool)
-    rewards, values = jnp.asarray(rewards, jnp.float32), jnp.asarray(values, jnp.float32)
+    rewards, values = (jnp.where(keep, jnp.asarray(x, jnp.float32), 0.0) for x in (rewards, values))
     gamma, lam = jnp.asarray(gamma, jnp.float32), jnp.asarray(lam, jnp.float32)
 
     def step(successor, token):
@@ -40,26 +40,35 @@ def gae(
     return advantages, jnp.where(keep, advantages + values, 0.0)
 
 
-def group_relative(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:
+def group_relative(scores: Float[Array, "B G"], *, deviation: str = "sample") -> Float[Array, "B G"]:
     """Scores standardised within the responses of one prompt: (s − mean) · (σ² + 1e-8)^-½.
 
-    σ² is the population variance over the G responses. Equal scores, and a group of one, give 0: nothing to prefer.
-    Source: Shao et al. 2024 (DeepSeekMath), outcome supervision.
+    σ² over the G responses divides by G − 1 (`sample`, as TRL, verl and NeMo-RL do) or by G (`population`: a group of
+    4 has advantages 15 % larger); `none` leaves s − mean (Dr. GRPO, Liu et al. 2025). Equal scores of any size, and a
+    group of one, give exactly 0: nothing to prefer. Raises ValueError on another deviation.
+    Source: Shao et al. 2024 (DeepSeekMath), outcome supervision, which says "std" alone.
     """
-    scores = jnp.asarray(scores, jnp.float32)
-    centred = scores - jnp.mean(scores, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-8)
+    centred = _centred(scores)
+    if deviation == "none":
+        return centred
+    if deviation not in ("sample", "population"):
+        raise ValueError(f"expected deviation 'sample', 'population' or 'none', got {deviation!r}")
+    count = max(jnp.shape(scores)[-1] - (deviation == "sample"), 1)
+    return centred * jax.lax.rsqrt(jnp.sum(jnp.square(centred), axis=-1, keepdims=True) / count + 1e-8)
+
+
+def _centred(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:
+    return masked_centred(scores, jnp.ones(jnp.shape(scores), bool), axis=-1)
 
 
 def leave_one_out(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:
     """Each score less the mean of the other responses to its prompt: s_i − Σ_{j≠i} s_j / (G − 1).
 
-    Raises ValueError for G = 1, where there is no other response.
+    Equal scores of any size give exactly 0. Raises ValueError for G = 1, where there is no other response.
     Source: Ahmadian et al. 2024 (RLOO), eq. 9.
     """
-    scores = jnp.asarray(scores, jnp.float32)
-    group = scores.shape[-1]
+    group = jnp.shape(scores)[-1]
     if group < 2:
         raise ValueError(f"expected at least 2 responses per prompt to leave one out, got {group}")
-    others = jnp.sum(scores, axis=-1, keepdims=True) - scores
-    return scores - others / (group - 1)
+    # Around the mean the scores sum to 0, so that the others of a response sum to −(s_i − mean).
+    return _centred(scores) * (group / (group - 1))

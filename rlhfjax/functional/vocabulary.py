@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhfjax.functional.logits import LEAST_TEMPERATURE
+
 
 class _Static(NamedTuple):
     """What a program is compiled for."""
@@ -49,7 +51,9 @@ def vocabulary_log_probs(
     together first; without, chunks are slices of T, which rows that lie on several devices need.
     """
 
-    static = _Static(tied, softcap, chunk, gather, temperature, entropy_gradient=entropy_gradient)
+    static = _Static(
+        tied, softcap, chunk, gather, max(temperature, LEAST_TEMPERATURE), entropy_gradient=entropy_gradient
+    )
     return _log_probs(static, table, hidden, tokens, mask)
 
 
@@ -249,7 +253,11 @@ def _over_chunks(some, carry, parts, used):
 
 
 def _chunked(static, hidden, tokens, mask, *more):
-    """(hidden, tokens, mask, *more) with an axis of chunks in front, how many hold targets, and the way back."""
+    """(hidden, tokens, mask, *more) with an axis of chunks in front, how many hold targets, and the way back.
+
+    Hidden states that predict no target are 0: of what they held nothing reaches a sum, as 0 · infinity would.
+    """
+    hidden = jnp.where(mask[..., None], hidden, jnp.zeros((), hidden.dtype))
     arrays, (batch, length) = (hidden, tokens, mask, *more), tokens.shape
     if not static.gather:
         count = -(-length // max(static.chunk // batch, 1))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhfjax.functional.logits import filter_logits
+from rlhfjax.functional.logits import apply_temperature, filter_logits
 from rlhfjax.types import Params
 
 
@@ -83,7 +83,7 @@ def uniforms(key: jax.Array, uid: Int[Array, "B"], count: int) -> Float[Array, "
 def draw(noise: Float[Array, "B 2"], logits: Float[Array, "B V"], sampling: SamplingParams) -> Drawn:
     """One token a row by `noise`."""
     greedy = sampling.temperature == 0
-    logits = logits if greedy else logits / sampling.temperature
+    logits = logits if greedy else apply_temperature(logits, sampling.temperature)
     blocks = _blocks(logits)
     largest = blocks.max(axis=1).max(axis=-1, keepdims=True)
     sums = jnp.exp(blocks - largest[:, None, :]).sum(axis=1)

@@ -47,16 +47,18 @@ SCORES = [1, 2, 3, 6, 5, 5, 5, 5, -1, 0, 0, 1]
 
 
 @pytest.mark.parametrize(
-    ("standardize", "wanted"),
+    ("settings", "wanted"),
     [
-        # deviations (14 / 4)^½ = 1.87083 and (2 / 4)^½ = 0.70711 within the groups
-        (True, [-1.06904, -0.53452, 0, 1.60357, 0, 0, 0, 0, -1.41421, 0, 0, 1.41421]),
-        (False, [-2, -1, 0, 3, 0, 0, 0, 0, -1, 0, 0, 1]),
+        # deviations (14 / 3)^½ = 2.16025 and (2 / 3)^½ = 0.81650 within the groups
+        ({}, [-0.92582, -0.46291, 0, 1.38873, 0, 0, 0, 0, -1.22474, 0, 0, 1.22474]),
+        # (14 / 4)^½ = 1.87083 and (2 / 4)^½ = 0.70711
+        ({"deviation": "population"}, [-1.06904, -0.53452, 0, 1.60357, 0, 0, 0, 0, -1.41421, 0, 0, 1.41421]),
+        ({"deviation": "none"}, [-2, -1, 0, 3, 0, 0, 0, 0, -1, 0, 0, 1]),
     ],
 )
-def test_advantages_by_hand(standardize, wanted):
+def test_advantages_by_hand(settings, wanted):
     # fails with a mean over the batch, and groups of rows that are not neighbours: seen
-    made, metrics = estimated(SCORES, standardize=standardize)
+    made, metrics = estimated(SCORES, **settings)
     np.testing.assert_allclose(made.advantages, np.where(MASK, np.asarray(wanted)[:, None], 0), atol=1e-5)
     assert metrics["objective/groups_alike"] == pytest.approx(1 / 3)
     assert metrics["objective/scores"] == pytest.approx(np.mean(SCORES))
@@ -65,7 +67,7 @@ def test_advantages_by_hand(standardize, wanted):
 def test_the_penalty_is_taken_from_the_score_of_the_whole_response():
     kl = np.where(MASK, np.asarray(ROLLOUT.log_probs - ROLLOUT.ref_log_probs, np.float64), 0).sum(axis=1)
     rewards = (np.asarray(SCORES) - 0.3 * kl).reshape(-1, GROUP)
-    made, metrics = estimated(SCORES, kl_coef=0.3, standardize=False)
+    made, metrics = estimated(SCORES, kl_coef=0.3, deviation="none")
     wanted = (rewards - rewards.mean(axis=1, keepdims=True)).reshape(-1)
     np.testing.assert_allclose(made.advantages, np.where(MASK, wanted[:, None], 0), atol=1e-5)
     np.testing.assert_allclose(metrics["objective/rlhf_reward"], rewards.mean(), rtol=1e-5)
@@ -89,9 +91,12 @@ def loss_and_gradient(algorithm, made, params=None):
 
 
 @pytest.mark.parametrize("average", ["sequence", "token"])
-def test_groups_of_equal_scores_teach_nothing(average):
-    made, metrics = estimated([0.5] * ROWS)
+@pytest.mark.parametrize("score", [0.5, 10000.1])
+def test_groups_of_equal_scores_teach_nothing(average, score):
+    # fails at 10000.1 with a deviation from the mean, which is rounded: seen
+    made, metrics = estimated([score] * ROWS)
     assert metrics["objective/groups_alike"] == 1
+    assert metrics["objective/scores_std"] == 0
     assert (np.asarray(made.advantages) == 0).all()
     loss, _, gradient = loss_and_gradient(grpo(beta=0.0, average=average), on_policy(made))
     assert (loss, np.abs(gradient).max()) == (0, 0)
@@ -176,7 +181,7 @@ def test_the_policy_becomes_the_reference_times_exp_reward_over_beta():
         log_probs_from(lambda params, rollout: params["policy"][states(rollout)], TEMPERATURE),
         group=8,
         beta=0.0,
-        standardize=False,
+        deviation="none",
         average="token",  # with 1 / length short responses would count more, and the optimum be another
         missing_eos="keep",
     )

@@ -119,6 +119,18 @@ def test_adaptive_coefficient_with_the_settings_of_ziegler(kl, expected):
     np.testing.assert_allclose(float(actual), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kl", [0.0, 5.9, 60.0])
+@pytest.mark.parametrize("episodes", [16, 449, 512, 10_000_000])
+def test_adaptive_coefficient_stays_positive_however_large_the_batch(kl, episodes):
+    # fails below 0 from 5 x horizon on without the bound, and at 0 for a coefficient next to it: seen
+    moved = float(adaptive_kl(0.1, kl, target=6.0, horizon=100.0, episodes=episodes))
+    wanted = max(1 + min(max(kl / 6 - 1, -0.2), 0.2) * episodes / 100, 0.1)  # what is below 0.1 was 0 or less from -0.9
+    np.testing.assert_allclose(moved, 0.1 * wanted, rtol=1e-4)
+    small = float(adaptive_kl(1.2e-38, kl, target=6.0, horizon=100.0, episodes=episodes))
+    assert small > 0
+    assert float(adaptive_kl(0.0, kl, target=6.0, horizon=100.0, episodes=episodes)) == 0  # off stays off
+
+
 def test_adaptive_coefficient_hardly_depends_on_the_batch_size():
     slow = fast = 0.2
     for _ in range(8):

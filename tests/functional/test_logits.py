@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhfjax.functional import apply_temperature, filter_logits, top_k, top_p
+from rlhfjax.functional import apply_temperature, entropy, filter_logits, token_log_probs, top_k, top_p
 from rlhfjax.functional.logits import min_p
 
 VOCABULARY = 8
@@ -52,6 +52,21 @@ def test_filters_equal_the_numpy_loop(seed, temperature, k, p):
     np.testing.assert_array_equal(
         np.asarray(filtered)[stays], np.asarray(apply_temperature(logits, temperature))[stays]
     )
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-12, 0.0])
+def test_next_to_zero_the_temperature_leaves_the_largest_logit(temperature):
+    # z / T is infinite there, and infinity less infinity no number. Fails without the bound of T: seen
+    logits, tokens = jnp.array([[1.0, 5.0, 4.9999995, -jnp.inf, -90.0]]), jnp.array([[1]])
+    p = jax.nn.softmax(apply_temperature(logits, temperature))
+    np.testing.assert_array_equal(p, [[0, 1, 0, 0, 0]])
+
+    def measured(logits):
+        return token_log_probs(logits[None], tokens, temperature).sum() + entropy(logits, temperature).sum()
+
+    value, gradient = jax.value_and_grad(measured)(logits)
+    assert float(value) == 0
+    assert not np.asarray(gradient).any()
 
 
 def test_top_p_hand_worked():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rlhfjax.functional import last_token_mask, length_mask, masked_mean, masked_sum, whiten
+from rlhfjax.functional.masking import masked_centred, masked_variance
 
 
 def test_masked_mean_of_hand_worked_rows():
@@ -60,6 +61,43 @@ def test_whiten_uses_rsqrt_of_variance_plus_epsilon():
     # deviation 1e-4, variance 1e-8: halved variance, so the result is ±1/√2. Fails with σ + ε instead: seen
     x = jnp.array([-1e-4, 1e-4])
     np.testing.assert_allclose(whiten(x, jnp.array([True, True])), [-(0.5**0.5), 0.5**0.5], rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.1, 1000.1, 10000.1, -3.3e7, 1e30])
+@pytest.mark.parametrize("count", [2, 3, 7, 100])
+def test_equal_values_are_whitened_to_zero_whatever_their_size(value, count):
+    # fails by up to 1 with the mean taken of the values themselves: seen
+    x, mask = jnp.full(count + 1, value).at[-1].set(jnp.nan), jnp.arange(count + 1) < count
+    np.testing.assert_array_equal(whiten(x, mask), np.zeros(count + 1))
+    np.testing.assert_allclose(whiten(x, mask, shift_mean=False)[:-1], np.full(count, np.float32(value)), rtol=1e-6)
+    assert float(masked_variance(x, mask)) == 0
+
+
+def test_variance_and_distances_from_the_mean_are_numpys():
+    x = np.random.default_rng(2).normal(1e4, 1.0, (3, 6)).astype(np.float32)
+    mask = np.array([[1, 1, 1, 0, 1, 0], [0, 1, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]], bool)
+    rows = [row[keep].astype(np.float64) for row, keep in zip(x, mask, strict=True)]
+    variances = [row.var() if row.size else 0.0 for row in rows]
+    np.testing.assert_allclose(masked_variance(x, mask, axis=-1), variances, rtol=1e-4)
+    np.testing.assert_allclose(masked_variance(x, mask), np.concatenate(rows).var(), rtol=1e-4)
+    centred = np.asarray(masked_centred(x, mask, axis=-1))
+    for row, made, keep in zip(rows, centred, mask, strict=True):
+        np.testing.assert_allclose(made[keep], row - row.mean() if row.size else row, atol=1e-3)
+        assert not made[~keep].any()
+
+
+def test_the_gradient_of_whitening_is_numpys():
+    # by differences in float64: what is centred does not depend on the value that was taken away before
+    x, weights = np.array([0.3, -1.0, 2.0, 5.0]), np.array([1.0, -2.0, 0.5, 3.0])
+
+    def whitened(x):
+        kept = x[:3]
+        return weights[:3] @ ((kept - kept.mean()) / np.sqrt(kept.var() + 1e-8))
+
+    wanted = [(whitened(x + step) - whitened(x - step)) / 2e-5 for step in 1e-5 * np.eye(4)]
+    mask = jnp.arange(4) < 3
+    made = jax.grad(lambda x: (jnp.asarray(weights, jnp.float32) * whiten(x, mask)).sum())(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(made, wanted, atol=1e-5)
 
 
 def test_masks_from_lengths():

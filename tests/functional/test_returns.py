@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -79,17 +80,36 @@ def test_nan_in_padding_stays_out():
 
 
 def test_group_relative_hand_worked():
-    # mean ¼ and population deviation √3/4. Fails with the sample deviation, or over the whole batch: seen
-    scores = jnp.array([[0.0, 0.0, 0.0, 1.0], [5.0, 7.0, 7.0, 5.0]])
-    third = 3**-0.5
-    np.testing.assert_allclose(
-        group_relative(scores), [[-third, -third, -third, 3**0.5], [-1.0, 1.0, 1.0, -1.0]], rtol=1e-5
-    )
+    # mean ¼, sample deviation ½ and population deviation √3/4. Fails over the whole batch: seen
+    scores, third = jnp.array([[0.0, 0.0, 0.0, 1.0], [5.0, 7.0, 7.0, 5.0]]), 3**-0.5
+    sample = [[-0.5, -0.5, -0.5, 1.5], [-(0.75**0.5), 0.75**0.5, 0.75**0.5, -(0.75**0.5)]]
+    population = [[-third, -third, -third, 3**0.5], [-1.0, 1.0, 1.0, -1.0]]
+    np.testing.assert_allclose(group_relative(scores), sample, rtol=1e-5)
+    np.testing.assert_allclose(group_relative(scores, deviation="population"), population, rtol=1e-5)
+    np.testing.assert_allclose(group_relative(scores, deviation="none"), [[-0.25, -0.25, -0.25, 0.75], [-1, 1, 1, -1]])
+    with pytest.raises(ValueError, match="'sample', 'population' or 'none', got 'std'"):
+        group_relative(scores, deviation="std")
 
 
-def test_group_with_nothing_to_prefer_gives_zero():
-    np.testing.assert_array_equal(group_relative(jnp.full((1, 4), 2.5)), np.zeros((1, 4)))
-    np.testing.assert_array_equal(group_relative(jnp.array([[3.0]])), [[0.0]])
+def test_group_relative_is_a_z_score():
+    # scipy's, in float64. Fails with the mean of the batch: seen
+    scores = np.random.default_rng(1).normal(50.0, 3.0, (4, 8)).astype(np.float32)
+    for deviation, lost in (("sample", 1), ("population", 0)):
+        wanted = scipy.stats.zscore(scores.astype(np.float64), axis=1, ddof=lost)
+        np.testing.assert_allclose(group_relative(scores, deviation=deviation), wanted, rtol=1e-4, atol=1e-5)
+
+
+EQUAL = [0.1, 2.5, 100.1, 1000.1, 10000.1, -3.3e7, 1e30]
+
+
+@pytest.mark.parametrize("deviation", ["sample", "population", "none"])
+def test_a_group_with_nothing_to_prefer_gives_zero_whatever_its_scores(deviation):
+    # the mean of five 10000.1 in float32 is not 10000.1. Fails by -0.995 without the shift before the mean: seen
+    for size in (2, 3, 5, 7, 64):
+        scores = jnp.broadcast_to(jnp.asarray(EQUAL, jnp.float32)[:, None], (len(EQUAL), size))
+        np.testing.assert_array_equal(group_relative(scores, deviation=deviation), np.zeros(scores.shape))
+        np.testing.assert_array_equal(leave_one_out(scores), np.zeros(scores.shape))
+    np.testing.assert_array_equal(group_relative(jnp.array([[3.0]]), deviation=deviation), [[0.0]])
 
 
 def test_leave_one_out_hand_worked():

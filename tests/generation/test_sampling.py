@@ -57,6 +57,18 @@ def test_min_p_leaves_what_is_near_the_likeliest():
     assert set(drawn(logits, replace(SAMPLING, min_p=1.0))) == {0}
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}])
+@pytest.mark.parametrize("temperature", [1e-38, 1e-50])
+def test_sampling_next_to_temperature_zero_is_greedy(temperature, filters):
+    # fails with token 0 and NaN without the bound of the temperature: seen
+    logits = jnp.asarray(np.random.default_rng(5).normal(0, 4, (64, 97)), jnp.float32)
+    noise = uniforms(jax.random.key(1), jnp.arange(64, dtype=jnp.int32), 1)[:, 0]
+    made = draw(noise, logits, replace(SAMPLING, temperature=temperature, top_log_probs=1, **filters))
+    np.testing.assert_array_equal(made.token, np.argmax(logits, axis=-1))
+    np.testing.assert_array_equal(made.log_prob, np.zeros(64))
+    np.testing.assert_array_equal(made.top_ids[:, 0], made.token)
+
+
 def test_each_stop_id_ends_a_response():
     sampling = replace(SAMPLING, stop_ids=(2, 9), stop_after=1)
     tokens = jnp.asarray([5, 2, 9, 3], jnp.int32)
