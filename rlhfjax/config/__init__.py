@@ -1,6 +1,15 @@
 """The run configuration: schema, strict loading, and arithmetic checked before any device work. Imports no jax."""
 
-from rlhfjax.config.arithmetic import check, least_devices, mesh_shape, needs_documents, sequence_lengths
+from rlhfjax.config.arithmetic import (
+    check,
+    check_updates,
+    guessing_heads,
+    least_devices,
+    mesh_shape,
+    needs_documents,
+    sequence_lengths,
+    split_sizes,
+)
 from rlhfjax.config.description import describe
 from rlhfjax.config.loading import (
     config_hash,
@@ -17,9 +26,11 @@ from rlhfjax.config.schema import Run
 __all__ = [
     "Run",
     "check",
+    "check_updates",
     "config_hash",
     "config_path",
     "describe",
+    "guessing_heads",
     "json_schema",
     "key_sources",
     "least_devices",
@@ -30,4 +41,5 @@ __all__ = [
     "resolved_yaml",
     "sequence_lengths",
     "shipped",
+    "split_sizes",
 ]

@@ -2,11 +2,12 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhfjax.config.schema import Mesh, Optimizer, RolloutBatch, Run, Sampling
 from rlhfjax.config.shape import Shape, linears, model_shape
+from rlhfjax.config.unread import unread
 from rlhfjax.errors import ConfigError
 
 _MAX_PROBLEMS = 10
@@ -44,7 +45,7 @@ def check(run: Run, devices: int) -> None:
     """
     sizes = mesh_shape(run.mesh, devices)
     found = [*_batches(run, sizes), *_lengths(run, sizes), *_model(run, sizes)]
-    found += [*_pairs(run), *_inputs(run), *_schedules(run)]
+    found += [*_pairs(run), *_inputs(run), *_schedules(run), *_controller(run), *unread(run)]
     if len(found) == 1:
         raise ConfigError(found[0])
     if found:
@@ -114,19 +115,14 @@ def _model(run: Run, mesh: dict[str, int]) -> Iterator[str]:
         yield "model.lora adapts a model that is there already; add model.checkpoint or stages.pretrain"
     if run.model.checkpoint:
         return  # its shape is in the checkpoint
-    shape, tensor, fsdp = model_shape(run.model), mesh["tensor"], mesh["fsdp"]
+    shape = model_shape(run.model)
     turned = int(shape.head_dim * shape.rope_fraction)
     if shape.positions == "rope" and (turned % 2 or not turned):
         share = "" if shape.rope_fraction == 1 else f" x {shape.rope_fraction:g} of {run.model.family}"
         yield f"model: rope turns pairs, so width / heads (or architecture.head_dim){share} must be even, got {turned}"
-    split = [("model.heads", shape.heads), ("model.kv_heads", shape.kv_heads), ("model.mlp_width", shape.mlp_width)]
-    if not run.tokenizer.path:
-        split.append(("tokenizer.vocab_size", run.tokenizer.vocab_size))
-    for name, size in split:
-        if size % tensor:
-            yield f"{name} {size} must be a multiple of mesh.tensor {tensor}"
-    if shape.width % fsdp:
-        yield f"model.width {shape.width} must be a multiple of mesh.fsdp {fsdp}"
+    words = {} if run.tokenizer.path else {"tokenizer.vocab_size": run.tokenizer.vocab_size}
+    sizes = {f"model.{name}": getattr(shape, name) for name in ("heads", "kv_heads", "mlp_width", "width")}
+    yield from split_sizes(mesh, words | sizes)
     yield from _experts(run, shape, mesh["expert"])
     yield from _heads(run, shape)
     names = linears(shape)
@@ -135,14 +131,27 @@ def _model(run: Run, mesh: dict[str, int]) -> Iterator[str]:
             yield f"model.lora.targets: {pattern!r} matches no linear of this model; its linears are {', '.join(names)}"
 
 
+def split_sizes(mesh: dict[str, int], sizes: Mapping[str, int]) -> Iterator[str]:
+    """What is wrong with sizes that mesh axes split, by the names of their keys: widths by fsdp, all else by tensor."""
+    for name, size in sizes.items():
+        axis = "fsdp" if re.search(r"\bwidth$", name) else "tensor"
+        if size % mesh[axis]:
+            yield f"{name} {size} must be a multiple of mesh.{axis} {mesh[axis]}"
+
+
 def _heads(run: Run, shape: Shape) -> Iterator[str]:
     if shape.mtp_heads and shape.experts:
         yield "model.architecture.embedding.mtp_heads: not beside experts; remove the heads"
+    yield from guessing_heads(run, shape.mtp_heads)
+
+
+def guessing_heads(run: Run, heads: int) -> Iterator[str]:
+    """What is wrong with stages that shall guess by the heads of a model that has so many."""
     for name, section in (("ppo", run.stages.ppo), ("evaluate", run.stages.evaluate)):
-        if section and section.sampling.speculate == "heads" and section.sampling.speculate_tokens > shape.mtp_heads:
+        if section and section.sampling.speculate == "heads" and section.sampling.speculate_tokens > heads:
             yield (
                 f"stages.{name}.sampling.speculate_tokens {section.sampling.speculate_tokens} is more than "
-                f"model.architecture.embedding.mtp_heads {shape.mtp_heads}; guess fewer, or by ngram"
+                f"model.architecture.embedding.mtp_heads {heads}; guess fewer, or by ngram"
             )
 
 
@@ -232,9 +241,28 @@ def _schedules(run: Run) -> Iterator[str]:
             )
 
 
+def _controller(run: Run) -> Iterator[str]:
+    if not run.stages.ppo or run.stages.ppo.kl.controller != "adaptive":
+        return
+    kl, size = run.stages.ppo.kl, run.stages.ppo.batch.size
+    if kl.coef == 0:
+        yield "stages.ppo.kl: controller adaptive multiplies coef and 0 stays 0; give coef above 0, or controller fixed"
+    if size >= 5 * kl.horizon:  # 1 - 0.2 size / horizon, the factor below the target, is 0 or negative
+        yield (
+            f"stages.ppo.kl.horizon {kl.horizon:g} is in episodes, and one step has {size} (batch.size): coef would "
+            f"lose all of itself at once; give more than {size / 5:g} (Ziegler et al. 2019 take 10,000)"
+        )
+
+
 def updates_per_step(batch: RolloutBatch) -> int:
     """Optimizer updates of one PPO step: epochs x minibatches."""
     return batch.epochs * (batch.size // (batch.minibatch or batch.size))
+
+
+def check_updates(stage: str, optimizer: Optimizer, updates: int) -> None:
+    """What `check` cannot ask of a stage given in epochs, once its rows are counted. Raises ConfigError."""
+    for problem in _warmup(stage, optimizer, updates):
+        raise ConfigError(f"{problem}; give fewer, or more epochs")
 
 
 def _warmup(stage: str, optimizer: Optimizer, updates: int) -> Iterator[str]:

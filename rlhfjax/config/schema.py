@@ -28,6 +28,8 @@ from rlhfjax.config.sections import (
 )
 from rlhfjax.config.upkeep import Checkpoints, Logging, Profile, Reliability
 
+LEAST_TEMPERATURE = 0.01  # of PPO; logits that differ by 0.1 are then e^10 apart in probability
+
 
 class PretrainingMix(Section):
     """Pretraining text mixed into a supervised stage; `fraction` is its share of the sequences of a batch."""
@@ -232,8 +234,17 @@ class Ppo(Section):
 
     @model_validator(mode="after")
     def _samples(self):
-        if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature 0 is greedy: PPO needs samples, give a temperature above 0")
+        s = self.sampling
+        if s.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"sampling.temperature {s.temperature:g} is greedy or next to it: PPO needs samples that differ, give "
+                f"at least {LEAST_TEMPERATURE:g} (1 is the policy itself)"
+            )
+        if (s.top_k, s.top_p, s.min_p) != (0, 1.0, 0.0):
+            raise ValueError(
+                f"sampling: top_k {s.top_k}, top_p {s.top_p:g} and min_p {s.min_p:g} must be off (0, 1 and 0): log-"
+                "probabilities, ratio, KL and entropy are of the policy, and filters would sample from another one"
+            )
         if self.ptx:
             rollouts = self.batch.minibatch or self.batch.size
             if (rollouts * self.ptx.ratio) % 1:

@@ -157,7 +157,8 @@ def respond(
 def _sampler(job: Job, compared: dict[str, tuple[SequenceModel, Params]], stage: str) -> Callable:
     """A compiled function of (prompts, key): rollout, KL and summed entropy of each response, and its score.
 
-    KL and entropy are those of the unscaled policy, whatever temperature the responses are drawn at.
+    KL and entropy are of the policies at the temperature that the responses are drawn at (greedy: at 1), so that the
+    mean over responses is that of the distribution they come from; filters are left out of them.
     """
     model, params = compared[stage]
     reference_model, reference = compared.get("sft", compared[stage])
@@ -180,15 +181,15 @@ def _program(
     part: int,
     mesh: jax.sharding.Mesh,
 ) -> Callable:
-    gather = mesh.size == 1
+    how: dict[str, Any] = {"temperature": settings.temperature or 1.0, "gather": mesh.size == 1}
 
     @partial(jax.jit, compiler_options=training_options())
     def sample(params, reference, reward, batch, key):
         made = generate(sampler, params, batch, key, settings)
 
         def of_rows(rows: TokenBatch) -> tuple[jax.Array, ...]:
-            log_probs, entropies = token_log_probs(model, params, rows, gather=gather)
-            kl = log_probs - token_log_probs(reference_model, reference, rows, gather=gather)[0]
+            log_probs, entropies = token_log_probs(model, params, rows, **how)
+            kl = log_probs - token_log_probs(reference_model, reference, rows, **how)[0]
             scores = jnp.zeros_like(kl) if reward is None else token_scores(reward_model, reward, rows)
             return kl, entropies, scores
 

@@ -11,7 +11,16 @@ from typing import Any
 import jax
 
 from rlhfjax import faults
-from rlhfjax.config import Run, check, needs_documents, schema, sequence_lengths
+from rlhfjax.config import (
+    Run,
+    check,
+    check_updates,
+    guessing_heads,
+    needs_documents,
+    schema,
+    sequence_lengths,
+    split_sizes,
+)
 from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.evaluation.judges import require_judges
@@ -115,9 +124,12 @@ def check_data(jobs: list[Job]) -> None:
     """Read every record that any stage will use, and check that model and tokenizer belong together."""
     for job in jobs:
         if job.stage != "tokenizer":
-            open_batches(job)
+            opened = open_batches(job)
+            if epochs := getattr(job.config, "epochs", None):
+                check_updates(job.stage, job.config.optimizer, opened["train"].steps(epochs))
             _check_rest(job)
     run, words = jobs[0].run, jobs[0].tokenizer.vocab_size
+    _check_sizes(jobs[0], words)
     if run.model.checkpoint:
         shape = read_meta(find_checkpoint(run.model.checkpoint))["model"]
         rows = shape["vocab_size"]
@@ -136,6 +148,20 @@ def check_data(jobs: list[Job]) -> None:
                 )
         if run.model.lora:
             targeted(linears(jax.eval_shape(model_of(shape).init, jax.random.key(0))), run.model.lora.targets)
+
+
+def _check_sizes(job: Job, words: int) -> None:
+    """What `check` leaves out where the model's shape is in its checkpoint, or the tokenizer is there already."""
+    run, mesh = job.run, dict(job.mesh.shape)
+    if not run.model.checkpoint:
+        problems = [*split_sizes(mesh, {"the tokenizer's vocabulary": words})]
+    else:
+        shape = read_meta(find_checkpoint(run.model.checkpoint))["model"]
+        names = (name for name in ("heads", "kv_heads", "mlp_width", "width", "vocab_size") if name in shape)
+        problems = [*split_sizes(mesh, {f"model.checkpoint: {name}": shape[name] for name in names})]
+        problems += guessing_heads(run, shape.get("mtp_heads", 0))
+    for problem in problems:
+        raise ConfigError(problem)
 
 
 def _check_rest(job: Job) -> None:

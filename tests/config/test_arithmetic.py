@@ -2,7 +2,16 @@
 
 import pytest
 
-from rlhfjax.config import check, describe, least_devices, load_config, mesh_shape, resolved_yaml
+from rlhfjax.config import (
+    check,
+    check_updates,
+    describe,
+    least_devices,
+    load_config,
+    mesh_shape,
+    resolved_yaml,
+    split_sizes,
+)
 from rlhfjax.config.schema import Mesh
 from rlhfjax.errors import ConfigError
 
@@ -189,3 +198,53 @@ def test_description_shows_what_is_derived(load):
     # three matrices of 16 x 32 an expert, in 2 layers, 2 of 4 at rest: 6,144 parameters fewer
     assert "4 experts with 32 inside, 2 a token, context 32; 16,080 parameters, 9,936 active\n" in mixture
     assert "from checkpoint runs/x" in describe(load("model={checkpoint: runs/x}", "tokenizer={}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["stages.ppo.kl={controller: adaptive, horizon: 6.4}"], "horizon 6.4 is in episodes, and one step has 32"),
+        (["stages.ppo.kl={controller: adaptive, horizon: 3.0}"], "give more than 6.4"),
+        (["stages.ppo.kl={controller: adaptive, coef: 0.0}"], "0 stays 0; give coef above 0"),
+    ],
+)
+def test_a_controller_that_would_turn_or_stay_at_zero_is_refused(load, overrides, said):
+    # 1 - 0.2 x 32 / 6.4 = 0: fails without the check, with a coefficient that changes its sign: seen
+    assert said in problem(load(*overrides))
+
+
+def test_a_controller_may_move_fast_and_a_fixed_coefficient_may_be_zero(load):
+    check(load("stages.ppo.kl={controller: adaptive, horizon: 6.5}"), 1)
+    check(load("stages.ppo.kl={controller: fixed, coef: 0.0, horizon: 3.0}"), 1)
+
+
+@pytest.mark.parametrize("temperature", ["0", "1e-38", "0.009"])
+def test_ppo_wants_samples_that_differ(load, temperature):
+    with pytest.raises(ConfigError, match=r"sampling.temperature .* needs samples that differ, give at least 0.01"):
+        load(f"stages.ppo.sampling.temperature={temperature}")
+    check(load(f"stages.evaluate.sampling.temperature={temperature}", "stages.ppo.sampling.temperature=0.01"), 1)
+
+
+@pytest.mark.parametrize("setting", ["top_k=2", "top_p=0.9", "min_p=0.05"])
+def test_ppo_takes_no_filters(load, setting):
+    # what they leave is another distribution than that of every log-probability in the update
+    with pytest.raises(ConfigError, match=r"top_k .*, top_p .* and min_p .* must be off .* sample from another one"):
+        load(f"stages.ppo.sampling.{setting}")
+    check(load(f"stages.evaluate.sampling.{setting}"), 1)
+
+
+def test_a_warm_up_is_checked_when_epochs_are_counted(load):
+    run = load("stages.sft.optimizer.warmup_steps=38")
+    check(run, 1)  # nobody knows yet how many updates two epochs are
+    check_updates("sft", run.stages.sft.optimizer, 38)
+    with pytest.raises(ConfigError, match=r"stages.sft.optimizer.warmup_steps 38 is more than its 37 updates; give fe"):
+        check_updates("sft", run.stages.sft.optimizer, 37)
+
+
+def test_sizes_of_a_checkpoint_are_checked_like_those_of_a_configuration():
+    mesh = {"fsdp": 3, "tensor": 4}
+    found = list(split_sizes(mesh, {"model.checkpoint: width": 16, "model.mlp_width": 18, "model.heads": 8}))
+    assert found == [
+        "model.checkpoint: width 16 must be a multiple of mesh.fsdp 3",
+        "model.mlp_width 18 must be a multiple of mesh.tensor 4",
+    ]
