@@ -22,6 +22,8 @@ from rlhfjax.training.checkpoint import SCALAR, find_checkpoint, load_model, rea
 from rlhfjax.types import Params, PromptBatch, Rollout
 
 _NEVER = -1  # an id that no model emits
+_SEEDS = 2**32  # beyond these jax keeps the lower 32 bits alone: other numbers would draw the same
+_MOST = 2**20  # responses of one call
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,18 @@ class Model:
         rows = self._prompt_ids(prompts)
         if not rows:
             return []
+        if not 0 <= seed < _SEEDS or n * len(rows) > _MOST:
+            raise ConfigError(
+                f"generate: expected 0 <= seed < 2**32 and at most {_MOST:,} responses at a time, got seed={seed}, "
+                f"n={n} for {len(rows)} prompts"
+            )
         self._check_length(max(map(len, rows)) + max_new_tokens)
         sampling = SamplingParams(
             max_new_tokens,
             self._ends()[0],
             self._pad_id,
             temperature,
-            top_k,
+            min(top_k, self.config.vocab_size),
             top_p,
             min_p=min_p,
             stop_ids=(*self._ends()[1:], *(int(i) for i in stop_ids)),
@@ -130,9 +137,10 @@ class Model:
         et al. 2016, eq. 14). Raises ConfigError as `generate`.
         """
         self._expect(scalar=False, what="beam_search")
-        if beams < 1 or max_new_tokens < 1 or not 0 <= length_penalty < math.inf:
+        most = self.config.vocab_size
+        if not 1 <= beams <= most or max_new_tokens < 1 or not 0 <= length_penalty < math.inf:
             raise ConfigError(
-                "beam_search: expected beams >= 1, max_new_tokens >= 1 and length_penalty >= 0, got "
+                f"beam_search: expected beams >= 1 (and <= {most}), max_new_tokens >= 1 and length_penalty >= 0, got "
                 f"beams={beams}, max_new_tokens={max_new_tokens}, length_penalty={length_penalty}"
             )
         if self.tokenizer is None:
@@ -218,9 +226,10 @@ class Model:
     def _speculation(self, tokens: int) -> Speculation | None:
         if not tokens:
             return None
-        if tokens < 0 or not isinstance(self.config, DecoderConfig):
+        if not 0 <= tokens <= self.config.context or not isinstance(self.config, DecoderConfig):
             raise ConfigError(
-                f"speculate: expected a decoder, and 0 tokens or more, got {self.config.family}, {tokens}"
+                "speculate: expected a decoder, and 0 tokens or more up to its context, got "
+                f"{self.config.family}, {tokens}"
             )
         return Speculation("heads" if self.config.mtp_heads >= tokens else "ngram", tokens)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhfjax.errors import DataError
+from rlhfjax.places import user_cache
 
 _TIMEOUT_S = 600
 _SOURCE_SUFFIX = ".tar.gz"
@@ -31,8 +32,11 @@ def file_sha256(path: Path) -> str:
 
 
 def default_cache_dir() -> Path:
-    """Where downloads are kept: `$XDG_CACHE_HOME/rlhfjax/downloads`, or the same under `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhfjax" / "downloads"
+    """Where downloads are kept: `$XDG_CACHE_HOME/rlhfjax/downloads`, or the same under `~/.cache`.
+
+    Raises DataError for a user without a home.
+    """
+    return user_cache("downloads", "--cache-dir DIR")
 
 
 def fetch(pinned: PinnedFile, cache_dir: Path) -> Path:

@@ -1,5 +1,6 @@
 """How the command line talks: exit codes, one-line errors, and text of models that cannot steer a terminal."""
 
+import io
 import os
 import re
 import sys
@@ -36,6 +37,13 @@ def say(text: str) -> None:
     typer.echo(printable(text), err=True)
 
 
+def take_any_text() -> None:
+    """Let stdout and stderr show what their encoding lacks as an escape such as \\xe9, instead of failing at it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it was closed
+            stream.reconfigure(errors="backslashreplace")
+
+
 class _ReaderGone(Exception):
     """The program that read our output has ended."""
 
@@ -45,10 +53,12 @@ class Door(TyperGroup):
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         """Run a command line and exit. A bug leaves as the exception it is: a traceback and exit code 1."""
+        take_any_text()
         try:
             with stopping.honoured(say):
                 code = super().main(*args, standalone_mode=False, **kwargs)
-                sys.stdout.flush()
+                if sys.stdout:
+                    sys.stdout.flush()
         except RlhfjaxError as error:
             code = fail(str(error), error.exit_code)
         except _UsageError as error:

@@ -205,6 +205,11 @@ def test_nothing_to_generate_is_nothing(policy):
         ({"prompts": [[1, -1]]}, "got shape .2,., ids -1 to 1"),
         ({"prompts": [[1, NETWORK.config.vocab_size]]}, f"of 0 to {NETWORK.config.vocab_size - 1}"),
         ({"prompts": ["the"], "top_k": -1}, "top_k >= 0"),
+        ({"prompts": ["the"], "seed": 2**64}, r"0 <= seed < 2\*\*32"),
+        ({"prompts": ["the"], "seed": 2**32}, r"0 <= seed < 2\*\*32"),  # which jax takes for 0
+        ({"prompts": ["the"], "seed": -1}, r"0 <= seed < 2\*\*32"),
+        ({"prompts": ["the"], "n": 2**20 + 1}, "at most 1,048,576 responses"),
+        ({"prompts": ["the"], "speculate": 2**31}, "up to its context"),
         ({"prompts": ["the"], "top_p": 0.0}, "top_p"),
         ({"prompts": ["the"], "max_new_tokens": CONTEXT}, f"at most {CONTEXT} tokens"),
     ],

@@ -1,10 +1,13 @@
 """Text of models and files reaches a terminal only as text."""
 
+import io
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhfjax.terminal import printable
+from rlhfjax.terminal import printable, take_any_text
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,14 @@ def test_nothing_that_steers_is_left(text):
     shown = printable(text)
     assert not [c for c in shown if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160]
     shown.encode()
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", b"\\xe9 \\u20ac"), ("latin-1", b"\xe9 \\u20ac")])
+def test_what_an_encoding_lacks_is_an_escape(monkeypatch, encoding, shown):
+    # fails with UnicodeEncodeError, as PYTHONIOENCODING=latin-1 did: seen
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    monkeypatch.setattr(sys, "stderr", None)  # 2>&-
+    take_any_text()
+    print("é €", end="", flush=True)
+    assert written.getvalue() == shown

@@ -281,6 +281,8 @@ def export(
       rlhfjax export runs/quickstart exported/policy --dtype bfloat16
     """
     if adapters:
+        if (dtype, shard_size) != ("float32", "5GB"):
+            raise ConfigError("--adapters: they are one file in float32; remove --dtype and --shard-size")
         with unverified(no_verify):
             _export_adapters(checkpoint, target, item, force)
         return

@@ -9,6 +9,7 @@ import typer
 
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.integrity import MANIFEST, check
+from rlhfjax.places import expanded
 from rlhfjax.terminal import printable, say
 
 NoVerify = Annotated[
@@ -57,7 +58,7 @@ def _differences(directory: Path) -> int:
 
 def _directories(path: str, data_dir: Path | None) -> Iterator[Path]:
     """What there is to compare: a directory itself, or those below it; a step without a manifest among them."""
-    root = Path(path).expanduser()
+    root = expanded(path)
     if not root.is_dir():
         yield from _data_set(path, data_dir)
         return
@@ -96,7 +97,7 @@ def _older(step: Path) -> bool:
 def _data_set(name: str, data_dir: Path | None) -> Iterator[Path]:
     from rlhfjax.data.datasets import default_data_dir
 
-    where = (data_dir or default_data_dir()).expanduser()
+    where = expanded(data_dir or default_data_dir())
     plain, _, version = name.partition(":")
     if not plain or plain.startswith(("/", ".")) or ".." in Path(plain).parts:
         return

@@ -182,6 +182,10 @@ def inspect(
       rlhfjax data inspect quickstart reward --index 3
       rlhfjax data inspect movies/comparisons@train
     """
+    if stage is None and run_dir:
+        raise ConfigError("--run-dir: expected CONFIG STAGE with it; a data set has no tokenizer")
+    if stage and (data_dir or kind):
+        raise ConfigError("--data-dir and --kind: a configuration says both itself (data_dir); remove them")
     if stage is None:
         return _show_records(target, index, data_dir, kind, _reading(layout, mapping, sample_by))
     loaded = configuration.load_config(target, pairs(overrides))

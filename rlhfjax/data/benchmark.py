@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 
 from rlhfjax.data.writing import RecordBuilder, publish, staging, write_builder
 from rlhfjax.fetch import PinnedFile, default_cache_dir, fetch
+from rlhfjax.places import expanded
 
 Records = Callable[[], Iterator[dict[str, Any]]]
 Tables = dict[str, dict[str, Records]]  # config → split → a function that starts its stream of canonical records
@@ -61,7 +62,7 @@ def configs_of(kinds: dict[str, str]) -> list[tfds.core.BuilderConfig]:
 
 def is_prepared(benchmark: type[Benchmark], data_dir: str | Path) -> bool:
     """Whether every config is prepared in `data_dir`."""
-    folder = Path(data_dir).expanduser() / benchmark.name
+    folder = expanded(data_dir) / benchmark.name
     return all((folder / config / str(benchmark.VERSION)).is_dir() for config in benchmark.KINDS)
 
 
@@ -76,7 +77,7 @@ def prepare(
     Raises DataError when a source cannot be fetched or the data directory cannot be written.
     """
     say = progress or (lambda message: None)
-    name, data_dir = benchmark.name, Path(data_dir).expanduser()
+    name, data_dir = benchmark.name, expanded(data_dir)
     datasets = {config: Path(name, config, str(benchmark.VERSION)) for config in benchmark.KINDS}
     if not is_prepared(benchmark, data_dir):
         archives = []

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rlhfjax.data.files import expanded, is_data_path
+from rlhfjax.data.files import is_data_path
 from rlhfjax.data.preparing import prepare_source
 from rlhfjax.data.reading import RECOGNISE, Reading
 from rlhfjax.data.records import PROMPTED, good_answer, parse_record
@@ -25,6 +25,7 @@ from rlhfjax.data.storage import decode
 from rlhfjax.data.writing import read_manifest, require_whole
 from rlhfjax.errors import DataError, IntegrityError
 from rlhfjax.fetch import file_sha256
+from rlhfjax.places import expanded, user_cache
 
 _SOURCE = re.compile(r"(?P<name>[A-Za-z_]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -143,12 +144,7 @@ def default_data_dir() -> Path:
     """
     if own := os.environ.get("RLHFJAX_DATA_DIR"):
         return expanded(own)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhfjax" / "datasets"
-    except RuntimeError:
-        raise DataError(
-            "expected a directory for prepared data, got a user without a home; set RLHFJAX_DATA_DIR"
-        ) from None
+    return user_cache("datasets", "--data-dir DIR, data_dir in the configuration, RLHFJAX_DATA_DIR")
 
 
 def _locate(source: str, data_dir: Path, kind: str | None, reading: Reading) -> Path:

@@ -15,6 +15,7 @@ from rlhfjax.data.records import check_kind
 from rlhfjax.data.writing import VERSION, RecordBuilder, publish, read_manifest, staging, write_builder
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.fetch import file_sha256
+from rlhfjax.places import expanded
 
 Edit = Callable[[Iterator[dict[str, Any]]], Iterator[dict[str, Any]]]
 Files = dict[str, list[DataFile]]
@@ -101,7 +102,7 @@ def prepare_files(
     if not any(given.values()):
         raise ConfigError(f"expected at least one split with a file for the dataset {name!r}, got none")
     files = {split: [data_file(path, kind, reading) for path in paths] for split, paths in given.items()}
-    return _prepare(files, kind, name, Path(data_dir).expanduser(), edit, edit_digest)
+    return _prepare(files, kind, name, expanded(data_dir), edit, edit_digest)
 
 
 def prepare_source(source: str | Path, kind: str | None, data_dir: Path, reading: Reading = RECOGNISE) -> Path:

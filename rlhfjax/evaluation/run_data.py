@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.evaluation.results import Evaluation
+from rlhfjax.plain_json import number
 
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
 
@@ -36,9 +37,9 @@ class ReportData:
         rows = self.metrics.get(stage, [])
         for name in names:
             found = [
-                (float(row.get("step", i)), float(row[name]))
+                (float(row.get("step", i)), value)
                 for i, row in enumerate(rows)
-                if isinstance(row.get(name), int | float)
+                if (value := number(row.get(name))) is not None
             ]
             if found:
                 steps, values = np.array(sorted(found)).T
@@ -84,13 +85,13 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text("utf-8").rstrip("\n").split("\n")  # splitlines would also cut at U+2028 inside a text
     rows = []
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else None
         except json.JSONDecodeError as error:
-            if number == len(lines):
+            if place == len(lines):
                 break
-            raise DataError(f"{path}:{number}: expected one JSON object a line, got {line[:60]!r}") from error
+            raise DataError(f"{path}:{place}: expected one JSON object a line, got {line[:60]!r}") from error
         if isinstance(row, dict):
             rows.append(row)
     return rows

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.places import expanded
 
 _NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
@@ -17,9 +18,9 @@ def is_hub_name(source: str) -> bool:
 def cache_directory() -> Path:
     """Where the hub's own tools keep what they downloaded, as the environment says."""
     if where := os.environ.get("HF_HUB_CACHE"):
-        return Path(where).expanduser()
+        return expanded(where)
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(home).expanduser() / "hub"
+    return expanded(home) / "hub"
 
 
 def cached_snapshot(name: str) -> Path:

@@ -8,14 +8,15 @@ from typing import Any
 
 import jax
 
-from rlhfjax.fetch import default_cache_dir
+from rlhfjax.errors import DataError
+from rlhfjax.places import user_cache
 
 KEPT_BYTES = 2 * 2**30
 
 
 def compile_cache_dir() -> Path:
     """Where compiled programs are kept: `$XDG_CACHE_HOME/rlhfjax/compiled`, or the same under `~/.cache`."""
-    return default_cache_dir().with_name("compiled")
+    return user_cache("compiled", "JAX_COMPILATION_CACHE_DIR")
 
 
 def use_compile_cache(report: Callable[[str], None], directory: Path | None = None) -> bool:
@@ -28,14 +29,17 @@ def use_compile_cache(report: Callable[[str], None], directory: Path | None = No
     config: Any = jax.config
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return bool(config.jax_compilation_cache_dir)
-    directory = directory or compile_cache_dir()
     try:
+        directory = directory or compile_cache_dir()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         problem = _unsafe(directory)
         if problem is None:
             _prune(directory, KEPT_BYTES)
     except OSError as error:
         problem = error.strerror or type(error).__name__
+    except DataError as error:
+        report(f"compiled programs are not kept: {error}")
+        return False
     if problem:
         report(f"compiled programs are not kept: {directory}: {problem}")
         return False

@@ -13,6 +13,7 @@ from rlhfjax.config import Run, config_hash, resolved
 from rlhfjax.environment import flags, machine, needed_versions, settings
 from rlhfjax.errors import Stopped
 from rlhfjax.integrity import sync
+from rlhfjax.plain_json import dumps
 from rlhfjax.stages.code import commit, lock_digest, package_digests
 
 MANIFEST = "manifest.jsonl"
@@ -71,7 +72,7 @@ class Manifest:
         if not self._writes:
             return
         part = self.path.with_suffix(".part")
-        text = "".join(json.dumps(line) + "\n" for line in [*self.before, self.line])
+        text = "".join(dumps(line, ensure_ascii=True) + "\n" for line in [*self.before, self.line])
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()

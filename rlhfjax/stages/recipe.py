@@ -4,7 +4,6 @@ A stage is done when its `complete.json` is there; it is written last and in one
 directory belongs to a stage that may be continued.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from rich.console import Console
 
 from rlhfjax.config import Run
 from rlhfjax.errors import ConfigError
+from rlhfjax.plain_json import dumps
 from rlhfjax.stages.agreement import facts_of
 from rlhfjax.stages.determinism import use_determinism
 from rlhfjax.stages.manifest import Manifest, other_layout
@@ -184,4 +184,4 @@ def _point_to_report(run_dir: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON in one piece."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, dumps(value, indent=1) + "\n")

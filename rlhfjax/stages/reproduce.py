@@ -22,7 +22,7 @@ def reproduce(run_dir: Path, target: Path, only_check: bool, say: Callable[[str]
     difference where data, code, packages, flags or devices are not what they were, or where the runs differ.
     """
     run, attempts = _finished(run_dir)
-    if not only_check and target.exists() and any(target.iterdir()):
+    if not only_check and target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: expected a new directory to reproduce in, got one that holds something")
     use_determinism(run.reliability.determinism)
     differences = conditions(run, attempts)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.plain_json import dumps, number
 from rlhfjax.training.sinks import Board, Report, Sink, to_stderr
 
 
@@ -45,7 +46,8 @@ class MetricsWriter:
         except OSError as error:
             raise ConfigError(f"{error.filename or directory}: cannot be written: {error.strerror}") from None
         # The last value of every metric, also of steps before a resume: which checkpoint is best depends on it.
-        self.latest: dict[str, float] = {name: value for row in kept for name, value in row.items() if name != "step"}
+        values = ((name, number(value)) for row in kept for name, value in row.items() if name != "step")
+        self.latest: dict[str, float] = {name: value for name, value in values if value is not None}
         missing = sorted(set(range(1, start_step + 1)) - {row["step"] for row in kept})
         if missing and writes:
             report(f"{path} lacks {len(missing)} steps of the {start_step} before, the first is {missing[0]}")
@@ -82,7 +84,7 @@ class MetricsWriter:
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    return (dumps(row) + "\n").encode()
 
 
 def _keep_until(path: Path, last: int, writes: bool) -> list[dict[str, Any]]:
@@ -94,7 +96,7 @@ def _keep_until(path: Path, last: int, writes: bool) -> list[dict[str, Any]]:
             try:
                 row = json.loads(line)
                 if row["step"] <= last:
-                    kept.append(line + "\n")
+                    kept.append(_line(row).decode())  # and rows of older versions, which wrote NaN, become JSON
                     rows.append(row)
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue

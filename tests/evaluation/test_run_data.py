@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from rlhfjax.errors import ConfigError, DataError
@@ -50,6 +51,15 @@ def test_a_line_cut_short_by_a_kill_is_left_out_but_only_the_last(tmp_path):
     path.write_text('{"step": 2, "loss/tr\n' + whole, "utf-8")
     with pytest.raises(DataError, match=r"metrics\.jsonl:1"):
         read_run(tmp_path)
+
+
+def test_words_for_numbers_that_are_not_finite_are_read(tmp_path):
+    # fails where a row is left out for its word: the curve would go on as if nothing had been
+    (tmp_path / "ppo").mkdir()
+    write_lines(tmp_path / "ppo" / "metrics.jsonl", [{"step": 1, "loss/total": "NaN"}, {"step": 2, "loss/total": 0.5}])
+    steps, values = read_run(tmp_path).series("ppo", "loss/total")
+    np.testing.assert_array_equal(steps, [1, 2])
+    np.testing.assert_array_equal(values, [np.nan, 0.5])
 
 
 def test_no_such_run(tmp_path):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import shutil
 import signal
@@ -156,6 +157,8 @@ def steps_of(directory):
         (1, True, [0.5, 0.9, 0.1, 0.3], [2, 4], 2),
         (2, True, [-0.9, -0.5, -0.7, -0.6], [2, 3, 4], 2),
         (1, True, [0.2, 0.9, None], [2, 3], 2),
+        (1, True, [0.2, math.nan, 0.1], [1, 3], 1),  # NaN is no highest score, and no lowest one if it is alone
+        (1, True, [math.nan, math.nan], [2], 2),
     ],
 )
 def test_the_newest_and_the_best_stay(tmp_path, keep, best, scores, kept, chosen):

@@ -18,6 +18,15 @@ def rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def strict_rows(path):
+    """Rows as a reader sees them that knows the standard alone."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 @pytest.mark.parametrize("tensorboard", [True, False])
 def test_one_object_a_step(tmp_path, tensorboard):
     writer = MetricsWriter(tmp_path / "ppo", 0, tensorboard)
@@ -69,6 +78,28 @@ def test_a_text_with_other_line_ends_stays_one_row(tmp_path):
     MetricsWriter(tmp_path, 1, tensorboard=False, report=lambda _: None).close()
     [row] = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text("utf-8").split("\n") if line]
     assert row["response"] == text
+
+
+def test_a_number_that_is_not_finite_is_a_word_in_json(tmp_path):
+    # fails with what Python writes by itself, which jq, JavaScript and databases refuse: seen
+    writer = MetricsWriter(tmp_path, 0, tensorboard=False)
+    writer.write(1, {"grad/norm": jnp.float32(jnp.nan), "loss/total": -jnp.inf, "lr": 0.5})
+    writer.write_samples(1, [{"score": float("inf"), "prompt": "Infinity"}])
+    writer.close()
+    [row] = strict_rows(tmp_path / "metrics.jsonl")
+    assert row == {"step": 1, "grad/norm": "NaN", "loss/total": "-Infinity", "lr": 0.5}
+    assert strict_rows(tmp_path / "samples.jsonl") == [{"step": 1, "score": "Infinity", "prompt": "Infinity"}]
+
+
+def test_words_are_numbers_again_in_a_run_that_continues(tmp_path):
+    # and rows of older versions become JSON
+    old = '{"step": 1, "loss/total": NaN, "lr": 0.5}\n{"step": 2, "loss/total": "-Infinity"}\n'
+    (tmp_path / "metrics.jsonl").write_text(old, encoding="utf-8")
+    writer = MetricsWriter(tmp_path, 2, tensorboard=False)
+    writer.close()
+    assert writer.latest == {"loss/total": -jnp.inf, "lr": 0.5}
+    wanted = [{"step": 1, "loss/total": "NaN", "lr": 0.5}, {"step": 2, "loss/total": "-Infinity"}]
+    assert strict_rows(tmp_path / "metrics.jsonl") == wanted
 
 
 def test_steps_that_an_earlier_run_did_not_write_are_said(tmp_path):

@@ -5,14 +5,13 @@ also as .gz or .zst. The first bytes decide what a file is; where they leave a c
 """
 
 from rlhfjax.data.files.formats import SAMPLE_BY, SUFFIXES, FileFormat, format_of, read_objects, rows_of
-from rlhfjax.data.files.shards import Shards, expanded, find_files, is_data_path
+from rlhfjax.data.files.shards import Shards, find_files, is_data_path
 
 __all__ = [
     "SAMPLE_BY",
     "SUFFIXES",
     "FileFormat",
     "Shards",
-    "expanded",
     "find_files",
     "format_of",
     "is_data_path",

@@ -14,6 +14,7 @@ from pathlib import Path
 from rlhfjax.data.files.formats import SUFFIXES
 from rlhfjax.data.files.opening import without_compression
 from rlhfjax.errors import DataError
+from rlhfjax.places import expanded
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -54,14 +55,6 @@ def is_data_path(source: str) -> bool:
     if without_compression(source.lower()).endswith(SUFFIXES) or _WILD.search(source):
         return True
     return _is_file(expanded(source))
-
-
-def expanded(path: str | Path) -> Path:
-    """A path with `~` replaced. Raises DataError where there is no such home."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise DataError(f"{path}: expected a path, got {error}; write the directory out") from None
 
 
 def find_files(source: str | Path) -> Shards:

@@ -18,6 +18,7 @@ from rlhfjax.integrity import verifying
 from rlhfjax.models import SequenceModel, compute_dtype, model_of
 from rlhfjax.models.heads import with_head, zero_head
 from rlhfjax.models.lora import init_lora, join
+from rlhfjax.plain_json import plain
 from rlhfjax.sharding import processes, state_shardings
 from rlhfjax.training.checkpoint.meta import SCALAR, read_meta, stored_digests
 from rlhfjax.training.checkpoint.steps import put_in_place, unfinished
@@ -41,7 +42,7 @@ def save_model(step_dir: Path, item: str, params: Params, meta: Mapping[str, Any
     }
     items = {
         item: ocp.args.PyTreeSave(params, save_args=pieces),
-        "meta": ocp.args.JsonSave(dict(meta) | {"step": int(step_dir.name)}),
+        "meta": ocp.args.JsonSave(plain(dict(meta) | {"step": int(step_dir.name)})),
     }
     log = logging.getLogger("absl")
     log.addFilter(_not_about_merging)

@@ -1,9 +1,12 @@
 """Which steps stay when a new one is saved."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from rlhfjax.plain_json import number
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,14 @@ def read_figures(step_dir: Path) -> tuple[float | None, Mapping[str, float]]:
         older = step_dir / "metrics" / "metrics"  # where format 1 has the score
         if "metrics" not in meta and older.is_file():
             meta |= json.loads(older.read_text(encoding="utf-8"))
-        return meta.get("score"), meta.get("metrics") or {}
+        metrics = {name: number(value) for name, value in (meta.get("metrics") or {}).items()}
+        return number(meta.get("score")), {name: value for name, value in metrics.items() if value is not None}
     except (OSError, ValueError, AttributeError, TypeError):
         return None, {}
 
 
 def _highest(figures: Mapping[int, float]) -> int | None:
-    return max(figures, key=lambda step: (figures[step], step), default=None)
+    """The step of the highest figure, the newest of equal ones; NaN is below every number."""
+    return max(
+        figures, key=lambda step: (-math.inf if math.isnan(figures[step]) else figures[step], step), default=None
+    )

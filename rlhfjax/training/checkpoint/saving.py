@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 
 from rlhfjax import faults
 from rlhfjax.errors import ConfigError, IntegrityError, RlhfjaxError, Stopped
+from rlhfjax.plain_json import plain
 from rlhfjax.sharding import processes
 from rlhfjax.training.checkpoint import steps as on_disk
 from rlhfjax.training.checkpoint.interrupts import uninterrupted
@@ -93,7 +94,7 @@ class Checkpoints:
         processes.by_first(lambda: self._require_room(step, items), f"room for {step}")
         args: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         described = dict(meta) | {"step": step} | self._retention.figures(score, metrics or {})
-        args["meta"] = ocp.args.JsonSave(described)
+        args["meta"] = ocp.args.JsonSave(plain(described))
         part = on_disk.unfinished(self.directory / str(step))
         with uninterrupted():
             digests = {name: started(tree) for name, tree in items.items()}
