@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
+from rlhfjax.plain_json import dumps
+
 _OPTIONAL = frozenset(
     {
         "prompt",
@@ -38,7 +40,7 @@ def _as_is(value: Any) -> Any:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return dumps(value)
 
 
 def _encode_messages(messages: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -23,6 +23,7 @@ from rlhfjax.data.storage import encode, features
 from rlhfjax.errors import DataError, IntegrityError
 from rlhfjax.integrity import read_manifest as written_files
 from rlhfjax.integrity import require_intact, sync, verifying, write_manifest
+from rlhfjax.plain_json import dumps
 
 VERSION = "1.0.0"
 MANIFEST = "rlhfjax.json"
@@ -60,7 +61,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self, split: str, start: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[Any]:
         digest, count, messages = hashlib.sha256(), 0, 0
         for count, record in enumerate(start(), 1):
-            line = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+            line = dumps(record, sort_keys=True, separators=(",", ":"))
             digest.update(line.encode() + b"\n")
             messages += "messages" in record
             yield count - 1, encode(self.kind, record)
