@@ -1,6 +1,5 @@
 """The Python interface: a trained model to compute with, sample from and score with."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,6 +23,7 @@ from rlhfjax.types import Params, PromptBatch, Rollout
 _NEVER = -1  # an id that no model emits
 _SEEDS = 2**32  # beyond these jax keeps the lower 32 bits alone: other numbers would draw the same
 _MOST = 2**20  # responses of one call
+_HOTTEST, _STEEPEST = 1e6, 100.0  # beyond these a draw is uniform, and a search asks for length alone
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,10 @@ class Model:
         ConfigError when a prompt and `max_new_tokens` do not fit the model's context, or the arguments make no sense.
         """
         self._expect(scalar=False, what="generate")
-        if n < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
+        if n < 1 or max_new_tokens < 1 or not 0 <= temperature <= _HOTTEST or top_k < 0 or not 0 < top_p <= 1:
             raise ConfigError(
-                "generate: expected n >= 1, max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+                f"generate: expected n >= 1, max_new_tokens >= 1, temperature >= 0 (and <= {_HOTTEST:g}), top_k >= 0 "
+                "and 0 < top_p <= 1, got "
                 f"n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, top_p={top_p}"
             )
         if not 0 <= min_p <= 1 or not 0 <= top_log_probs <= self.config.vocab_size:
@@ -138,9 +139,10 @@ class Model:
         """
         self._expect(scalar=False, what="beam_search")
         most = self.config.vocab_size
-        if not 1 <= beams <= most or max_new_tokens < 1 or not 0 <= length_penalty < math.inf:
+        if not 1 <= beams <= most or max_new_tokens < 1 or not 0 <= length_penalty <= _STEEPEST:
             raise ConfigError(
-                f"beam_search: expected beams >= 1 (and <= {most}), max_new_tokens >= 1 and length_penalty >= 0, got "
+                f"beam_search: expected beams >= 1 (and <= {most}), max_new_tokens >= 1 and 0 <= length_penalty "
+                f"<= {_STEEPEST:g}, got "
                 f"beams={beams}, max_new_tokens={max_new_tokens}, length_penalty={length_penalty}"
             )
         if self.tokenizer is None:

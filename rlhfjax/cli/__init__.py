@@ -240,7 +240,9 @@ def _one_way_to_generate(beams: int | None, length_penalty: float | None, sample
 @app.command("import")
 def import_(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face directory, a .gguf file, or smollm2.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The checkpoint directory that is made.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", parser=directory, help="The checkpoint directory that is made.")
+    ],
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="How it is stored: float32 or bfloat16.")] = "float32",
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that was imported before.")] = False,
 ) -> None:
@@ -260,7 +262,9 @@ def export(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CKPT", help="A checkpoint, a stage's directory, or a run's (its last policy).")
     ],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The Hugging Face directory that is made.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", parser=directory, help="The Hugging Face directory that is made.")
+    ],
     item: Annotated[
         str | None, typer.Option(metavar="ITEM", help="policy, average, value or reward.  [default: what it serves]")
     ] = None,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rlhfjax.cli.datasets import DataDir
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.integrity import MANIFEST, check
 from rlhfjax.places import expanded
@@ -21,7 +22,7 @@ def verify(
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH…", help="Checkpoints, stages, runs, exports, data sets or their names.")
     ],
-    data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where prepared data sets are.")] = None,
+    data_dir: DataDir = None,
 ) -> None:
     """Compare files with the digests that were written beside them. Exit code 4 names each that differs.
 

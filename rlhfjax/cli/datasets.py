@@ -26,7 +26,7 @@ def directory(text: str) -> Path:
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as stages.ppo.steps=200.")
 ]
-DataDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Where prepared data sets are.")]
+DataDir = Annotated[Path | None, typer.Option(metavar="DIR", parser=directory, help="Where prepared data sets are.")]
 _KINDS = "document, demonstration, comparison, prompt, rating or unpaired"
 _SHOWN = 20_000  # characters of a record
 _FORMATS = "JSON, JSON lines, CSV, TSV, text, Parquet, also .gz and .zst"
@@ -62,7 +62,8 @@ def prepare(
     ] = None,
     data_dir: DataDir = None,
     cache_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where downloads are kept (movies and chitchat).")
+        Path | None,
+        typer.Option(metavar="DIR", parser=directory, help="Where downloads are kept (movies and chitchat)."),
     ] = None,
 ) -> None:
     """Prepare the movies benchmark, the chitchat conversations, reversed strings, or your own files.
@@ -184,8 +185,10 @@ def inspect(
     """
     if stage is None and run_dir:
         raise ConfigError("--run-dir: expected CONFIG STAGE with it; a data set has no tokenizer")
-    if stage and (data_dir or kind):
-        raise ConfigError("--data-dir and --kind: a configuration says both itself (data_dir); remove them")
+    if stage and (data_dir or kind or layout or mapping):
+        raise ConfigError(
+            "--data-dir, --kind, --layout and --map: a configuration says them itself (data_dir, data); remove them"
+        )
     if stage is None:
         return _show_records(target, index, data_dir, kind, _reading(layout, mapping, sample_by))
     loaded = configuration.load_config(target, pairs(overrides))

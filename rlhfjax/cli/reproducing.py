@@ -9,7 +9,7 @@ from rlhfjax.cli.datasets import directory
 
 
 def reproduce(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a finished run.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", parser=directory, help="The directory of a finished run.")],
     target: Annotated[
         Path | None,
         typer.Option(

@@ -28,7 +28,7 @@ from rlhfjax.config.sections import (
 )
 from rlhfjax.config.upkeep import Checkpoints, Logging, Profile, Reliability
 
-LEAST_TEMPERATURE = 0.01  # of PPO; logits that differ by 0.1 are then e^10 apart in probability
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 100.0  # of PPO; at 0.01 logits that differ by 0.1 are e^10 apart
 
 
 class PretrainingMix(Section):
@@ -235,10 +235,11 @@ class Ppo(Section):
     @model_validator(mode="after")
     def _samples(self):
         s = self.sampling
-        if s.temperature < LEAST_TEMPERATURE:
+        if not LEAST_TEMPERATURE <= s.temperature <= MOST_TEMPERATURE:
+            what = "greedy or next to it" if s.temperature < 1 else "next to uniform"
             raise ValueError(
-                f"sampling.temperature {s.temperature:g} is greedy or next to it: PPO needs samples that differ, give "
-                f"at least {LEAST_TEMPERATURE:g} (1 is the policy itself)"
+                f"sampling.temperature {s.temperature:g} is {what}: PPO needs samples of the policy that differ, give "
+                f"{LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g} (1 is the policy itself)"
             )
         if (s.top_k, s.top_p, s.min_p) != (0, 1.0, 0.0):
             raise ValueError(

@@ -218,9 +218,11 @@ def test_a_controller_may_move_fast_and_a_fixed_coefficient_may_be_zero(load):
     check(load("stages.ppo.kl={controller: fixed, coef: 0.0, horizon: 3.0}"), 1)
 
 
-@pytest.mark.parametrize("temperature", ["0", "1e-38", "0.009"])
+@pytest.mark.parametrize("temperature", ["0", "1e-38", "0.009", "101", "1e300"])
 def test_ppo_wants_samples_that_differ(load, temperature):
-    with pytest.raises(ConfigError, match=r"sampling.temperature .* needs samples that differ, give at least 0.01"):
+    with pytest.raises(
+        ConfigError, match=r"sampling.temperature .* needs samples of the policy that differ, give 0.01 to 100"
+    ):
         load(f"stages.ppo.sampling.temperature={temperature}")
     check(load(f"stages.evaluate.sampling.temperature={temperature}", "stages.ppo.sampling.temperature=0.01"), 1)
 
