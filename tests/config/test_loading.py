@@ -87,7 +87,7 @@ def test_later_overrides_win_and_the_file_stays(small):
         ("stages.pretrain.steps=2.5", "override stages.pretrain.steps: expected a whole number >= 1 or null, got 2.5"),
         ("stages.pretrain.steps='2'", 'override stages.pretrain.steps: expected a whole number >= 1 or null, got "2"'),
         ("model.layers=true", "override model.layers: expected a whole number >= 1, got true"),
-        ("model.family=gpt3", 'override model.family: expected one of gpt1, gpt2, llama, '),
+        ("model.family=gpt3", 'override model.family: expected one of gpt1, gpt2, '),
         ("logging.tensorboard=yes", 'override logging.tensorboard: expected true or false, got "yes"'),
         ("name=5", "override name: expected text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$, got 5"),
         ("name=../up", "override name: expected text that matches"),
