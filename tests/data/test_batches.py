@@ -104,6 +104,28 @@ def test_packing_is_best_fit_decreasing(data, capacity):
     assert sorted(fills) == best_fit_decreasing(lengths, capacity)
 
 
+def packed_by_search(lengths, capacity):
+    """Best-fit decreasing as it is told: look at every space from the row's length on for a bin that has it."""
+    bins, with_space = [], {}
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        need = lengths[row]
+        space = next((s for s in range(need, capacity) if with_space.get(s)), capacity)
+        index = len(bins) if space == capacity else with_space[space].pop()
+        if index == len(bins):
+            bins.append([])
+        bins[index].append(row)
+        with_space.setdefault(space - need, []).append(index)
+    return bins
+
+
+@settings(deadline=None)
+@given(capacity=st.integers(1, 60), data=st.data())
+def test_packing_takes_the_bin_that_a_search_of_all_spaces_finds(capacity, data):
+    # meant to catch another choice among equally full bins: batches of earlier versions would be others
+    lengths = data.draw(st.lists(st.integers(0, capacity), max_size=80))
+    assert pack(np.asarray(lengths, int), capacity) == packed_by_search(lengths, capacity)
+
+
 def test_packing_is_the_same_every_time():
     lengths = np.random.default_rng(0).integers(1, 20, 200)
     assert pack(lengths, 20) == pack(lengths, 20)

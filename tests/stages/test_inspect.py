@@ -74,3 +74,14 @@ def test_without_a_tokenizer_it_says_how_to_make_one(shown, tmp_path):
     message = shown("ppo", run_dir=tmp_path, code=2)
     assert f"{tmp_path} has no tokenizer yet; `rlhfjax run CONFIG --only tokenizer` makes it" in message
     assert "expected a stage of tiny that reads batches, got 'tokenizer'" in shown("tokenizer", code=2)
+
+
+def test_without_a_tokenizer_that_of_the_checkpoint_is_taken(config, finished, files, tmp_path):
+    options = [f"model={{checkpoint: {finished / 'sft'}}}", "stages.pretrain=null", "stages.ppo.ptx=null"]
+    words = ["data", "inspect", str(config), "ppo", *options, "--index", "3", "--run-dir", str(tmp_path / "none")]
+    result = CliRunner().invoke(app, words, prog_name="rlhfjax")
+    assert result.exit_code == 0, result.output
+    tokenizer = Tokenizer.load(finished / "tokenizer")
+    asked = [tokenizer.encode(record["prompt"]) for record in rows_of(files / "prompts.jsonl")]
+    assert result.stdout.splitlines()[2].split() in [["<s>", *tokenizer.pieces(ids)] for ids in asked]
+    assert not (tmp_path / "none").exists()

@@ -9,6 +9,7 @@ import pytest
 from tiny import params_of, tiny
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.stages.tokenizer import shares
 from rlhfjax.stages.tokenizer import tokenizer as tokenizer_stage
 from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.training.checkpoint import Checkpoints, meta_of
@@ -39,3 +40,12 @@ def test_from_a_checkpoint_with_one_and_without(tmp_path):
     assert facts["fingerprint"] == load_tokenizer(PUBLISHED).fingerprint
     with pytest.raises(ConfigError, match="expected a model with a tokenizer"):
         tokenizer_stage(job(tmp_path, checkpoint=str(tmp_path / "without")))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "total", "given"),
+    [([5], 9, [5]), ([5], 3, [3]), ([9, 9, 9], 9, [3, 3, 3]), ([9, 1, 9], 9, [4, 1, 4]), ([2, 7, 1], 6, [2, 3, 1])],
+)
+def test_every_source_gives_its_share_of_the_documents(sizes, total, given):
+    # meant to catch a first source that is large enough for all of them
+    assert shares(sizes, total) == given
