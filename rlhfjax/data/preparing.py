@@ -56,7 +56,7 @@ class FilesBuilder(RecordBuilder, skip_registration=True):
         return self._edit(chain.from_iterable(file.records(tally) for file, tally in each))
 
     def notes(self) -> list[str]:
-        """By split: what the files were taken for where that is not our own layout, and what of them nobody reads."""
+        """What the files were taken for where that is not our own layout, and what of them nobody reads."""
         lines = list(self._said)
         for split, files in self._files.items():
             taken: dict[str, list[tuple[DataFile, Tally]]] = {}
@@ -66,7 +66,8 @@ class FilesBuilder(RecordBuilder, skip_registration=True):
                 total, file = sum((tally for _, tally in held), Tally()), held[0][0]
                 said = [words] if file.identity() else []
                 said += total.words(self.kind, file.layout.omits(self.kind))
-                lines += [f"{split}: {_named(held)}: {line}" for line in said]
+                where = f"{split}: {_named(held)}" if len(self._files) > 1 else _named(held)
+                lines += [f"{where}: {line}" for line in said]
         return lines
 
 

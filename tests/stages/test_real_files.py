@@ -255,7 +255,9 @@ def test_every_format_is_trained_on(written, tmp_path):
     """One step of each stage, whose batch has a row of every file of its kind."""
 
     def sources(*kinds):
-        return [{"source": written[name]} for name, (kind, _, _) in FORMATS.items() if kind in kinds]
+        named = (name for name, (kind, _, _) in FORMATS.items() if kind in kinds)
+        # A tokenizer of our own has no way of writing tools: these are for models with a chat template.
+        return [{"source": written[name]} for name in named if name != "messages with tools"]
 
     demonstrations = sources("demonstration", "unpaired")
     adam = {"lr": 1e-3}
@@ -298,7 +300,11 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
     ("file", "kind", "count"),
     [
         ("hh-rlhf/harmless-base-test.jsonl.gz", "comparison", 2307),
-        ("open-assistant/en_100_tree.jsonl", "demonstration", 546),  # every path to its last answer; 400 of them end there
+        (
+            "open-assistant/en_100_tree.jsonl",
+            "demonstration",
+            546,
+        ),  # every path to its last answer; 400 of them end there
         ("open-assistant/en_100_tree.jsonl", "comparison", 212),
         ("tiny-shakespeare/input.txt", "document", 7222),
     ],
