@@ -277,7 +277,7 @@ def test_every_format_is_trained_on(written, tmp_path):
             "ppo": {
                 "data": sources("prompt"),
                 "steps": 1,
-                "batch": {"size": 8, "epochs": 1, "prompt_length": 128},
+                "batch": {"size": 8, "epochs": 1, "prompt_length": 64},
                 "sampling": {"max_new_tokens": 4},
                 "kl": {"coef": 0.1},
                 "optimizer": adam,
