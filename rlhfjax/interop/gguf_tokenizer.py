@@ -1,4 +1,4 @@
-"""The tokenizer that the metadata of a GGUF file describes."""
+"""The tokenizer that the metadata of a GGUF file describes: SentencePiece with BPE, or a BPE over bytes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 from rlhfjax.errors import IntegrityError
 from rlhfjax.text.huggingface_files import description
 from rlhfjax.text.huggingface_tokenizer import HuggingFaceTokenizer
-from rlhfjax.text.sentencepiece_json import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Piece, tokenizer_json
+from rlhfjax.text.sentencepiece_json import NORMAL, Piece, tokenizer_json
+from rlhfjax.text.word_splitters import BYTES, OF_ARCHITECTURE, SPLITTERS, Splitter, pre_tokenizer
 
 _SPECIAL_IDS = {
     "bos_token": "bos_token_id",
@@ -15,62 +16,63 @@ _SPECIAL_IDS = {
     "pad_token": "padding_token_id",
 }
 
-# How text is cut before pairs are joined: what the published tokenizer.json of each of these models says.
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-_DIGITS = {"type": "Digits", "individual_digits": True}
-
-
-def _cut_by(regex: str) -> dict[str, Any]:
-    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, _BYTE_LEVEL | {"use_regex": False}]}
-
-
-def _words(digits: str) -> str:
-    """Contractions, words, digits, punctuation, and white space up to the next word, as Llama 3 and Qwen 2 cut them."""
-    return (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-        r"\s+(?!\S)|\s+"
-    )
-
-
-_GPT2 = _BYTE_LEVEL | {"use_regex": True}
-_PRE_TOKENIZERS = {
-    "gpt-2": _GPT2,
-    "smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _GPT2]},
-    "llama-bpe": _cut_by(_words(r"\p{N}{1,3}")),
-    "qwen2": _cut_by(_words(r"\p{N}")),
+_JOINS = ("gpt2", "llama", "gemma4")
+_NOT_REBUILT = {
+    "bert": "a WordPiece (BERT)",
+    "t5": "a unigram model (T5)",
+    "rwkv": "of RWKV",
+    "plamo2": "of PLaMo 2",
 }
-_NORMALIZERS = {"qwen2": {"type": "NFC"}}
-_WHOLE_WORDS_FIRST = ("llama-bpe",)  # a word that is in the vocabulary is taken whole, whatever pairs would make of it
-_BEGIN_WITH_BOS = ("llama-bpe",)  # where the file does not say
 
 
 def tokenizer_of_metadata(metadata: Mapping[str, Any]) -> tuple[HuggingFaceTokenizer | None, str]:
-    """The tokenizer, or None and the reason. Raises IntegrityError where the parts do not fit together."""
-    kind, pre = _get(metadata, "model"), _get(metadata, "pre", "")
-    if kind not in ("gpt2", "llama") or (kind == "gpt2" and pre not in _PRE_TOKENIZERS):
-        name = f"{kind!r} with the word splitter {pre!r}" if kind else "none"
-        return None, f"the tokenizer of the file is {name}, which rlhfjax does not rebuild; the model takes ids only"
-    if str(metadata.get("general.architecture", "")).startswith("gemma"):
-        return None, "the scores of a Gemma tokenizer in GGUF are not the order of its pairs; the model takes ids only"
-    pieces = _pieces(metadata)
-    if kind == "gpt2":
-        built, adds_bos = _byte_level(pieces, _get(metadata, "merges", []), pre), pre in _BEGIN_WITH_BOS
+    """The tokenizer and what to know of it, or None and the reason. Raises IntegrityError where parts do not fit."""
+    kind, splitter = _get(metadata, "model"), _splitter(metadata)
+    if kind not in _JOINS or (kind == "gpt2" and splitter is None):
+        return None, _why_not(metadata)
+    pieces, adds_bos = _pieces(metadata), True
+    if kind == "llama":
+        prefix = "always" if _get(metadata, "add_space_prefix", True) else "never"  # after special tokens too
+        built = tokenizer_json(pieces, prefix=prefix)
+    elif splitter is None:  # Gemma's from 4 on: pieces of SentencePiece, with pairs of their own
+        built = tokenizer_json(pieces, prefix="never", merges=_merges(metadata))
     else:
-        built, adds_bos = tokenizer_json(pieces, prefix=_prefix(metadata)), True
+        built, adds_bos = _byte_level(pieces, _merges(metadata), splitter), splitter.begins
     named = {name: _token(metadata, pieces, key) for name, key in _SPECIAL_IDS.items()}
     adds_bos = bool(_get(metadata, "add_bos_token", adds_bos)) and named["bos_token"] is not None
     ends = [index for key in ("eot_token_id", "eom_token_id") if (index := _get(metadata, key)) is not None]
     template = metadata.get("tokenizer.chat_template")
-    return HuggingFaceTokenizer(description(built, named, adds_bos=adds_bos, eos_ids=ends, chat_template=template)), ""
+    made = HuggingFaceTokenizer(description(built, named, adds_bos=adds_bos, eos_ids=ends, chat_template=template))
+    return made, " ".join(made.notes)
+
+
+def _splitter(metadata: Mapping[str, Any]) -> Splitter | None:
+    """How words are cut; None where nothing says so, or nothing is cut."""
+    pre = _get(metadata, "pre") or OF_ARCHITECTURE.get(str(metadata.get("general.architecture")))
+    return SPLITTERS.get(str(pre)) if _get(metadata, "model") == "gpt2" else None
+
+
+def _why_not(metadata: Mapping[str, Any]) -> str:
+    kind, pre = _get(metadata, "model"), _get(metadata, "pre")
+    if kind in _NOT_REBUILT:
+        name = f"{_NOT_REBUILT[kind]}, which rlhfjax does not rebuild"
+    elif kind == "gpt2":
+        known = ", ".join(sorted(SPLITTERS))
+        named = f"the word splitter {pre!r}" if pre else "no word splitter (tokenizer.ggml.pre; convert the model anew)"
+        name = f"a BPE over bytes with {named}; rlhfjax knows {known}"
+    else:
+        name = f"{kind!r}; rlhfjax knows {', '.join(_JOINS)}" if kind else "none"
+    return f"the tokenizer of the file is {name}; the model takes ids only"
+
+
+def _merges(metadata: Mapping[str, Any]) -> list[list[str]]:
+    """Pairs, written with a space between; their first part may itself begin with one."""
+    cut = [(merge, merge.find(" ", 1)) for merge in _get(metadata, "merges", [])]
+    return [[merge[:at], merge[at + 1 :]] for merge, at in cut]
 
 
 def _get(metadata: Mapping[str, Any], key: str, otherwise: Any = None) -> Any:
     return metadata.get(f"tokenizer.ggml.{key}", otherwise)
-
-
-def _prefix(metadata: Mapping[str, Any]) -> str:
-    return "first" if _get(metadata, "add_space_prefix", True) else "never"
 
 
 def _pieces(metadata: Mapping[str, Any]) -> list[Piece]:
@@ -92,32 +94,13 @@ def _token(metadata: Mapping[str, Any], pieces: list[Piece], key: str) -> str | 
     return None if index is None else pieces[index].text
 
 
-def _byte_level(pieces: list[Piece], merges: list[str], pre: str) -> dict[str, Any]:
+def _byte_level(pieces: list[Piece], merges: list[list[str]], splitter: Splitter) -> dict[str, Any]:
     """tokenizer.json of a BPE over bytes (Radford et al. 2019)."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": index, "content": piece.text, **flags, "special": piece.kind != USER_DEFINED}
-            for index, piece in enumerate(pieces)
-            if piece.kind in (UNKNOWN, CONTROL, USER_DEFINED)
-        ],
-        "normalizer": _NORMALIZERS.get(pre),
-        "pre_tokenizer": _PRE_TOKENIZERS[pre],
-        "post_processor": None,
-        "decoder": _GPT2,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": pre in _WHOLE_WORDS_FIRST,
-            "vocab": {piece.text: index for index, piece in enumerate(pieces)},
-            "merges": [merge.split(" ", 1) for merge in merges],
-        },
+    built = tokenizer_json(pieces, prefix="never", space=" ", merges=merges)
+    model = {"unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": splitter.whole_words}
+    return built | {
+        "normalizer": splitter.normalizer,
+        "pre_tokenizer": pre_tokenizer(splitter),
+        "decoder": BYTES | {"use_regex": True},
+        "model": built["model"] | model,
     }

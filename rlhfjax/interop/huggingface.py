@@ -21,6 +21,8 @@ from rlhfjax.interop.pretrained import Pretrained, names_of
 from rlhfjax.interop.safetensors_files import DTYPES, Tensor, read_header, read_tensor
 from rlhfjax.interop.text_parts import text_config, text_tensors
 from rlhfjax.models import DecoderConfig
+from rlhfjax.text.huggingface_files import source_of
+from rlhfjax.text.huggingface_tokenizer import HuggingFaceTokenizer
 from rlhfjax.text.loading import AnyTokenizer, load_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -71,7 +73,8 @@ def open_directory(directory: Path) -> Pretrained:
         return read_matrix(found[name], name)
 
     role = "reward" if scalar else "policy"
-    return Pretrained(config, role, _tokenizer(directory, config), wanted, read, head, notes + _notes_on(config))
+    tokenizer, of_tokenizer = _tokenizer(directory, config)
+    return Pretrained(config, role, tokenizer, wanted, read, head, notes + _notes_on(config) + of_tokenizer)
 
 
 def _without_code(directory: Path, described: dict[str, Any]) -> tuple[str, ...]:
@@ -216,16 +219,21 @@ def _same_as_embedding(found: Mapping[str, Tensor], wanted: tuple[Weight, ...], 
         return all(first.read(size) == second.read(size) for size in sizes)
 
 
-def _tokenizer(directory: Path, config: DecoderConfig) -> AnyTokenizer | None:
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return None
+def _tokenizer(directory: Path, config: DecoderConfig) -> tuple[AnyTokenizer | None, tuple[str, ...]]:
+    """The tokenizer, and what its user has to know of it."""
+    names = source_of(directory)
+    if not names:
+        return None, ("no tokenizer.json, tokenizer.model or vocab.json with merges.txt; the model takes ids only",)
     tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise IntegrityError(
             f"{directory}: expected a tokenizer of at most {config.vocab_size} ids (vocab_size of config.json), got "
             f"{tokenizer.vocab_size}; is it the tokenizer of this model?"
         )
-    return tokenizer
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer, ()
+    read = () if names == ("tokenizer.json",) else (f"the tokenizer is read from {' and '.join(names)}",)
+    return tokenizer, read + tokenizer.notes
 
 
 def _check_links(directory: Path) -> None:

@@ -24,17 +24,26 @@ def prefixes_every_part(tokenizer: Mapping[str, Any]) -> bool:
     return any(
         part["type"] == "Prepend" or part.get("prepend_scheme") == "always" or part.get("add_prefix_space", False)
         for step in ("normalizer", "pre_tokenizer")
-        for part in _parts(tokenizer.get(step))
+        for part in parts_of(tokenizer.get(step))
     )
 
 
-def _parts(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+def parts_of(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
     """A step, and all that are in it."""
     if part is not None:
         yield part
         for key in _PARTS:
             for each in part.get(key, ()):
-                yield from _parts(each)
+                yield from parts_of(each)
+
+
+def taking_prefix(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer.json whose decoder takes away the space that a BPE over bytes was told to put before a text."""
+    if not any(part.get("add_prefix_space") for part in parts_of(tokenizer.get("pre_tokenizer"))):
+        return dict(tokenizer)
+    steps = [step for step in (tokenizer.get("decoder"),) if step and step["type"] == "ByteLevel"]
+    taken = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    return {**tokenizer, "decoder": {"type": "Sequence", "decoders": steps + taken}} if steps else dict(tokenizer)
 
 
 def _without(part: Mapping[str, Any] | None, step: str) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
 """The tokenizer of a Hugging Face directory, as one description, and back.
 
-What a model does with text is spread over files: tokenizer.json (or a SentencePiece tokenizer.model alone) holds the
-vocabulary, tokenizer_config.json and special_tokens_map.json name special tokens, chat_template.jinja is its way to
-write a conversation, and generation_config.json (or else config.json) says which ids end an answer.
+What a model does with text is spread over files: tokenizer.json holds the vocabulary (or a SentencePiece
+tokenizer.model alone, or vocab.json with merges.txt), tokenizer_config.json and special_tokens_map.json name special
+tokens, chat_template.jinja is its way to write a conversation, and generation_config.json (or else config.json) says
+which ids end an answer.
 """
 
 import json
@@ -13,8 +14,10 @@ from typing import Any
 import tokenizers
 
 from rlhfjax.errors import ConfigError, IntegrityError
-from rlhfjax.text.sentencepiece_json import tokenizer_json_of_model
+from rlhfjax.text.pair_files import class_of, named_by, tokenizer_json_of_pairs
+from rlhfjax.text.sentencepiece_json import named_by_model, tokenizer_json_of_model
 
+PAIR_FILES = ("vocab.json", "merges.txt")
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _LARGEST = 1 << 28  # bytes of one file; the largest tokenizer.json in use has under 40 MB
 
@@ -46,21 +49,19 @@ def read_files(directory: Path) -> dict[str, Any]:
     Raises ConfigError where there is none or its kind is unknown, IntegrityError on a file that cannot be read.
     """
     config = _json(directory / "tokenizer_config.json")
-    if (directory / "tokenizer.json").is_file():
-        tokenizer = _json(directory / "tokenizer.json")
-    elif (directory / "tokenizer.model").is_file():
-        tokenizer = tokenizer_json_of_model(_bytes(directory / "tokenizer.model"), legacy=bool(config.get("legacy")))
-    else:
-        raise ConfigError(f"expected tokenizer.json or tokenizer.model in {directory}, got neither; fetch one of them")
-    named = {**_json(directory / "special_tokens_map.json"), **config}
+    tokenizer, defaults = _vocabulary(directory, config)
+    named = {**defaults, **_json(directory / "special_tokens_map.json"), **config}
     try:
         named = {name: _content(named.get(name)) for name in NAMED}
         _add_tokens(tokenizer, config.get("added_tokens_decoder") or {}, [token for token in named.values() if token])
         adds_bos = config.get("add_bos_token")
+        if adds_bos is None:  # SentencePiece's models with BPE begin with BOS, as Llama's
+            of_model = source_of(directory) == ("tokenizer.model",) and named["bos_token"] is not None
+            adds_bos = of_model or _adds_first(tokenizer, named["bos_token"])
         return description(
             tokenizer,
             named,
-            adds_bos=_adds_first(tokenizer, named["bos_token"]) if adds_bos is None else bool(adds_bos),
+            adds_bos=bool(adds_bos),
             eos_ids=_end_ids(directory),
             chat_template=_chat_template(directory, config),
         )
@@ -69,6 +70,31 @@ def read_files(directory: Path) -> dict[str, Any]:
             f"{directory}: expected the files of a tokenizer, got other JSON ({type(error).__name__}: {error}); fetch "
             "tokenizer.json and tokenizer_config.json again"
         ) from error
+
+
+def source_of(directory: Path) -> tuple[str, ...]:
+    """The names of the files of a directory that hold the vocabulary; none where there is no tokenizer."""
+    kinds = (("tokenizer.json",), ("tokenizer.model",), PAIR_FILES)
+    return next((names for names in kinds if all((directory / name).is_file() for name in names)), ())
+
+
+def _vocabulary(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """tokenizer.json, read or made of other files, and the special tokens that go without saying."""
+    names = source_of(directory)
+    if names == ("tokenizer.json",):
+        return _json(directory / names[0]), {}
+    if names == ("tokenizer.model",):
+        model = _bytes(directory / names[0])
+        return tokenizer_json_of_model(model, legacy=bool(config.get("legacy"))), named_by_model(model)
+    if not names:
+        raise ConfigError(
+            f"expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt in {directory}, got none of "
+            "them; fetch one"
+        )
+    name = class_of(str(directory), config, _json(directory / "config.json"))
+    vocab, added = _json(directory / "vocab.json"), _json(directory / "added_tokens.json")
+    merges = directory / "merges.txt"
+    return tokenizer_json_of_pairs(str(merges), name, vocab, _text(merges), added, config), named_by(name)
 
 
 def files(described: Mapping[str, Any]) -> dict[str, str]:
@@ -99,6 +125,8 @@ def _add_tokens(tokenizer: dict[str, Any], more: Mapping[str, Any], named: list[
     added = {int(token["id"]): token for token in tokenizer.get("added_tokens") or []}
     for index, token in more.items():
         added[int(index)] = {**_FLAGS, **{key: token[key] for key in _FLAGS if key in token}, "id": int(index)}
+    # What ends or begins a text is special, whatever the file says: no text may spell it.
+    added = {at: {**token, "special": token["special"] or token["content"] in named} for at, token in added.items()}
     known = {token["content"] for token in added.values()}
     for content in named:
         if content not in known:

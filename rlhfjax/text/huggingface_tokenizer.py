@@ -1,9 +1,10 @@
 """Tokenizers of published models, on the library `tokenizers`; their special tokens cannot be spelled by any text.
 
-Ids are those of transformers' AutoTokenizer, with one difference that is meant: transformers turns "<|im_end|>" in a
+Ids are those of transformers' AutoTokenizer, with two differences that are meant. transformers turns "<|im_end|>" in a
 text into the special token, so that whoever writes a message can end it and speak for somebody else. Here the special
 tokens are *sealed*. In memory each has a name with a random part, in the vocabulary too, and only what the chat
-template writes is translated to those names. Text that says "<|im_end|>" stays text, as with SentencePiece.
+template writes is translated to those names. Text that says "<|im_end|>" stays text, as with SentencePiece. And where
+the vocabulary writes spaces as U+2581, that letter in a text is spelled in bytes, and comes back.
 
 `eos_id` is the id that ends a response in training: the special token that the chat template writes after an answer,
 or else the model's end of text. Generation stops at any of `end_ids`: that one, and all that the model's files name.
@@ -22,10 +23,13 @@ from typing import Any
 import tokenizers
 
 from rlhfjax.errors import ConfigError, DataError, IntegrityError
-from rlhfjax.text.continuation import prefixes_every_part, without_prefix
+from rlhfjax.text.continuation import prefixes_every_part, taking_prefix, without_prefix
 from rlhfjax.text.huggingface_files import files, read_files
+from rlhfjax.text.sentencepiece_json import SPACE
+from rlhfjax.text.space_symbol import Spelling, encode, spelling
 from rlhfjax.text.templates import ChatTemplate
 from rlhfjax.text.tokenizer import check_unicode, write_atomically
+from rlhfjax.text.unkept import unkept
 
 DIGEST_FILE = "tokenizer.sha256"
 
@@ -46,7 +50,7 @@ class HuggingFaceTokenizer:
         self.description = dict(described)
         try:
             self._seal = {token: f"{token}{secrets.token_hex(16)}" for token in _special(described["tokenizer"])}
-            sealed = _sealed(described["tokenizer"], self._seal)
+            sealed = _sealed(taking_prefix(described["tokenizer"]), self._seal)
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(sealed))
             ids = {token: self._tokenizer.token_to_id(name) for token, name in self._seal.items()}
             self._special = {token: index for token, index in ids.items() if index is not None}
@@ -127,6 +131,12 @@ class HuggingFaceTokenizer:
         found = self._special_text.search(after)
         return self._special[found[0]] if found else self.eos_ids[0]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What this tokenizer does to texts so that they do not come back as they were, for whoever imports it."""
+        changes = unkept(self.description["tokenizer"])
+        return (f"the model's tokenizer does not keep every text: it {', '.join(changes)}",) if changes else ()
+
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
         """Every id that ends a response: `eos_id` first, then the others that the model's files name."""
@@ -135,13 +145,11 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens. Raises DataError on a lone surrogate."""
         check_unicode(text)
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return encode(self._tokenizer, text, self._spelling)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
-        for text in texts:
-            check_unicode(text)
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return self._batch(self._tokenizer, texts)
 
     def encode_continuation(self, text: str, after: int | None = None) -> list[int]:
         """Ids of a text that goes on after other text: no space is put before it. Raises DataError as `encode`.
@@ -150,13 +158,11 @@ class HuggingFaceTokenizer:
         known: text that follows a special token begins anew where the tokenizer puts a space before every such text.
         """
         check_unicode(text)
-        return self._after(after).encode(text, add_special_tokens=False).ids
+        return encode(self._after(after), text, self._spelling)
 
     def encode_continuation_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode_continuation` of each text."""
-        for text in texts:
-            check_unicode(text)
-        return [encoding.ids for encoding in self._continuing.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return self._batch(self._continuing, texts)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> list[int]:
         """Ids of a conversation by the model's template, with the beginning of an answer after it if asked for.
@@ -181,7 +187,7 @@ class HuggingFaceTokenizer:
         sealed = self._special_text.sub(lambda found: self._seal[found[0]], written)
         for token, name in spelled.items():
             sealed = sealed.replace(name, token)
-        return self._tokenizer.encode(sealed, add_special_tokens=False).ids
+        return encode(self._tokenizer, sealed, self._spelling)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens dropped; bytes that are no UTF-8 (a cut character) become U+FFFD.
@@ -198,6 +204,20 @@ class HuggingFaceTokenizer:
         """What each id stands for, as the vocabulary writes it ("Ġthe", "<|im_end|>"): for labels and tables."""
         names = {index: token for token, index in self._special.items()}
         return [names.get(int(token)) or self._tokenizer.id_to_token(int(token)) or "" for token in ids]
+
+    def _batch(self, tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            check_unicode(text)
+        made = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if self._spelling:
+            for place, text in enumerate(texts):
+                if SPACE in text:
+                    made[place] = encode(tokenizer, text, self._spelling)
+        return made
+
+    @cached_property
+    def _spelling(self) -> Spelling | None:
+        return spelling(self._tokenizer)
 
     def _known(self, ids: Iterable[int]) -> list[int]:
         ids = [int(token) for token in ids]
@@ -258,6 +278,8 @@ def _sealed(tokenizer: Mapping[str, Any], seal: Mapping[str, str]) -> dict[str, 
         model["vocab"] = [[seal.get(token, token), score] for token, score in vocab]
     else:
         model["vocab"] = {seal.get(token, token): index for token, index in vocab.items()}
+        # The library numbers added tokens itself where the vocabulary does not: others than the file, after a gap.
+        model["vocab"] |= {token["content"]: token["id"] for token in added if token["content"] not in model["vocab"]}
     if model.get("unk_token") in seal:
         model["unk_token"] = seal[model["unk_token"]]
     if "merges" in model:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfjax.errors import ConfigError, IntegrityError
-from rlhfjax.text.huggingface_files import description, files
+from rlhfjax.text.huggingface_files import description, files, source_of
 from rlhfjax.text.huggingface_tokenizer import HuggingFaceTokenizer
 from rlhfjax.text.sentencepiece_json import SPACE, Piece, read_model, tokenizer_json
 from rlhfjax.text.tokenizer import MODEL_FILE, Tokenizer
@@ -22,12 +22,12 @@ CHAT_TEMPLATE = (
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> AnyTokenizer:
-    """The tokenizer in a directory of this project or of Hugging Face (tokenizer.json, or tokenizer.model alone).
+    """The tokenizer in a directory of this project or of Hugging Face (tokenizer.json, tokenizer.model, or two files).
 
     Raises ConfigError where there is none, IntegrityError on one that is broken.
     """
     directory = Path(directory)
-    if (directory / "tokenizer.json").is_file():
+    if source_of(directory) not in ((), (MODEL_FILE,)):
         return HuggingFaceTokenizer.load(directory)
     try:
         return Tokenizer.load(directory)

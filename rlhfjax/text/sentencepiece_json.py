@@ -40,6 +40,13 @@ def read_model(model: bytes) -> tuple[list[Piece], Any]:
     return [Piece(piece.piece, piece.score, piece.type) for piece in proto.pieces], proto
 
 
+def named_by_model(model: bytes) -> dict[str, str]:
+    """The special tokens that a serialised model has: bos_token, eos_token, unk_token, pad_token."""
+    pieces, proto = read_model(model)
+    ids = {name: getattr(proto.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk", "pad")}
+    return {f"{name}_token": pieces[index].text for name, index in ids.items() if 0 <= index < len(pieces)}
+
+
 def tokenizer_json_of_model(model: bytes, legacy: bool = False) -> dict[str, Any]:
     """tokenizer.json of a serialised BPE model, with its own normalisation.
 
@@ -71,26 +78,40 @@ def tokenizer_json_of_model(model: bytes, legacy: bool = False) -> dict[str, Any
 
 
 def tokenizer_json(
-    pieces: Sequence[Piece], *, prefix: str, normalizers: Sequence[dict[str, Any]] = (), space: str = SPACE
+    pieces: Sequence[Piece],
+    *,
+    prefix: str,
+    normalizers: Sequence[dict[str, Any]] = (),
+    space: str = SPACE,
+    merges: Sequence[list[str]] | None = None,
 ) -> dict[str, Any]:
     """tokenizer.json of the pieces of a BPE model.
 
-    `prefix` says where a space is put before a text: never, first or always. `space` is how the pieces write one; where
-    that is a space itself, nothing is replaced in the text.
+    `prefix` says where a space is put before a text: never, first (at its very beginning) or always (after special
+    tokens too). A text that begins with a space gets another, as SentencePiece does it, or it would lose its own.
+    `space` is how the pieces write one; where that is a space itself, nothing is replaced in the text. `merges` are the
+    pairs, best first, where they do not follow from the scores.
     """
     decoders: list[dict[str, Any]] = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    steps, cuts = list(normalizers), []
+    if prefix == "always":
+        steps.append({"type": "Prepend", "prepend": space})
     if space != " ":
         decoders.insert(0, {"type": "Replace", "pattern": {"String": space}, "content": " "})
+        steps.append({"type": "Replace", "pattern": {"String": " "}, "content": space})
+    if prefix == "first":
+        # Metaspace alone knows where a text begins. It puts nothing before what begins with its own letter: no text
+        # does when that is a space, since all are written otherwise by then.
+        cuts = [_metaspace(" ", "first"), _metaspace(space, "never")]
     if prefix != "never":
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    metaspace = {"type": "Metaspace", "replacement": space, "prepend_scheme": prefix, "split": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [_added_token(index, piece) for index, piece in enumerate(pieces) if piece.kind in _ADDED],
-        "normalizer": {"type": "Sequence", "normalizers": list(normalizers)} if normalizers else None,
-        "pre_tokenizer": metaspace if space != " " else None,
+        "normalizer": {"type": "Sequence", "normalizers": steps} if steps else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts} if cuts else None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
@@ -103,9 +124,13 @@ def tokenizer_json(
             "byte_fallback": any(piece.kind == BYTE for piece in pieces),
             "ignore_merges": False,
             "vocab": {piece.text: index for index, piece in enumerate(pieces)},
-            "merges": list(_merges(pieces)),
+            "merges": list(_merges(pieces) if merges is None else merges),
         },
     }
+
+
+def _metaspace(letter: str, prefix: str) -> dict[str, Any]:
+    return {"type": "Metaspace", "replacement": letter, "prepend_scheme": prefix, "split": False}
 
 
 _ADDED = (UNKNOWN, CONTROL, USER_DEFINED)

@@ -1,6 +1,7 @@
 """GGUF files that the package `gguf` writes, with its own names of tensors and keys, read back."""
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from rlhfjax.interop.pretrained import load_parameters, names_of
 from rlhfjax.interop.tensors import tensor_of
 from rlhfjax.models import LanguageModel
 from rlhfjax.text.chat import encode_prompt
-from rlhfjax.text.sentencepiece_json import read_model
+from rlhfjax.text.sentencepiece_json import read_model, tokenizer_json
 from tests.tiny import params_of
 
 TOKENIZERS = Path(__file__).parents[1] / "golden" / "tokenizers"
@@ -359,11 +360,54 @@ def test_sentence_piece_tokenizer_of_metadata(tmp_path):
     assert encode_prompt(tokenizer, {"prompt": "a"}) == expected["beginning"]
 
 
-def test_tokenizers_that_are_not_rebuilt(tmp_path):
-    tokenizer, note = tokenizer_of_metadata(metadata_of(tmp_path, byte_level_metadata("tekken")))
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"pre": "nonsuch"}, "the word splitter 'nonsuch'; rlhfjax knows a.x-4.0, .*, youtu; the model takes ids only"),
+        ({"pre": None}, "no word splitter .*convert the model anew"),
+        ({"model": "bert"}, r"a WordPiece \(BERT\), which rlhfjax does not rebuild"),
+        ({"model": "t5"}, r"a unigram model \(T5\)"),
+        ({"model": "nonsuch"}, "'nonsuch'; rlhfjax knows gpt2, llama, gemma4"),
+        ({"model": None}, "is none; the model takes ids only"),
+    ],
+)
+def test_tokenizers_that_are_not_rebuilt(tmp_path, changes, expected):
+    metadata = metadata_of(tmp_path, byte_level_metadata())
+    changed = metadata | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    tokenizer, note = tokenizer_of_metadata(changed)
     assert tokenizer is None
-    assert "word splitter 'tekken'" in note
-    assert tokenizer_of_metadata({})[0] is None
+    assert re.search(expected, note)
+
+
+def test_a_file_without_a_splitter_has_that_of_its_architecture(tmp_path):
+    # NeoX cuts as GPT-2 does, and composes accents first (its published tokenizer.json)
+    metadata = metadata_of(tmp_path, byte_level_metadata("gpt-2"))
+    old = metadata | {"tokenizer.ggml.pre": None, "general.architecture": "gptneox"}
+    tokenizer, _ = tokenizer_of_metadata(old)
+    named, _ = tokenizer_of_metadata(metadata)
+    assert tokenizer.encode("room 12 e\u0301") == named.encode("room 12 \u00e9")
+
+
+def test_sentence_piece_without_a_space_before_text_and_with_pairs_of_its_own(tmp_path):
+    # as Gemma's: add_space_prefix false, bytes, and from Gemma 4 on a list of pairs; SentencePiece has the ids
+    import sentencepiece
+
+    model = (TOKENIZERS / "sentence_piece" / "tokenizer.model").read_bytes()
+    own = sentencepiece.SentencePieceProcessor(model_proto=model)
+    bare = metadata_of(tmp_path, [*sentence_piece_metadata(), ("add_add_space_prefix", False)])
+    pairs = tokenizer_json(read_model(model)[0], prefix="never")["model"]["merges"]
+    listed = bare | {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in pairs],
+        "tokenizer.ggml.scores": None,
+    }
+    for metadata in (bare | {"general.architecture": "gemma2"}, listed):
+        tokenizer, note = tokenizer_of_metadata(metadata)
+        assert not note
+        for text in (" begins", "the answer,\n\n  the  labeler\n", "\u6c34 \U0001f642\tx", "a <mark> b"):
+            # SentencePiece puts a space before: a newline first takes the place of what it could join with
+            assert tokenizer.encode(text) == own.encode("\n" + text)[2:]
+            assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize(

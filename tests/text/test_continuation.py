@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from rlhfjax.text.huggingface_tokenizer import HuggingFaceTokenizer
 from rlhfjax.text.loading import load_tokenizer
+from rlhfjax.text.unkept import unkept
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizers"
 METASPACE = {"type": "Metaspace", "replacement": "\u2581", "split": False}
@@ -30,14 +31,24 @@ def sentence_piece(**parts):
     return HuggingFaceTokenizer(described | {"tokenizer": described["tokenizer"] | parts})
 
 
+def byte_level(**parts):
+    described = load_tokenizer(GOLDEN / "byte_level").description
+    return HuggingFaceTokenizer(described | {"tokenizer": described["tokenizer"] | parts})
+
+
 KINDS = {
     "own": lambda: load_tokenizer(GOLDEN / "own" / "own"),
     "byte level": lambda: load_tokenizer(GOLDEN / "byte_level"),
     "tokenizer.model": lambda: load_tokenizer(GOLDEN / "sentence_piece"),
-    "first": lambda: sentence_piece(pre_tokenizer=METASPACE | {"prepend_scheme": "first"}),
-    "always": lambda: sentence_piece(pre_tokenizer=METASPACE | {"prepend_scheme": "always"}),
+    "byte level with a space": lambda: byte_level(
+        pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    ),
+    "first": lambda: sentence_piece(normalizer=None, pre_tokenizer=METASPACE | {"prepend_scheme": "first"}),
+    "always": lambda: sentence_piece(normalizer=None, pre_tokenizer=METASPACE | {"prepend_scheme": "always"}),
     "never": lambda: sentence_piece(
-        pre_tokenizer=METASPACE | {"prepend_scheme": "never"}, decoder={"type": "Sequence", "decoders": STRIPPED[:3]}
+        normalizer=None,
+        pre_tokenizer=METASPACE | {"prepend_scheme": "never"},
+        decoder={"type": "Sequence", "decoders": STRIPPED[:3]},
     ),
     "prepended": lambda: sentence_piece(normalizer={"type": "Sequence", "normalizers": LLAMA_2}, pre_tokenizer=None),
 }
@@ -48,8 +59,11 @@ def kind(request):
     return KINDS[request.param]()
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(st.text("a \n\tthe水🙂.", max_size=12).map("do".__add__), st.text("a \n\tthe水🙂.", max_size=12))
+LETTERS = "a \n\tthe\u6c34\U0001f642.\u2581"
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(st.text(LETTERS, max_size=12).map("do".__add__), st.text(LETTERS, max_size=12))
 @example("do?", " It")
 @example("do?", "It")
 @example("do ", "It")
@@ -57,9 +71,57 @@ def kind(request):
 @example("do", "    return x\n    ")
 @example("do", "")
 @example("do", " ")
+@example("do \u2581\U000f0000", "\u2581\u2581 \U000f0000x")
 def test_ids_of_prompt_and_response_are_their_text(kind, prompt, response):
     # fails if a response is encoded as a text of its own (first, always, prepended, tokenizer.model): seen
     asked, answer = kind.encode(prompt), kind.encode_continuation(response)
     assert kind.decode([*asked, *answer]) == prompt + response
     assert kind.decode(asked) + kind.decode_continuation(answer) == prompt + response
     assert kind.encode_continuation_batch([response]) == [answer]
+
+
+@pytest.mark.parametrize("name", ["own", "byte level", "tokenizer.model", "never", "prepended"])
+@pytest.mark.parametrize("prompt", [" do", "  do", "\u2581do", "\n do"])
+def test_a_prompt_that_begins_with_a_space_keeps_it(name, prompt):
+    # fails with Metaspace, which puts no space before one: seen
+    tokenizer = KINDS[name]()
+    assert tokenizer.decode(tokenizer.encode(prompt) + tokenizer.encode_continuation(" x")) == prompt + " x"
+
+
+@pytest.mark.parametrize("name", ["always", "prepended"])
+def test_text_after_a_special_token_begins_anew_where_the_tokenizer_has_it_so(name):
+    # "</s>the answer" in one piece, as transformers splits it, has a space before "the" that nobody wrote
+    tokenizer = KINDS[name]()
+    template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    chat = HuggingFaceTokenizer(tokenizer.description | {"chat_template": template})
+    whole = chat.encode_chat([{"role": "user", "content": "do"}, {"role": "assistant", "content": "the answer"}], False)
+    after = whole.index(chat.eos_id)
+    response = whole[after + 1 : -1]
+    assert chat.encode_continuation("the answer", after=whole[after]) == response
+    assert chat.decode_continuation(response, after=whole[after]) == "the answer"
+    assert chat.encode_continuation("the answer", after=whole[0]) != response
+    assert chat.decode_continuation(response, after=whole[0]) == " the answer"
+
+
+@pytest.mark.parametrize(
+    ("parts", "changes"),
+    [
+        ({}, ()),
+        ({"normalizer": {"type": "NFC"}}, ("writes it in NFC",)),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, {"type": "NFKC"}]}},
+            ("lower-cases it", "writes it in NFKC"),
+        ),
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}},
+            ("replaces ' {2,}' by ' '",),
+        ),
+        ({"pre_tokenizer": METASPACE | {"prepend_scheme": "first"}}, ("drops a space at its very beginning",)),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, ("drops its white space",)),
+    ],
+)
+def test_what_of_a_text_is_not_kept_is_said(parts, changes):
+    tokenizer = sentence_piece(**parts)
+    assert unkept(tokenizer.description["tokenizer"]) == changes
+    assert all(change in tokenizer.notes[0] for change in changes)
+    assert bool(tokenizer.notes) == bool(changes)

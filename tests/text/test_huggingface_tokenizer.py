@@ -268,6 +268,22 @@ def test_padding_with_a_letter_leaves_the_letter_alone(chatml, tmp_path):
     assert tokenizer.encode("Hi!") == chatml.encode("Hi!")
 
 
+def test_a_model_of_sentence_piece_alone_names_its_own_ends(tmp_path):
+    # no other file; fails ("expected a tokenizer with ends of text") if only the named ones are asked: seen
+    shutil.copy(GOLDEN / "sentence_piece" / "tokenizer.model", tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.end_ids) == (1, 2, 0, (2,))
+    assert encode_prompt(tokenizer, {"prompt": "a"}) == [1, *tokenizer.encode("a")]
+
+
+def test_an_end_that_only_the_configuration_of_the_model_names(tmp_path):
+    shutil.copytree(GOLDEN / "byte_level", tmp_path / "t")
+    (tmp_path / "t" / "generation_config.json").unlink()
+    (tmp_path / "t" / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "t" / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert load_tokenizer(tmp_path / "t").end_ids == (ENDOFTEXT,)
+
+
 @pytest.mark.parametrize(
     ("generation", "config", "expected"),
     [
