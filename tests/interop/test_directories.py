@@ -119,7 +119,9 @@ def test_of_a_model_with_pictures_the_language_model_is_read_and_the_rest_is_nam
     directory = publish(tmp_path / "pictures", "gemma3", tensors)
     (directory / "config.json").write_text(json.dumps(around))
     opened = open_directory(directory)
-    assert opened.notes == ("the language model of Gemma3ForConditionalGeneration alone, without its vision_tower",)
+    said, no_tokenizer = opened.notes
+    assert said == "the language model of Gemma3ForConditionalGeneration alone, without its vision_tower"
+    assert "no tokenizer.json" in no_tokenizer  # and not without a word
     assert_same_trees(load_parameters(opened), load_parameters(open_directory(publish(tmp_path / "text", "gemma3"))))
     sparse = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "model_type": "gemma3_text"}
     found = config_of(text_config(around | {"text_config": sparse}))
