@@ -21,7 +21,8 @@ def plain(value: Any) -> Any:
 
 def dumps(value: Any, **how: Any) -> str:
     """`json.dumps` of `plain(value)`, text as it is; `how` are other arguments of it."""
-    return json.dumps(plain(value), allow_nan=False, **{"ensure_ascii": False} | how)
+    settings: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False} | how
+    return json.dumps(plain(value), **settings)
 
 
 def number(value: Any) -> float | None:

@@ -72,6 +72,14 @@ def test_settings(refused, override, expected):
     assert expected in refused(2, override, *more)
 
 
+def test_a_warm_up_that_outlasts_the_epochs(refused):
+    # 40 demonstrations packed into rows of 24 are few batches of 16. Fails where it is asked with `steps` alone: seen
+    epochs = ["stages.sft.steps=null", "stages.sft.epochs=1"]
+    message = refused(2, *epochs, "stages.sft.optimizer.warmup_steps=40")
+    assert "stages.sft.optimizer.warmup_steps 40 is more than its " in message
+    assert "updates; give fewer, or more epochs" in message
+
+
 def test_a_key_given_twice(refused, tmp_path):
     path = tmp_path / "twice.yaml"
     path.write_text("name: one\nmodel: {layers: 1}\nname: two\n", encoding="utf-8")
