@@ -98,7 +98,9 @@ def parse_size(text: str) -> int:
 
 def _described(config: DecoderConfig, params: Params, tokenizer: AnyTokenizer | None, dtype: str) -> dict[str, Any]:
     """config.json."""
-    described = hf_config(config, scalar="head" in params) | {"dtype": dtype}
+    # Without a tokenizer none: the default of a class there may lie beyond a small vocabulary.
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    described = hf_config(config, scalar="head" in params) | {"dtype": dtype} | none
     if tokenizer is not None:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         described |= ids
