@@ -1,9 +1,11 @@
 """The Python interface: a trained model to compute with, sample from and score with."""
 
-from collections.abc import Sequence
+import datetime
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.data.batches import left_padded, right_padded
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.generation import BeamParams, Programs, SamplingParams, Speculation, beam_search
 from rlhfjax.integrity import unverified
 from rlhfjax.models import DecoderConfig, EncoderDecoder, EncoderDecoderConfig, SequenceModel
-from rlhfjax.text.chat import encode_prompt, encode_response
+from rlhfjax.text.chat import Message, as_record, encode_prompt, encode_response, encode_responses
+from rlhfjax.text.chat_writing import ChatSettings
 from rlhfjax.text.loading import AnyTokenizer
 from rlhfjax.training.checkpoint import SCALAR, find_checkpoint, load_model, read_meta, tokenizer_of
 from rlhfjax.types import Params, PromptBatch, Rollout
@@ -24,6 +27,10 @@ _NEVER = -1  # an id that no model emits
 _SEEDS = 2**32  # beyond these jax keeps the lower 32 bits alone: other numbers would draw the same
 _MOST = 2**20  # responses of one call
 _HOTTEST, _STEEPEST = 1e6, 100.0  # beyond these a draw is uniform, and a search asks for length alone
+_SCORED = 64  # responses that are scored at a time
+
+# A text, ids, a conversation, or a record with `prompt` or `messages` and perhaps `tools`, `chat_template_kwargs`.
+Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Model:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -79,8 +86,10 @@ class Model:
         top_log_probs: int = 0,
         speculate: int = 0,
     ) -> list[list[Completion]]:
-        """`n` responses to each prompt (texts, or lists of ids as they are); temperature 0 is greedy.
+        """`n` responses to each prompt; temperature 0 is greedy.
 
+        A prompt is a text, a list of ids as they are, a list of messages, or a record such as {"messages": […],
+        "tools": […]}; conversations are written as the model was trained on them (`load`).
         The tokens `stop_ids` end a response as the tokenizer's own does. Log-probabilities are of the whole
         distribution at this temperature, whatever top_k, top_p and min_p leave of it. A model without a tokenizer takes
         ids only, stops at `stop_ids` alone, and its completions have no text. `speculate` guesses so many tokens ahead,
@@ -127,7 +136,7 @@ class Model:
 
     def beam_search(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         beams: int = 4,
         max_new_tokens: int = 64,
         length_penalty: float = 0.6,
@@ -154,20 +163,19 @@ class Model:
         search = BeamParams(max_new_tokens, stop, self._pad_id, beams, length_penalty, tuple(others))
         return self._completions(self._beam_search(self.params, self._prompt_batch(rows, max_new_tokens), search))
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[np.ndarray, "B"]:
-        """The reward model's score of each response, float32, read at its EOS. Only for a reward or value model."""
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str | Sequence[int]]) -> Float[np.ndarray, "B"]:
+        """The reward model's score of each response, float32, read at its end. Only for a reward or value model.
+
+        Prompts are those of `generate`; the score is that of the ids which training on a comparison sees. A response
+        that is a list of ids is whole: the score is read at its last.
+        """
         self._expect(scalar=True, what="score")
         if len(prompts) != len(responses):
             raise ConfigError(f"score: expected as many responses as prompts, got {len(responses)} for {len(prompts)}")
         if not prompts:
             return np.zeros(0, np.float32)
-        t = self._tokenizer("prompts")
-        asked = [encode_prompt(t, {"prompt": prompt}) for prompt in prompts]
-        rows = [prompt + encode_response(t, response) for prompt, response in zip(asked, responses, strict=True)]
-        tokens, mask = right_padded(rows, t.pad_id)
-        self._check_length(tokens.shape[1])
-        lengths = np.asarray([len(prompt) for prompt in asked], np.int32)
-        return np.asarray(self._scores(self.params, tokens, mask, lengths))
+        pairs = [self._pair_ids(i, *pair) for i, pair in enumerate(zip(prompts, responses, strict=True))]
+        return np.concatenate([self._scored(pairs[i : i + _SCORED]) for i in range(0, len(pairs), _SCORED)])
 
     def export(self, target: str | Path, dtype: str = "float32", force: bool = False) -> None:
         """Write a Hugging Face directory with a model card, and proof that what was written computes the same.
@@ -202,15 +210,37 @@ class Model:
     def _beam_search(self):
         return jax.jit(partial(beam_search, self.network), static_argnums=2)
 
-    def _prompt_ids(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
-        if isinstance(prompts, str):
-            raise ConfigError("prompts: expected a list of texts, got one text; put it into a list")
-        rows = [
-            encode_prompt(self._tokenizer("prompts"), {"prompt": p}) if isinstance(p, str) else list(p) for p in prompts
-        ]
-        for i, row in enumerate(rows):
-            self._check_ids(f"prompts[{i}]", np.asarray(row))
-        return rows
+    def _pair_ids(self, place: int, prompt: Prompt, response: str | Sequence[int]) -> tuple[list[int], list[int]]:
+        if not isinstance(response, str):
+            self._check_ids(f"responses[{place}]", np.asarray(response))
+            return self._ids_of(place, prompt), list(response)
+        t = self._tokenizer("responses")
+        if _is_ids(prompt):
+            return self._ids_of(place, prompt), encode_response(t, response)
+        try:
+            asked, [answer] = encode_responses(t, as_record(prompt), [response])
+        except DataError as error:
+            raise DataError(f"prompts[{place}]: {error}") from error
+        return asked, answer
+
+    def _scored(self, pairs: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
+        tokens, mask = right_padded([prompt + response for prompt, response in pairs], self._pad_id)
+        self._check_length(tokens.shape[1])
+        lengths = np.asarray([len(prompt) for prompt, _ in pairs], np.int32)
+        return np.asarray(self._scores(self.params, tokens, mask, lengths))
+
+    def _prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        if isinstance(prompts, str | Mapping):
+            raise ConfigError("prompts: expected a list of prompts, got one alone; put it into a list")
+        return [self._ids_of(place, prompt) for place, prompt in enumerate(prompts)]
+
+    def _ids_of(self, place: int, prompt: Prompt) -> list[int]:
+        try:
+            row = list(prompt) if _is_ids(prompt) else encode_prompt(self._tokenizer("prompts"), as_record(prompt))
+        except DataError as error:
+            raise DataError(f"prompts[{place}]: {error}") from error
+        self._check_ids(f"prompts[{place}]", np.asarray(row))
+        return row
 
     def _prompt_batch(self, rows: list[list[int]], max_new_tokens: int) -> PromptBatch:
         tokens, mask = left_padded(rows, self._pad_id)
@@ -274,14 +304,39 @@ class Model:
             raise ConfigError(f"expected at most {self.config.context} tokens (the model's context), got {length}")
 
 
-def load(checkpoint: str | Path, verify: bool = True) -> Model:
+def _is_ids(prompt: Any) -> bool:
+    """Whether a prompt is ids: an array, or a sequence of other things than messages."""
+    return not isinstance(prompt, str | Mapping) and not (len(prompt) and isinstance(prompt[0], Mapping))
+
+
+def load(
+    checkpoint: str | Path,
+    verify: bool = True,
+    date: datetime.date | str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Model:
     """The model of a checkpoint, stage or run directory (of a run: its last policy).
 
-    Raises ConfigError when there is no checkpoint, IntegrityError when it cannot be read, or is not what was written;
-    `verify=False` does not compare it with its digests.
+    It writes conversations as it was trained on them: with the date of its run (or import) and its
+    chat_template_kwargs, unless others are given here. Raises ConfigError when there is no checkpoint, or for what its
+    chat template does not read, IntegrityError when it cannot be read, or is not what was written; `verify=False` does
+    not compare it with its digests.
     """
     step_dir = find_checkpoint(checkpoint)
     with unverified(not verify):
         meta = read_meta(step_dir)
         network, params = load_model(step_dir)
-    return Model(meta["role"], network, params, tokenizer_of(meta), step_dir)
+    return Model(meta["role"], network, params, _speaking(tokenizer_of(meta), date, chat_template_kwargs), step_dir)
+
+
+def _speaking(
+    tokenizer: AnyTokenizer | None, date: datetime.date | str | None, kwargs: Mapping[str, Any] | None
+) -> AnyTokenizer | None:
+    if tokenizer is None or (date is None and kwargs is None):
+        return tokenizer
+    try:
+        given = datetime.date.fromisoformat(date) if isinstance(date, str) else date
+    except ValueError:
+        raise ConfigError(f"date: expected one such as 2026-01-31, got {date!r}") from None
+    own = tokenizer.chat
+    return tokenizer.with_chat(ChatSettings({**own.kwargs, **(kwargs or {})}, given or own.date))

@@ -1,7 +1,9 @@
 """The Python interface against the models it stands for, computed directly."""
 
+import datetime
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,14 @@ import pytest
 from tiny import left_mask, params_of, random_tokens, right_mask, scalar_params_of, tiny
 
 import rlhfjax
-from rlhfjax.errors import ConfigError, IntegrityError
+from rlhfjax.data.token_rows import Rules, ranked_rows
+from rlhfjax.errors import ConfigError, DataError, IntegrityError
 from rlhfjax.text.chat import encode_prompt, encode_response
+from rlhfjax.text.chat_writing import ChatSettings
+from rlhfjax.text.huggingface_tokenizer import HuggingFaceTokenizer
 from rlhfjax.text.loading import load_tokenizer, to_huggingface
 from rlhfjax.text.tokenizer import Tokenizer
-from rlhfjax.training.checkpoint import Checkpoints, meta_of
+from rlhfjax.training.checkpoint import Checkpoints, meta_of, tokenizer_of
 
 CONTEXT, WORDS = 40, 300
 NETWORK = tiny("llama-gqa", vocab_size=WORDS, context=CONTEXT)
@@ -149,6 +154,76 @@ def test_scores_are_read_at_the_end_of_each_response(reward, tokenizer):
         row = jnp.asarray([ids], jnp.int32)
         np.testing.assert_allclose(score, jax.jit(NETWORK.scores)(params, row, jnp.ones(row.shape, bool))[0], rtol=1e-4)
     assert reward.score([], []).shape == (0,)
+
+
+def with_thoughts(tokenizer, **settings):
+    """The same tokenizer as a published model's, whose template adds an empty thought to the last answer."""
+    files = to_huggingface(tokenizer)
+    described = {
+        "tokenizer": json.loads(files["tokenizer.json"]),
+        "named": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+        "adds_bos": True,
+        "eos_ids": [],
+        "chat_template": "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}()"
+        "{% endif %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% if open %}()"
+        "{% endif %}{% endif %}",
+    }
+    return HuggingFaceTokenizer(described).with_chat(ChatSettings(**settings))
+
+
+@pytest.mark.parametrize("kind", ["own", "template"])
+def test_messages_are_scored_as_training_saw_them(reward, tokenizer, kind):
+    # fails if the answer is tokenised without what the template writes of it: seen
+    model = reward if kind == "own" else replace(reward, tokenizer=with_thoughts(tokenizer))
+    chat = [{"role": "user", "content": "the movie"}, {"role": "assistant", "content": "a film"}]
+    asked = [*chat, {"role": "user", "content": "was it good"}]
+    comparison = {"messages": asked, "responses": ["a bad film", "good"], "ranks": [2, 1]}
+
+    class Source(list):
+        def __getitems__(self, indices):
+            return [self[i] for i in indices]
+
+    rows = ranked_rows(Source([comparison]), model.tokenizer, Rules("ranks")).tokens
+    prompts = [asked, {"messages": asked}, encode_prompt(model.tokenizer, {"messages": asked})]
+    responses = ["a bad film", "good", rows[1][len(prompts[2]) :].tolist()]
+    scores = model.score(prompts, responses)
+    params = scalar_params_of(NETWORK, seed=2)
+    for row, score in zip((0, 1, 1), scores, strict=True):
+        ids = jnp.asarray(rows[row][None], jnp.int32)
+        np.testing.assert_allclose(score, jax.jit(NETWORK.scores)(params, ids, jnp.ones(ids.shape, bool))[0], rtol=1e-4)
+
+
+def test_messages_texts_and_ids_are_answered_alike(policy, tokenizer):
+    messages = [{"role": "user", "content": "a bad film"}]
+    ids = encode_prompt(tokenizer, {"messages": messages})
+    mixed = policy.generate([messages, {"messages": messages}, ids, "the"], max_new_tokens=4, temperature=0.0)
+    assert mixed[0] == mixed[1] == mixed[2] != mixed[3]
+    for prompts, error, expected in (
+        (messages, DataError, r"prompts\[0\]: .* got one message; put it into a list"),
+        ({"messages": messages}, ConfigError, "got one alone; put it into a list"),
+        (["the", [{"role": "tool", "content": "x"}]], DataError, r"prompts\[1\]: .*messages\[0\] of role tool"),
+    ):
+        with pytest.raises(error, match=expected):
+            policy.generate(prompts, max_new_tokens=4)
+
+
+def test_a_checkpoint_speaks_as_it_was_trained(run_dir, policy, tokenizer, tmp_path):
+    settings = {"kwargs": {"open": True}, "date": datetime.date(2031, 1, 2)}
+    spoken = with_thoughts(tokenizer, **settings)
+    meta = meta_of("policy", NETWORK, spoken)
+    assert json.loads(json.dumps(meta))["chat"] == {"chat_template_kwargs": {"open": True}, "date": "2031-01-02"}
+    again = tokenizer_of(json.loads(json.dumps(meta)))
+    asked = {"messages": [{"role": "user", "content": "a"}]}
+    assert again.chat == ChatSettings(**settings)
+    assert encode_prompt(again, asked) == encode_prompt(spoken, asked) != encode_prompt(with_thoughts(tokenizer), asked)
+    assert tokenizer_of({**meta, "chat": {}}).chat == ChatSettings()  # older checkpoints say nothing
+    assert rlhfjax.load(run_dir / "sft", date="2031-01-02").tokenizer.fingerprint == tokenizer.fingerprint
+    for given, expected in (
+        ({"date": "today"}, "date: expected one such as 2026-01-31, got 'today'"),
+        ({"chat_template_kwargs": {"x": 1}}, "expected none for this project's own tokenizer"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            rlhfjax.load(run_dir / "sft", **given)
 
 
 def test_samples_depend_neither_on_how_many_prompts_nor_on_their_lengths(policy):

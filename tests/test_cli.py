@@ -61,8 +61,13 @@ def calls(monkeypatch):
 
     class Model:
         generate = staticmethod(
-            record("generate", lambda prompts, n, **_: [[Completion(f"a{i}", [], [], "eos") for i in range(n)]])
+            record(
+                "generate",
+                lambda prompts, n, **_: [[Completion(f"a{i}", [], [], "eos") for i in range(n)]] * len(prompts),
+            )
         )
+        score = staticmethod(record("score", lambda prompts, responses: [0.25] * len(responses)))
+        tokenizer = None
 
     rows = ["tokens \x1b[31mred\x1b[0m", "mask"]
     transfer = types.SimpleNamespace(
@@ -139,7 +144,7 @@ def examples():
 def test_the_verbs_are_these():
     assert {" ".join(names) for names, _ in verbs()} == {
         "run", "ls", "cp", "show", "validate", "schema", "generate", "import", "export", "env", "metrics",
-        "data prepare", "data inspect", "launch local", "verify", "reproduce",
+        "data prepare", "data inspect", "launch local", "verify", "reproduce", "score",
     }  # fmt: skip
 
 
@@ -151,7 +156,8 @@ def test_every_help_shows_an_example(names):
 
 
 @pytest.mark.parametrize(("names", "line"), list(examples()))
-def test_every_example_runs(names, line, calls):
+def test_every_example_runs(names, line, calls, monkeypatch):
+    monkeypatch.setattr("rlhfjax.cli.asking._encoded", lambda model, record, where: ([1], [[2]]))
     words = shlex.split(line.split(" > ")[0])[1:]
     assert words[: len(names)] == names
     result = call(*words)
@@ -239,7 +245,6 @@ def test_an_interrupt_is_neat(calls, monkeypatch):
         (["rn"], "No such command 'rn'. Did you mean 'run'?\nsee: rlhfjax --help"),
         (["run"], "Missing argument 'CONFIG'\nsee: rlhfjax run --help"),
         (["run", "quickstart", "--onyl", "sft"], "No such option: --onyl"),
-        (["generate", "x"], "Missing option '--prompt'"),
         (["generate", "x", "--prompt", "a", "--n", "0"], "Invalid value for '--n'"),
         (["generate", "x", "--prompt", "a", "--temperature", "hot"], "Invalid value for '--temperature'"),
         (["validate", "quickstart", "--devices", "0"], "Invalid value for '--devices'"),
@@ -322,6 +327,51 @@ def test_generate_passes_everything_on(calls):
 def test_generate_defaults_are_those_of_the_python_interface(calls):
     assert call("generate", "CKPT", "--prompt", "hi").stdout == "a0\n"
     assert calls[1][2] == {"max_new_tokens": 64, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, "n": 1}
+
+
+def test_generate_takes_messages_and_a_file(calls):
+    said = ("--message", "system=Be brief.", "--message", "2+2=?", "--template", "enable_thinking=false")
+    call("generate", "CKPT", *said, "--date", "2031-01-02")
+    assert calls[0] == ("load", ("CKPT",), {"date": "2031-01-02", "chat_template_kwargs": {"enable_thinking": False}})
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2=?"}]
+    assert calls[1][1] == ([messages],)
+    calls.clear()
+    lines = call("generate", "CKPT", "--prompts", "my_prompts@test", "--n", 2).stdout.splitlines()
+    assert calls[1] == ("open_source", ("my_prompts", "test", "DEFAULT"), {"kind": "prompt"})
+    assert [json.loads(line)["prompt"] for line in lines] == [f"p{i}" for i in range(9)]
+    assert json.loads(lines[0])["responses"] == ["a0", "a1"]
+    assert json.loads(lines[0])["finish_reasons"] == ["eos", "eos"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["generate", "x"], "expected one of --prompt TEXT, --message TEXT and --prompts FILE, got none"),
+        (["generate", "x", "--prompt", "a", "--message", "b"], "got two of them"),
+        (["generate", "x", "--prompt", "a", "--prompts", "b"], "--prompts: expected it without --prompt"),
+        (["score", "x"], "score: expected --records FILE, or --response with --prompt or --message"),
+        (["score", "x", "--records", "f", "--kind", "document"], "--kind: expected comparison, demonstration"),
+    ],
+)
+def test_what_is_asked_is_said_in_one_way(arguments, expected, calls):
+    assert expected in error(*arguments)
+    assert not calls
+
+
+def test_score_takes_responses_and_a_file(calls, monkeypatch):
+    asked = ("score", "CKPT", "--message", "Why?", "--response", "So.", "--response", "No.")
+    assert call(*asked).stdout == "0.25\n0.25\n"
+    assert calls[1] == ("score", ([[{"role": "user", "content": "Why?"}]] * 2, ["So.", "No."]), {})
+    calls.clear()
+    monkeypatch.setattr(
+        "rlhfjax.text.chat.encode_responses", lambda tokenizer, record, texts: ([1], [[2]] * len(texts))
+    )
+    records = [{"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}, {"prompt": "q", "completion": "c"}]
+    records += [{"messages": [{"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]}]
+    monkeypatch.setattr("rlhfjax.cli.asking.records_of", lambda source, kind: records)
+    lines = [json.loads(line) for line in call("score", "CKPT", "--records", "f.jsonl").stdout.splitlines()]
+    assert lines == [{**record, "scores": [0.25] * n} for record, n in zip(records, (2, 1, 1), strict=True)]
+    assert calls[1] == ("score", ([[1]] * 4, [[2]] * 4), {})
 
 
 def test_models_are_taken_in_and_given_out(calls):

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from rlhfjax import config as configuration
+from rlhfjax.cli import asking
+from rlhfjax.cli.asking import Date, Messages, PromptText, Template
 from rlhfjax.cli.checking import NoVerify, verify
 from rlhfjax.cli.datasets import OPTIONS, Overrides, data, directory, known_stage, pairs
 from rlhfjax.cli.launching import (
@@ -176,7 +178,11 @@ def generate(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CKPT", help="A checkpoint, a stage's directory, or a run's (its last policy).")
     ],
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the model continues.")],
+    prompt: PromptText = None,
+    message: Messages = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Answer every prompt of a file or data set; writes JSON lines.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest response, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")] = 1.0,
     top_k: Annotated[int, typer.Option(metavar="K", min=0, help="Only the K likeliest tokens; 0: all.")] = 0,
@@ -195,30 +201,40 @@ def generate(
     length_penalty: Annotated[
         float | None, typer.Option(metavar="A", min=0, help="Of the search; above 0 favours length.  [default: 0.6]")
     ] = None,
+    template: Template = None,
+    date: Date = None,
     no_verify: NoVerify = False,
 ) -> None:
-    """Print what a model answers.
+    """Print what a model answers to a text or to messages, or a file's prompts with the answers to each.
 
     \b
-    Example:
+    Examples:
       rlhfjax generate runs/quickstart --prompt "Review: the film is" --max-new-tokens 24 --n 3
+      rlhfjax generate runs/smollm2_chat --message system="Be brief." --message "Why is the sea salty?"
+      rlhfjax generate runs/quickstart --prompts prompts.jsonl > answers.jsonl
     """
     drawn = (temperature, top_k, top_p, min_p, seed, n, speculate)
     _one_way_to_generate(beams, length_penalty, drawn != (1.0, 0, 1.0, 0.0, 0, 1, 0))
-    import rlhfjax
-    from rlhfjax.stages.compile_cache import use_compile_cache
-
-    use_compile_cache(say)
-    with unverified(no_verify):
-        model = rlhfjax.load(checkpoint)
+    if prompts and (prompt is not None or message):
+        raise ConfigError("--prompts: expected it without --prompt and --message")
+    given = None if prompts else asking.prompt_of(prompt, message, "--prompts")
+    model = asking.load(checkpoint, date, template, no_verify)
+    held = asking.records_of(prompts, "prompt") if prompts else []
+    asked = held if prompts else [given]
     if beams:
-        alpha = 0.6 if length_penalty is None else length_penalty
-        typer.echo(printable(model.beam_search([prompt], beams, max_new_tokens, alpha)[0].text))
+        with asking.named(prompts):
+            found = model.beam_search(asked, beams, max_new_tokens, 0.6 if length_penalty is None else length_penalty)
+        asking.write_answers(held, [[completion] for completion in found])
+        if not prompts:
+            typer.echo(printable(found[0].text))
         return
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     settings |= {"min_p": min_p} if min_p else {}
     settings |= {"speculate": speculate} if speculate else {}
-    completions = model.generate([prompt], **settings, seed=seed, n=n)[0]
+    with asking.named(prompts):
+        answers = model.generate(asked, **settings, seed=seed, n=n)
+    asking.write_answers(held, answers)
+    completions = [] if prompts else answers[0]
     for number, completion in enumerate(completions, 1):
         mark = f"[{number}] " if n > 1 else ""
         typer.echo(f"{mark}{printable(completion.text)}")
@@ -235,6 +251,9 @@ def _one_way_to_generate(beams: int | None, length_penalty: float | None, sample
         )
     if length_penalty is not None and not beams:
         raise ConfigError("--length-penalty: expected --beams with it")
+
+
+app.command()(asking.score)
 
 
 @app.command("import")

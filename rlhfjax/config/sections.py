@@ -4,6 +4,7 @@ Counts are global: `size`, `minibatch` and `micro` are sequences (prompts for th
 Lengths are tokens. Learning rates are per optimizer step. A `None` default means "what the field next to it implies".
 """
 
+import datetime
 import re
 from typing import Annotated, Any, Literal
 
@@ -233,13 +234,29 @@ Sources = Annotated[list[Data], Field(min_length=1)]
 
 
 class Tokenizer(Section):
-    """A SentencePiece tokenizer to train on `data`, or `path`: a directory that holds one, also Hugging Face's."""
+    """A SentencePiece tokenizer to train on `data`, or `path`: a directory that holds one, also Hugging Face's.
+
+    `chat_template_kwargs` are variables for its chat template, such as enable_thinking; `date` is what a template that
+    writes today's date gets (none: that of the run's first start).
+    """
 
     path: str | None = None
     vocab_size: Count = 2048
     kind: Literal["bpe", "unigram"] = "bpe"
     data: list[Data] = []
     documents: Count = 100_000
+    chat_template_kwargs: dict[str, Any] = {}
+    date: str | None = None
+
+    @field_validator("date")
+    @classmethod
+    def _is_a_date(cls, date: str | None) -> str | None:
+        if date is not None:
+            try:
+                return datetime.date.fromisoformat(date).isoformat()
+            except ValueError:
+                raise ValueError(f"expected a date such as 2026-01-31, got {date!r}") from None
+        return date
 
     @model_validator(mode="after")
     def _path_or_data(self):
@@ -282,13 +299,19 @@ class Optimizer(Section):
 
 
 class Batch(Section):
-    """Sequences of a step. `micro` splits them for memory (gradient accumulation); results do not depend on it."""
+    """Sequences of a step. `micro` splits them for memory (gradient accumulation); results do not depend on it.
+
+    `overlong` and `refused` say what is done with rows that are too long, and with those that the chat template cannot
+    write. `chat_template_kwargs` go before those of `tokenizer`, in this stage.
+    """
 
     size: Count
     micro: Count | None = None
     length: Count
     pack: bool = True
     overlong: Literal["error", "drop"] = "error"
+    refused: Literal["error", "drop"] = "error"
+    chat_template_kwargs: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _divides(self):
@@ -304,6 +327,8 @@ class RankedBatch(Section):
     length: Count
     candidates: Annotated[int, Field(ge=2)] = 9
     overlong: Literal["error", "drop"] = "error"
+    refused: Literal["error", "drop"] = "error"
+    chat_template_kwargs: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _divides(self):
@@ -320,6 +345,8 @@ class RolloutBatch(Section):
     epochs: Count = 4
     prompt_length: Count
     overlong: Literal["error", "drop"] = "error"
+    refused: Literal["error", "drop"] = "error"
+    chat_template_kwargs: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _divides(self):

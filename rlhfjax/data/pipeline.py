@@ -15,7 +15,7 @@ import numpy as np
 from rlhfjax.data import batches, token_rows
 from rlhfjax.data.datasets import open_source
 from rlhfjax.errors import DataError
-from rlhfjax.text.chat import encode_demonstration
+from rlhfjax.text.chat import Untrained, encode_demonstration
 from rlhfjax.text.loading import AnyTokenizer
 from rlhfjax.types import PromptBatch, RankedBatch, TokenBatch
 
@@ -101,9 +101,13 @@ class Reader:
     _rows: dict[Any, Any] = field(default_factory=dict)  # what was tokenised already, for all stages of a run
 
     def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        key = (*key, str(self.tokenizer.chat))  # what a stage writes otherwise is other rows
         if key not in self._rows:
             self._rows[key] = make()
         return self._rows[key]
+
+    def _rules(self, entry, batch, train_on: str = "last") -> token_rows.Rules:
+        return token_rows.Rules(entry.name, batch.refused, self.report, train_on)
 
     def open(self, data, kind: str):
         """The records of one data entry of the configuration."""
@@ -137,12 +141,14 @@ class Reader:
 
     def _demonstration_source(self, entry, batch, train_on: str):
         def make():
-            rows = token_rows.demonstration_rows(self.open(entry, "demonstration"), self.tokenizer, train_on)
+            rules = self._rules(entry, batch, train_on)
+            rows = token_rows.demonstration_rows(self.open(entry, "demonstration"), self.tokenizer, rules)
             fits = token_rows.within(entry.name, rows.tokens.lengths, batch.length, batch.overlong, self.report)
+            fits = fits[rows.tokens.lengths[fits] > 0]
             rows = token_rows.TokenRows(rows.tokens.select(fits), rows.targets.select(fits))
             return batches.PackedRows(rows, batch.length, packed=batch.pack, pad_id=self.tokenizer.pad_id)
 
-        return self._once(("demonstrations", entry.name, batch, train_on), make)
+        return self._once(("demonstrations", entry.name, repr(batch), train_on), make)
 
     def comparisons(self, data: Sequence, batch, shuffle: bool = True) -> Batches:
         """Ranked candidates; `overlong: drop` leaves out candidates that are too long, and comparisons without two."""
@@ -151,21 +157,23 @@ class Reader:
         return replace(made, longest=max(source.longest for source in sources))
 
     def _ranked_source(self, entry, batch):
-        return self._once(("comparisons", entry.name, batch), lambda: self._ranked_items(entry, batch))
+        return self._once(("comparisons", entry.name, repr(batch)), lambda: self._ranked_items(entry, batch))
 
     def _ranked_items(self, entry, batch):
-        rows = token_rows.ranked_rows(self.open(entry, "comparison"), self.tokenizer)
+        rules = self._rules(entry, batch)
+        rows = token_rows.ranked_rows(self.open(entry, "comparison"), self.tokenizer, rules)
         if batch.overlong == "error":  # a comparison is as long as its longest response: the row to name
             longest = np.maximum.reduceat(rows.tokens.lengths, rows.groups[:-1])
             token_rows.within(entry.name, longest, batch.length, "error")
         fits = token_rows.within(f"{entry.name} responses", rows.tokens.lengths, batch.length, "drop", self.report)
+        fits = fits[rows.tokens.lengths[fits] > 0]
         counts = np.bincount(np.searchsorted(rows.groups, fits, side="right") - 1)
         if counts.max() > batch.candidates:
             raise DataError(
                 f"{entry.name} row {counts.argmax()}: expected at most {batch.candidates} responses a comparison "
                 f"(batch.candidates), got {counts.max()}; raise batch.candidates"
             )
-        kept, count = rows.select(fits), len(rows.groups) - 1
+        kept, count = rows.select(fits), int((rows.prompt_lengths > 0).sum())
         left_out = count - (len(kept.groups) - 1)
         if left_out == count:
             raise DataError(f"{entry.name}: expected comparisons that prefer one response, got ties alone")
@@ -184,31 +192,35 @@ class Reader:
 
     def _prompt_source(self, entry, batch):
         def make():
-            rows = token_rows.prompt_rows(self.open(entry, "prompt"), self.tokenizer)
-            limit, setting = batch.prompt_length, "batch.prompt_length"
+            rules, limit = self._rules(entry, batch), batch.prompt_length
+            rows = token_rows.prompt_rows(self.open(entry, "prompt"), self.tokenizer, rules)
+            setting = "batch.prompt_length"
             keep = token_rows.within(entry.name, rows.lengths, limit, batch.overlong, self.report, setting)
+            keep = keep[rows.lengths[keep] > 0]
             return batches.PromptItems(rows, keep, batch.prompt_length, self.tokenizer.pad_id)
 
-        return self._once(("prompts", entry.name, batch.prompt_length, batch.overlong), make)
+        return self._once(("prompts", entry.name, batch.prompt_length, batch.overlong, batch.refused), make)
 
-    def demonstration_ids(self, data: Sequence, length: int, count: int) -> list[tuple[list[int], list[int]]]:
+    def demonstration_ids(
+        self, data: Sequence, length: int, count: int, refused: str = "error"
+    ) -> list[tuple[list[int], list[int]]]:
         """Prompt ids and response ids of `count` demonstrations of at most `length` tokens, the same for a seed.
 
-        Every data entry gives an equal share. Raises DataError when no demonstration is that short.
+        Every data entry gives an equal share. Raises DataError when no demonstration is that short, and on one that
+        cannot be written unless `refused` is "drop".
         """
         share, pairs = -(-count // len(data)), []
         for entry in data:
-            key = ("some demonstrations", entry.name, length, share)
-            pairs += self._once(key, partial(self._some_demonstrations, entry, length, share))
+            key = ("some demonstrations", entry.name, length, share, refused)
+            pairs += self._once(key, partial(self._some_demonstrations, entry, length, share, refused))
         if not pairs:
             names = ", ".join(entry.name for entry in data)
             raise DataError(f"{names}: expected demonstrations of at most {length} tokens, got none")
         return pairs[:count]
 
-    def _some_demonstrations(self, entry, length: int, count: int) -> list[tuple[list[int], list[int]]]:
-        source, fit, over = self.open(entry, "demonstration"), [], 0
-        for i in np.random.default_rng(self.seed).permutation(len(source)):
-            prompt, response = encode_demonstration(self.tokenizer, source[int(i)])
+    def _some_demonstrations(self, entry, length: int, count: int, refused: str) -> list[tuple[list[int], list[int]]]:
+        fit, over = [], 0
+        for prompt, response in self._encoded(entry, refused):
             if len(prompt) + len(response) > length:
                 over += 1
             else:
@@ -221,6 +233,28 @@ class Reader:
                 f"{length} tokens, and others were taken; raise batch.length to keep them"
             )
         return fit
+
+    def _encoded(self, entry, refused: str) -> Iterator[tuple[list[int], list[int]]]:
+        source = self.open(entry, "demonstration")
+        for row in np.random.default_rng(self.seed).permutation(len(source)).tolist():
+            try:
+                yield encode_demonstration(self.tokenizer, source[row])
+            except Untrained:
+                continue
+            except DataError as error:
+                if refused == "error":
+                    raise DataError(f"{entry.name} row {row}: {error}") from error
+
+    def comparison_ids(self, data: Sequence, batch) -> list[token_rows.Ranked]:
+        """Every comparison as prompt ids, the whole ids of each response, and ranks; `batch.refused` as for prompts."""
+        return [compared for entry in data for compared in self._comparisons(entry, batch)]
+
+    def _comparisons(self, entry, batch) -> list[token_rows.Ranked]:
+        def make():
+            rules = self._rules(entry, batch)
+            return list(token_rows.comparisons(self.open(entry, "comparison"), self.tokenizer, rules))
+
+        return self._once(("comparison ids", entry.name, batch.refused), make)
 
     def _batches(self, sources, weights, size: int, make, shuffle: bool) -> Batches:
         datasets = [grain.MapDataset.source(source).seed(self.seed) for source in sources]

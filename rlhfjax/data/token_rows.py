@@ -1,4 +1,8 @@
-"""Records to token rows. Prompts and responses are tokenised apart and their ids joined; no text is tokenised twice."""
+"""Records to token rows. A response is tokenised as what goes on after its prompt; no text is tokenised twice.
+
+A conversation that cannot be written as its chat template writes it stops the run, or is left out and counted. Its row
+is empty then, so that row numbers stay those of the source; no batch gets an empty row.
+"""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,9 +12,19 @@ from typing import Any
 import numpy as np
 
 from rlhfjax.errors import DataError
-from rlhfjax.text.chat import beginning, encode_all_turns, encode_demonstration, encode_prompt
+from rlhfjax.text.chat import (
+    Known,
+    Untrained,
+    beginning,
+    encode_all_turns,
+    encode_demonstration,
+    encode_prompt,
+    encode_responses,
+    encode_texts,
+)
 from rlhfjax.text.loading import AnyTokenizer
 
+Ranked = tuple[tuple[int, ...], list[tuple[int, ...]], list[int]]
 CHUNK = 1024  # records read and tokenised at a time
 
 
@@ -83,9 +97,11 @@ class RankedRows:
         return RankedRows(tokens, np.asarray(groups), ranks, np.asarray(lengths, np.int32))
 
 
-def _records(source) -> Iterable[dict]:
+def _records(source, begin: Callable[[list[dict]], None]) -> Iterable[dict]:
     for start in range(0, len(source), CHUNK):
-        yield from source.__getitems__(range(start, min(start + CHUNK, len(source))))
+        records = source.__getitems__(range(start, min(start + CHUNK, len(source))))
+        begin(records)
+        yield from records
 
 
 def document_rows(source, tokenizer: AnyTokenizer, length: int) -> TokenRows:
@@ -103,40 +119,116 @@ def _windows(source, tokenizer: AnyTokenizer, length: int) -> Iterator[np.ndarra
             yield from (row[i : i + length] for i in range(0, max(len(row) - 1, 1), length - 1))
 
 
-def demonstration_rows(source, tokenizer: AnyTokenizer, train_on: str) -> TokenRows:
+@dataclass(frozen=True)
+class Rules:
+    """Whose rows these are, what is done with those that cannot be written (`error` or `drop`), and where that is told.
+
+    `train_on` says which answers of a conversation are trained: the last one, or all.
+    """
+
+    what: str
+    refused: str = "error"
+    report: Callable[[str], None] = lambda text: None
+    train_on: str = "last"
+
+
+def _written(
+    source, rules: Rules, write: Callable[[dict], Any], empty: Any, begin: Callable[[list[dict]], None] = lambda _: None
+) -> Iterator[Any]:
+    """What `write` makes of each record, `empty` of one that is left out; `begin` gets them first, some at a time.
+
+    Raises DataError on the first record that cannot be written, with the count of them all, where that is an error, and
+    when none can.
+    """
+    refused, untrained, first = 0, 0, ""
+    for row, record in enumerate(_records(source, begin)):
+        try:
+            made = write(record)
+        except Untrained:
+            untrained, made = untrained + 1, empty
+        except DataError as error:
+            first = first or f"{rules.what} row {row}: {error}"
+            refused, made = refused + 1, empty
+        yield made
+    if refused and (rules.refused == "error" or refused == len(source)):
+        raise DataError(
+            f"{first} ({refused} of {len(source)} rows cannot be written; to leave them out set refused: drop in the "
+            "batch)"
+        )
+    if refused:
+        rules.report(f"{rules.what}: {refused} of {len(source)} rows that cannot be written left out; {first}")
+    if untrained == len(source):
+        raise DataError(f"{rules.what}: expected answers to train on, got weight 0 for all in {untrained} rows")
+    if untrained:
+        rules.report(f"{rules.what}: {untrained} of {len(source)} conversations with weight 0 alone left out")
+
+
+def demonstration_rows(source, tokenizer: AnyTokenizer, rules: Rules) -> TokenRows:
     """Prompt and completion of every demonstration; targets are the completion (or all answers) and its EOS."""
-    rows, targets = [], []
-    for record in _records(source):
-        if train_on == "all" and "messages" in record:
-            ids, mask = encode_all_turns(tokenizer, record)
-        else:
-            prompt, response = encode_demonstration(tokenizer, record)
-            ids, mask = prompt + response, [False] * len(prompt) + [True] * len(response)
-        rows.append(ids)
-        targets.append(mask)
-    return TokenRows(Ragged.of(rows), Ragged.of(targets, bool))
+
+    def write(record: dict) -> tuple[list[int], list[bool]]:
+        if rules.train_on == "all" and "messages" in record:
+            return encode_all_turns(tokenizer, record)
+        prompt, response = encode_demonstration(tokenizer, record)
+        return prompt + response, [False] * len(prompt) + [True] * len(response)
+
+    made = list(_written(source, rules, write, ([], [])))
+    return TokenRows(Ragged.of(ids for ids, _ in made), Ragged.of((mask for _, mask in made), bool))
 
 
-def prompt_rows(source, tokenizer: AnyTokenizer) -> Ragged:
+def prompt_rows(source, tokenizer: AnyTokenizer, rules: Rules) -> Ragged:
     """Every prompt up to where the response begins."""
-    return Ragged.of(encode_prompt(tokenizer, record) for record in _records(source))
+    return Ragged.of(_written(source, rules, lambda record: encode_prompt(tokenizer, record), []))
 
 
-def ranked_rows(source, tokenizer: AnyTokenizer) -> RankedRows:
-    """Every candidate of every comparison as prompt + response + EOS."""
-    rows, groups, ranks, lengths = [], [0], [], []
-    for start in range(0, len(source), CHUNK):
-        records = source.__getitems__(range(start, min(start + CHUNK, len(source))))
-        # Many labelers rank the same texts: each is tokenised once.
-        texts = list(dict.fromkeys(text for record in records for text in record["responses"]))
-        ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
-        for record in records:
-            prompt = encode_prompt(tokenizer, record)
-            rows.extend([*prompt, *ids[text], tokenizer.eos_id] for text in record["responses"])
-            ranks.extend(record["ranks"])
-            groups.append(len(rows))
-            lengths.append(len(prompt))
+def comparisons(source, tokenizer: AnyTokenizer, rules: Rules, empty: bool = False) -> Iterator[Ranked]:
+    """Prompt ids, the ids of each response, and the ranks, of every comparison that can be written.
+
+    With `empty` one that cannot has neither, in its place.
+    """
+    known: Known = {}  # many labelers rank the same texts: each is tokenised once
+
+    def begin(records: list[dict]) -> None:
+        known.clear()
+        known.update(encode_texts(tokenizer, records))
+
+    def write(record: dict) -> Ranked:
+        prompt, responses = encode_responses(tokenizer, record, record["responses"], known)
+        return tuple(prompt), [tuple(response) for response in responses], record["ranks"]
+
+    made = _written(source, rules, write, ((), [(), ()], [1, 1]), begin)
+    yield from (each for each in made if empty or each[0])
+
+
+def ranked_rows(source, tokenizer: AnyTokenizer, rules: Rules) -> RankedRows:
+    """Every candidate of every comparison as prompt + response + EOS.
+
+    Responses with equal ids are one: where a comparison ranks them differently each gets the mean of their ranks, so
+    that no pair of equals is a preference.
+    """
+    rows, groups, ranks, lengths, equal = [], [0], [], [], 0
+    for prompt, responses, given in comparisons(source, tokenizer, rules, empty=True):
+        one = _ranks_of_equals(responses, given)
+        equal += one != given
+        rows.extend([*prompt, *response] for response in responses)
+        ranks.extend(one)
+        groups.append(len(rows))
+        lengths.append(len(prompt))
+    if equal:
+        rules.report(f"{rules.what}: {equal} of {len(source)} comparisons rank equal responses apart; taken as ties")
     return RankedRows(Ragged.of(rows), np.asarray(groups), np.asarray(ranks, np.int32), np.asarray(lengths, np.int32))
+
+
+def _ranks_of_equals(responses: Sequence[Sequence[int]], ranks: Sequence[int]) -> list[int]:
+    """The ranks, or where equal responses have several: ranks by the mean of those of each response, 1 the best."""
+    given: dict[tuple[int, ...], list[int]] = {}
+    for response, rank in zip(responses, ranks, strict=True):
+        given.setdefault(tuple(response), []).append(rank)
+    if all(len(set(same)) == 1 for same in given.values()):
+        return list(ranks)
+    means = {response: sum(same) / len(same) for response, same in given.items()}
+    order = sorted(set(means.values()))
+    return [order.index(means[tuple(response)]) + 1 for response in responses]
 
 
 def within(

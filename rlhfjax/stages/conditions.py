@@ -16,6 +16,7 @@ def other_conditions(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         *_each("flag", then.get("flags", {}), now["flags"]),
         *_each("setting", then.get("settings", {}), now["settings"]),
         *_devices(then, now),
+        *(_each("chat settings of", then["chat"], now["chat"]) if "chat" in then and "chat" in now else ()),
         *_digests("data", then.get("data", {}), now.get("data", {})),
         *_digests("", then.get("started_from", {}), now.get("started_from", {})),
     ]

@@ -41,7 +41,7 @@ from rlhfjax.stages.meters import loss_meter
 from rlhfjax.stages.offline import Facts
 from rlhfjax.stages.parts import rows_at_a_time
 from rlhfjax.stages.run_directory import saved_or_stopped, write_text
-from rlhfjax.text.chat import beginning, encode_prompt
+from rlhfjax.text.chat import beginning
 from rlhfjax.training.checkpoint import COMPLETE
 from rlhfjax.training.supervision import Watch
 from rlhfjax.types import Params, TokenBatch
@@ -213,18 +213,20 @@ class _RewardScorer:
         facts = json.loads((job.run_dir / "reward" / COMPLETE).read_text(encoding="utf-8"))
         self.gain: float = facts.get("normalized_gain", 1.0)  # what normalisation multiplied the scores with
 
-    def __call__(self, prompts: list[tuple[int, ...]], responses: list[str]) -> np.ndarray:
-        """One score a pair; equal pairs are computed once. A text beyond the context is read without its end."""
+    def __call__(self, prompts: list[tuple[int, ...]], responses: list[tuple[int, ...]]) -> np.ndarray:
+        """One score a pair of ids, the response with its end; equal pairs are computed once.
+
+        A text beyond the context is read without its last words, and that is told.
+        """
         distinct = list(dict.fromkeys(zip(prompts, responses, strict=True)))
         t, size, limit = self.job.tokenizer, 64, self.model.config.context
-        texts = [t.encode_continuation(response, after=prompt[-1]) for prompt, response in distinct]
-        whole = [[*prompt, *ids] for (prompt, _), ids in zip(distinct, texts, strict=True)]
-        if cut := sum(len(row) >= limit for row in whole):
+        whole = [[*prompt, *response] for prompt, response in distinct]
+        if cut := sum(len(row) > limit for row in whole):
             self.job.report(
                 f"evaluate: the reward model reads {cut:,} of {len(whole):,} comparisons' and ratings' texts without "
                 f"their end, which is beyond its context of {limit} tokens"
             )
-        rows = [[*row[: limit - 1], t.eos_id] for row in whole]
+        rows = [[*row[:-1][: limit - 1], row[-1]] for row in whole]
         order = np.argsort([len(row) for row in rows], kind="stable")  # batches of like lengths need less padding
         scores = np.zeros(len(rows), np.float32)
         for start in range(0, len(rows), size):
@@ -260,8 +262,10 @@ def _accuracies(
         judges = [ridge, lexicon]
         judge_accuracy = [accuracy_row(judge.name, judge(texts), rated, seed) for judge in judges]
         if scorer:
-            prefix = (*beginning(job.tokenizer), *job.tokenizer.encode(c.ratings.prefix))
-            scores = scorer([prefix] * len(texts), [f" {text}" for text in texts])
+            t = job.tokenizer
+            prefix = (*beginning(t), *t.encode(c.ratings.prefix))
+            answers = [(*t.encode_continuation(f" {text}", after=prefix[-1]), t.eos_id) for text in texts]
+            scores = scorer([prefix] * len(texts), answers)
             accuracy = [accuracy_row(REWARD_MODEL, scores, rated, seed)]
             calibrated = calibration(scores, rated, scorer.gain)
         accuracy += [
@@ -270,15 +274,11 @@ def _accuracies(
             *human_rows(rated, seed),
         ]
     if scorer and c.comparisons:
-        records = [
-            record
-            for entry in c.comparisons
-            for record in open_source(entry.source, entry.split, job.data_dir, "comparison", entry.reading)
-        ]
-        asked = [tuple(encode_prompt(job.tokenizer, record)) for record in records]
-        pairs = [(prompt, text) for prompt, record in zip(asked, records, strict=True) for text in record["responses"]]
-        scores = scorer([prompt for prompt, _ in pairs], [text for _, text in pairs])
-        row = comparison_row(REWARD_MODEL, scores, [record["ranks"] for record in records], asked, seed)
+        compared = job.reader.comparison_ids(c.comparisons, c.batch)
+        pairs = [(prompt, response) for prompt, responses, _ in compared for response in responses]
+        scores = scorer([prompt for prompt, _ in pairs], [response for _, response in pairs])
+        asked, ranks = [prompt for prompt, *_ in compared], [ranks for *_, ranks in compared]
+        row = comparison_row(REWARD_MODEL, scores, ranks, asked, seed)
         others = [other for other in accuracy if other.name != REWARD_MODEL]
         rated_values = next((other.values for other in accuracy if other.name == REWARD_MODEL), {})
         accuracy = [AccuracyRow(REWARD_MODEL, rated_values | row.values), *others]

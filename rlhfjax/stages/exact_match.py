@@ -21,7 +21,8 @@ def pairs_of(job: Job, entry: schema.Data) -> list[tuple[list[int], list[int]]]:
     Raises DataError when no prompt leaves room for a response.
     """
     c: schema.Evaluate = job.config
-    return job.reader.demonstration_ids([entry], c.batch.prompt_length + c.sampling.max_new_tokens, c.samples)
+    length = c.batch.prompt_length + c.sampling.max_new_tokens
+    return job.reader.demonstration_ids([entry], length, c.samples, c.batch.refused)
 
 
 def exact_match(job: Job, model: SequenceModel, params: Params) -> dict[str, float]:

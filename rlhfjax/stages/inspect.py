@@ -9,8 +9,10 @@ import jax
 from rlhfjax.config import Run
 from rlhfjax.data.pipeline import Reader
 from rlhfjax.errors import ConfigError
+from rlhfjax.stages.chat_settings import date_of
 from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.jobs import make_jobs
+from rlhfjax.stages.manifest import read_attempts
 from rlhfjax.stages.tokenizer import given_tokenizer
 from rlhfjax.types import PromptBatch, RankedBatch, TokenBatch
 
@@ -30,12 +32,15 @@ def inspect_batch(
         raise ConfigError(
             f"data inspect: {run_dir} has no tokenizer yet; `rlhfjax run CONFIG --only tokenizer` makes it"
         )
-    job = make_jobs(run, run_dir, [stage], report)[0]
+    date = date_of(run, read_attempts(run_dir))
+    job = make_jobs(run, run_dir, [stage], report, date)[0]
     if given:
         job.shared["reader"] = Reader(given, job.data_dir, run.seed, report)
     batches = open_batches(job)["train"]
     step, row = divmod(index, batches.size)
     yield f"{stage}: {batches.rows} rows an epoch, batches of {batches.size}; row {index} is row {row} of step {step}"
+    if getattr(job.tokenizer, "chat_template", None):
+        yield f"chat template: date {date}, variables {dict(job.tokenizer.chat.kwargs)}"
     item = jax.tree.map(lambda x: x[row], batches[step])
     show = {TokenBatch: _packed, RankedBatch: _ranked, PromptBatch: _prompt}[type(item)]
     yield from show(job.tokenizer, item)

@@ -15,6 +15,7 @@ from rlhfjax.generation import SamplingParams, Speculation
 from rlhfjax.models import LanguageModel, SequenceModel, compute_dtype, decoder_config, model_of
 from rlhfjax.models.lora import has_adapters, init_lora, join, merge
 from rlhfjax.sharding import local_rows, place_share, processes
+from rlhfjax.stages.chat_settings import settings_of, variables_of_checkpoint
 from rlhfjax.text.loading import AnyTokenizer, load_tokenizer
 from rlhfjax.training.checkpoint import (
     Bases,
@@ -68,11 +69,19 @@ class Job:
 
     @property
     def reader(self) -> Reader:
+        """What opens data; its tokenizer writes conversations with the chat settings of this stage."""
         if "reader" not in self.shared:
             tokenizer = load_tokenizer(self.run_dir / "tokenizer")
             local = partial(local_rows, self.mesh) if self.mesh.is_multi_process else lambda size: None
             self.shared["reader"] = Reader(tokenizer, self.data_dir, self.run.seed, self.report, local)
-        return self.shared["reader"]
+        of_stage = self.shared.setdefault("readers", {})
+        if self.stage not in of_stage:
+            if "variables" not in self.shared:
+                self.shared["variables"] = variables_of_checkpoint(self.run)
+            settings = settings_of(self.run, self.stage, self.shared["date"], self.shared["variables"])
+            whole = self.shared["reader"]
+            of_stage[self.stage] = replace(whole, tokenizer=whole.tokenizer.with_chat(settings))
+        return of_stage[self.stage]
 
     def put(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Batches on the mesh."""

@@ -1,5 +1,6 @@
 """From a configuration to jobs: device mesh, shared reader, the check of all data before anything is compiled."""
 
+import datetime
 import difflib
 import json
 import os
@@ -46,8 +47,13 @@ from rlhfjax.training.metrics_catalogue import METRICS, metric_of
 STAGES = ("tokenizer", *schema.Stages.model_fields)
 
 
-def make_jobs(run: Run, run_dir: Path, stages: list[str], report: Callable[[str], None]) -> list[Job]:
-    """One job a stage. Raises ConfigError when batch sizes or the mesh do not fit the devices that are here."""
+def make_jobs(
+    run: Run, run_dir: Path, stages: list[str], report: Callable[[str], None], date: datetime.date
+) -> list[Job]:
+    """One job a stage; `date` is what chat templates write.
+
+    Raises ConfigError when batch sizes or the mesh do not fit the devices that are here.
+    """
     check(run, jax.device_count())
     _check_best(run.checkpoints.keep_best)
     if "evaluate" in stages and run.stages.evaluate and run.stages.evaluate.ratings:
@@ -60,8 +66,8 @@ def make_jobs(run: Run, run_dir: Path, stages: list[str], report: Callable[[str]
     for checkpoints in (run_dir / stage / "checkpoints" for stage in stages):
         if os.path.lexists(checkpoints):  # a link to another disk, perhaps
             processes.by_first(partial(require_writable, checkpoints), "writable")
-    mesh, readers = make_mesh(**run.mesh.model_dump()), {}
-    return [Job(run, stage, run_dir, data_dir, mesh, report, readers) for stage in stages]
+    mesh, shared = make_mesh(**run.mesh.model_dump()), {"date": date}
+    return [Job(run, stage, run_dir, data_dir, mesh, report, shared) for stage in stages]
 
 
 def origins(jobs: list[Job]) -> dict[str, Any]:
@@ -172,8 +178,10 @@ def _check_rest(job: Job) -> None:
     if isinstance(c, schema.Evaluate) and c.exact_match:
         for entry in c.exact_match.data:
             pairs_of(job, entry)
+    if isinstance(c, schema.Evaluate):
+        job.reader.comparison_ids(c.comparisons, c.batch)
     if isinstance(c, schema.Reward) and c.normalize.on != "none":
-        job.reader.demonstration_ids(c.normalize.data, c.batch.length, c.normalize.count)
+        job.reader.demonstration_ids(c.normalize.data, c.batch.length, c.normalize.count, c.batch.refused)
     if isinstance(c, schema.Sft) and c.reward_model:
         meta = read_meta(find_checkpoint(c.reward_model))
         own = tokenizer_of(meta)

@@ -1,11 +1,11 @@
 """manifest.jsonl: one line an attempt, with all that is needed to know what ran, and to run it again."""
 
+import datetime
 import json
 import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rlhfjax.environment import flags, machine, needed_versions, settings
 from rlhfjax.errors import Stopped
 from rlhfjax.integrity import sync
 from rlhfjax.plain_json import dumps
+from rlhfjax.stages.chat_settings import date_of, facts_of_chat
 from rlhfjax.stages.code import commit, lock_digest, package_digests
 
 MANIFEST = "manifest.jsonl"
@@ -25,6 +26,7 @@ class Manifest:
     The file is replaced in one piece each time, so that it is whole whenever a run is killed; the line of a run that
     was killed keeps the status `running`. `sources` says where each key of the configuration was set. Where `writes`
     is false, as in all processes of a launch but the first, nothing is written. `at_end` adds what is known then.
+    `date` is what chat templates write, where it is not that of the run's configuration or of its first start.
     """
 
     def __init__(
@@ -34,27 +36,35 @@ class Manifest:
         sources: Mapping[str, str] | None = None,
         writes: bool = True,
         at_end: Callable[[], Mapping[str, Any]] = dict,
+        date: datetime.date | None = None,
     ):
         self.path, self.run = run_dir / MANIFEST, run
-        self._sources, self._writes, self._at_end = sources, writes, at_end
+        self._sources, self._writes, self._at_end, self._date = sources, writes, at_end, date
 
     def __enter__(self) -> "Manifest":
         self.before = read_attempts(self.path.parent)
         self.line = describe(self.run) | {"config_sources": dict(self._sources or {})}
         self.line |= {"attempt": len(self.before) + 1, "stages": [], "status": "running", "exit_code": None}
+        self.line |= {"chat": facts_of_chat(self.run, self._date or date_of(self.run, self.before))}
         self._write()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         status, code = ended_as(error)
-        self.line |= {"status": status, "exit_code": code, "ended": _now()} | dict(self._at_end())
+        self.line |= {"status": status, "exit_code": code, "ended": now()} | dict(self._at_end())
         if error is not None:
             self.line["error"] = f"{type(error).__name__}: {str(error)[:500]}"
         self._write()
 
     def leave(self, code: int) -> None:
         """The process ends now, with nobody left to raise anything."""
-        self.note(status="preempted" if code == Stopped.exit_code else "interrupted", exit_code=code, ended=_now())
+        self.note(status="preempted" if code == Stopped.exit_code else "interrupted", exit_code=code, ended=now())
+
+    @property
+    def date(self) -> datetime.date:
+        """What chat templates write in this run; of several processes, as the first has written it."""
+        written = read_attempts(self.path.parent) or [self.line]
+        return datetime.date.fromisoformat(written[-1]["chat"]["date"])
 
     def note(self, **facts: Any) -> None:
         """Add what was found out after the start."""
@@ -107,7 +117,7 @@ def describe(run: Run) -> dict[str, Any]:
 
     devices = jax.devices()
     return {
-        "started": _now(),
+        "started": now(),
         "argv": sys.argv,
         "directory": os.getcwd(),
         "config": resolved(run),
@@ -152,5 +162,6 @@ def _layout(value: Any) -> str:
     return ", ".join(f"{value.count(kind)} {kind}" for kind in sorted(set(value)))
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def now() -> str:
+    """The time in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

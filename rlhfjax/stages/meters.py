@@ -60,7 +60,7 @@ def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[P
     """
     c: schema.Sft = job.config
     scorer, reward = load_model(find_checkpoint(str(c.reward_model)), job.mesh)
-    pairs = job.reader.demonstration_ids(c.validation, c.batch.length, count)
+    pairs = job.reader.demonstration_ids(c.validation, c.batch.length, count, c.batch.refused)
     draws = draws_of(job, [prompt for prompt, _ in pairs], min(model.config.context, scorer.config.context))
 
     @jax.jit

@@ -4,11 +4,11 @@ A stage is done when its `complete.json` is there; it is written last and in one
 directory belongs to a stage that may be continued.
 """
 
+import datetime
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.plain_json import dumps
 from rlhfjax.stages.agreement import facts_of
 from rlhfjax.stages.determinism import use_determinism
-from rlhfjax.stages.manifest import Manifest, other_layout
+from rlhfjax.stages.manifest import Manifest, now, other_layout
 from rlhfjax.stages.output import lasting_output
 from rlhfjax.stages.run_directory import COMPLETE, require_own, saved_or_stopped, settle, write_text
 from rlhfjax.stages.run_lock import run_lock
@@ -41,11 +41,13 @@ def run_recipe(
     only: str | None = None,
     start_from: str | None = None,
     sources: Mapping[str, str] | None = None,
+    date: datetime.date | None = None,
 ) -> None:
     """Run what is not done yet of the recipe; `only` one stage, or again from `start_from` on.
 
-    `sources` says where keys of the configuration were set, for the manifest. Raises ConfigError when the run directory
-    was made with another configuration, is in use or somebody else's, or for a stage that the recipe lacks.
+    `sources` says where keys of the configuration were set, for the manifest; `date` is what chat templates write,
+    where it is not the run's own. Raises ConfigError when the run directory was made with another configuration, is in
+    use or somebody else's, or for a stage that the recipe lacks.
     """
     stages = stages_of(run)
     for name in (only, start_from):
@@ -60,7 +62,8 @@ def run_recipe(
         _by_first(lambda: require_own(run_dir), "own")
         _by_first(lambda: held.enter_context(run_lock(run_dir, report)), "lock")
         _by_first(lambda: settle(run, run_dir, start_from, stages), "settle")
-        _run_open_stages(run, run_dir, [only] if only else stages, Manifest(run, run_dir, sources, _speaks(), lost))
+        manifest = Manifest(run, run_dir, sources, _speaks(), lost, date)
+        _run_open_stages(run, run_dir, [only] if only else stages, manifest)
 
 
 def _run_open_stages(run: Run, run_dir: Path, wanted: list[str], manifest: Manifest) -> None:
@@ -123,7 +126,8 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
 
     use_compile_cache(report)
     run_in_caller()
-    jobs = make_jobs(run, run_dir, stages, report)
+    _by_first(lambda: None, "manifest")  # the first process has written it
+    jobs = make_jobs(run, run_dir, stages, report, manifest.date)
     begins = origins(jobs)
     agree_on_data(begins)
     refuse_other_data(run, run_dir, stages[0], manifest.before, begins["data"])
@@ -141,7 +145,7 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
         job.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = execute(job)
         seconds = round(time.monotonic() - began, 1)
-        done = {"stage": job.stage, "seconds": seconds, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
+        done = {"stage": job.stage, "seconds": seconds, "finished": now()}
         _by_first(partial(_mark, job.dir, done | facts), job.stage)
         stops = (
             f"; asked to, it would have stopped within {facts['timing/stop_s']:.1f} s"

@@ -6,6 +6,7 @@ from typing import Any
 
 from rlhfjax.config import load_config, resolved, schema
 from rlhfjax.errors import ConfigError, IntegrityError
+from rlhfjax.stages.chat_settings import date_of, facts_of_chat
 from rlhfjax.stages.comparison import first_differences
 from rlhfjax.stages.conditions import changed_keys, other_conditions
 from rlhfjax.stages.determinism import use_determinism
@@ -28,10 +29,10 @@ def reproduce(run_dir: Path, target: Path, only_check: bool, say: Callable[[str]
     differences = conditions(run, attempts)
     if differences:
         raise IntegrityError(_listed(f"{run_dir} cannot be reproduced here: {_counted(differences)}", differences))
-    say(f"{run_dir}: code, packages, flags, devices and data are those of the run")
+    say(f"{run_dir}: code, packages, flags, devices, data and chat settings are those of the run")
     if only_check:
         return
-    run_recipe(run, target)
+    run_recipe(run, target, date=date_of(run, attempts))
     stages = stages_of(run)
     found = first_differences(run_dir, target, stages)
     if found:
@@ -45,7 +46,7 @@ def conditions(run: schema.Run, attempts: list[dict[str, Any]]) -> list[str]:
 
     last = attempts[-1]
     found = [f"config.yaml: {line}" for line in changed_keys(last["config"], resolved(run))]
-    now = describe(run)
+    now = describe(run) | {"chat": facts_of_chat(run, date_of(run, attempts))}
     inputs, problems = inputs_now(run)
     for attempt in attempts:
         if attempt.get("stages", True):

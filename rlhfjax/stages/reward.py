@@ -56,7 +56,7 @@ def normalize_scores(job: Job, model: SequenceModel, params: Params) -> tuple[Pa
     n = c.normalize
     if n.on == "none":
         return params, {}
-    pairs = job.reader.demonstration_ids(n.data, c.batch.length, n.count)
+    pairs = job.reader.demonstration_ids(n.data, c.batch.length, n.count, c.batch.refused)
     if n.on == "samples":
         pairs = _sampled(job, [prompt for prompt, _ in pairs])
     tokens, mask = right_padded([prompt + response for prompt, response in pairs], job.tokenizer.pad_id)

@@ -13,7 +13,9 @@ from rlhfjax.interop.huggingface import open_directory
 from rlhfjax.interop.pretrained import Pretrained, load_parameters
 from rlhfjax.interop.whole_directories import check_target, whole_directory
 from rlhfjax.models import LanguageModel
+from rlhfjax.stages.chat_settings import today
 from rlhfjax.stages.recipe import write_json
+from rlhfjax.text.chat_writing import ChatSettings
 from rlhfjax.training.checkpoint import (
     COMPLETE,
     find_checkpoint,
@@ -46,7 +48,9 @@ def import_model(source: str, target: Path, *, dtype: str, force: bool, report: 
         params = load_parameters(opened, dtype=dtype)
         model = LanguageModel(replace(opened.config, dtype="float32"))
         imported = {"name": Path(source).name, "dtype": dtype}
-        meta = meta_of(opened.role, model, opened.tokenizer, imported=imported)
+        # What its chat template writes for today stays what it is from now on.
+        tokenizer = opened.tokenizer and opened.tokenizer.with_chat(ChatSettings(date=today()))
+        meta = meta_of(opened.role, model, tokenizer, imported=imported)
         save_model(part / "checkpoints" / "0", opened.role, params, meta)
         write_json(part / COMPLETE, {"stage": "import", "step": 0, "imported": imported})
     report(f"wrote {target} ({opened.config.family}, {_count(params):,} parameters, {opened.role})")
@@ -106,8 +110,11 @@ def lineage(step_dir: Path) -> dict[str, dict[str, Any]]:
         }
     figures = {name: value for name, value in done.items() if isinstance(value, float) and "/" in name}
     data = {_public(name): digest for name, digest in sorted((attempt.get("data") or {}).items())}
+    spoken = read_meta(step_dir).get("chat", {})
     return {
         "Lineage": {name: value for name, value in origin.items() if value is not None},
+        # A template that writes today's date, or reads variables, was given these.
+        "Given to the chat template": {name: value for name, value in spoken.items() if value},
         "Data of the run (fingerprints)": data,
         "Figures": figures,
     }

@@ -2,20 +2,40 @@
 
 With a tokenizer of this project a conversation is BOS, then for each message its role token, its content and EOS; a
 prompt ends with the role token of the assistant, whose answer follows. With a published model's tokenizer its own chat
-template writes all that. A record may instead be plain text: BOS, if the model has one, and the prompt, then the
-response. A response is tokenised by itself and its ids are joined, so a prompt has the same ids whatever follows it.
+template writes all that (`rlhfjax.text.answers`). A record may instead be plain text: BOS, if the model has one, and
+the prompt, then the response. A response is tokenised as what goes on after the prompt, so a prompt has the same ids
+whatever follows it, and the text is exactly prompt + response.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.text.answers import Conversation, Known, Untrained, all_answers, encode_answers
+from rlhfjax.text.chat_writing import Message
 from rlhfjax.text.huggingface_tokenizer import HuggingFaceTokenizer
 from rlhfjax.text.loading import AnyTokenizer
 from rlhfjax.text.tokenizer import Tokenizer
 
-Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant", "content": str}
+__all__ = [
+    "Known",
+    "Message",
+    "Untrained",
+    "as_record",
+    "beginning",
+    "encode_all_turns",
+    "encode_demonstration",
+    "encode_prompt",
+    "encode_response",
+    "encode_responses",
+    "encode_texts",
+    "truncate_history",
+]
+
 Record = Mapping[str, Any]
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_OWN_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_OF_A_TEMPLATE = ("tool_calls", "tool_call_id", "reasoning_content")
 
 
 def beginning(tokenizer: AnyTokenizer) -> list[int]:
@@ -23,34 +43,77 @@ def beginning(tokenizer: AnyTokenizer) -> list[int]:
     return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
+def as_record(prompt: str | Sequence[Message] | Record) -> Record:
+    """A text, messages, or a record with either, as a record that `encode_prompt` takes."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if not isinstance(prompt, Mapping):
+        return {"messages": prompt}
+    if "role" in prompt:
+        raise DataError("expected a text, ids, a list of messages or a record, got one message; put it into a list")
+    return prompt
+
+
 def encode_prompt(tokenizer: AnyTokenizer, record: Record) -> list[int]:
     """Ids after which a response is generated, from {"prompt": text} or {"messages": […]}.
 
-    Raises DataError on an empty prompt, or messages that end with the assistant (there is nothing to answer).
+    Messages may stand beside `tools` and `chat_template_kwargs`, which a chat template reads. Raises DataError on an
+    empty prompt, messages that end with the assistant (there is nothing to answer), or what cannot be written.
     """
     if record.get("messages") is None:
         return [*beginning(tokenizer), *tokenizer.encode(_plain_prompt(record))]
-    messages = _messages(record)
-    if messages[-1]["role"] == "assistant":
-        raise DataError("expected messages that end with something to answer, got the assistant's own message last")
-    return _conversation_prompt(tokenizer, messages)
+    return _prompt_ids(tokenizer, _require_text(_asked(record)))
 
 
 def encode_response(tokenizer: AnyTokenizer, text: str) -> list[int]:
-    """Ids of a whole response: its text, then EOS, which is trained like any other token."""
-    return [*tokenizer.encode(text), tokenizer.eos_id]
+    """Ids of a whole response to a plain prompt: its text, then EOS, which is trained like any other token."""
+    return [*tokenizer.encode_continuation(text), tokenizer.eos_id]
+
+
+def encode_responses(
+    tokenizer: AnyTokenizer, record: Record, texts: Sequence[str], known: Known | None = None
+) -> tuple[list[int], list[list[int]]]:
+    """Prompt ids of a record and the ids of several responses to it, each whole, with its end.
+
+    What was tokenised already is taken from `known` and added to it. Raises DataError as `encode_prompt`, and where a
+    chat template writes a response otherwise than it would be generated.
+    """
+    known = {} if known is None else known
+    if record.get("messages") is not None and isinstance(tokenizer, HuggingFaceTokenizer):
+        answers = [{"role": "assistant", "content": text} for text in texts]
+        return encode_answers(tokenizer, _require_text(_asked(record)), answers, known)
+    for text in texts:
+        if ("", text) not in known:
+            known["", text] = encode_response(tokenizer, text)
+    return encode_prompt(tokenizer, record), [known["", text] for text in texts]
+
+
+def encode_texts(tokenizer: AnyTokenizer, records: Sequence[Record]) -> Known:
+    """Ids of all responses of these records that no chat template writes, for `encode_responses`."""
+    templated = isinstance(tokenizer, HuggingFaceTokenizer)
+    plain = (record for record in records if not templated or record.get("messages") is None)
+    texts = list(dict.fromkeys(text for record in plain for text in record["responses"]))
+    ids = tokenizer.encode_continuation_batch(texts)
+    return {("", text): [*each, tokenizer.eos_id] for text, each in zip(texts, ids, strict=True)}
 
 
 def encode_demonstration(tokenizer: AnyTokenizer, record: Record) -> tuple[list[int], list[int]]:
     """Prompt ids and response ids of a demonstration, apart: training on the last answer alone.
 
-    From {"prompt", "completion"}, or from {"messages"}: the last assistant message is the response, all before it the
-    prompt, and what follows it is left out. Raises DataError on an empty prompt, or without an assistant message.
+    From {"prompt", "completion"}, or from {"messages"}: the last assistant message (of those that a `weight` of 0 does
+    not mask) is the response, all before it the prompt, and what follows it is left out. Raises DataError on an empty
+    prompt, without an assistant message, or as `encode_responses`; Untrained where all answers are masked.
     """
     if record.get("messages") is None:
-        return encode_prompt(tokenizer, record), encode_response(tokenizer, _text(record, "completion"))
-    *before, answer = _up_to_last_answer(record)
-    return _conversation_prompt(tokenizer, before), encode_response(tokenizer, answer["content"])
+        prompt, [response] = encode_responses(tokenizer, record, [_text(record, "completion")])
+        return prompt, response
+    conversation, places = _answered(record)
+    before, answer = conversation.until(places[-1]), conversation.messages[places[-1]]
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        prompt, [response] = encode_answers(tokenizer, _require_text(before), [answer], {})
+        return prompt, response
+    _require_own_form(conversation.until(places[-1] + 1))
+    return _prompt_ids(tokenizer, _require_text(before)), _turn(tokenizer, answer)[1:]
 
 
 def encode_all_turns(tokenizer: AnyTokenizer, record: Record) -> tuple[list[int], list[bool]]:
@@ -58,38 +121,22 @@ def encode_all_turns(tokenizer: AnyTokenizer, record: Record) -> tuple[list[int]
 
     The ids are those of `encode_demonstration`, joined. Since p(T_K, …, T_2 | T_1) = Π p(T_i | T_1, …, T_i−1), the loss
     under this mask is the sum of the losses of the conversations cut after each answer (Zhang et al. 2020, DialoGPT).
-    A message that opens the conversation answers nothing and is not trained. Raises DataError where there is no answer,
-    or where a chat template writes an earlier answer otherwise than it was generated.
+    A message that opens the conversation answers nothing and is not trained, nor is one with a `weight` of 0. Raises
+    DataError where there is no answer, or where a chat template writes an earlier answer otherwise than it was
+    generated; Untrained where all answers are masked.
     """
     if record.get("messages") is None:
         prompt, response = encode_demonstration(tokenizer, record)
         return prompt + response, [False] * len(prompt) + [True] * len(response)
-    messages = _up_to_last_answer(record)
+    conversation, places = _answered(record)
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        return _answers_in_template(tokenizer, messages)
+        return all_answers(tokenizer, conversation, places)
     tokens, trained = [tokenizer.bos_id], [False]
-    for place, message in enumerate(messages):
+    _require_own_form(conversation)
+    for place, message in enumerate(conversation.messages[: places[-1] + 1]):
         turn = _turn(tokenizer, message)
-        is_answer = message["role"] == "assistant" and place > 0
         tokens += turn
-        trained += [False] + [is_answer] * (len(turn) - 1)  # the role token is given, never predicted
-    return tokens, trained
-
-
-def _answers_in_template(tokenizer: HuggingFaceTokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-    """An answer is what follows the ids of the prompt before it, to the id that ends a response."""
-    tokens = [*_conversation(tokenizer, messages[:-1]), *encode_response(tokenizer, messages[-1]["content"])]
-    trained = [False] * len(tokens)
-    for place, message in enumerate(messages):
-        if message["role"] == "assistant" and place > 0:
-            before = _conversation(tokenizer, messages[:place])
-            if tokens[: len(before)] != before or tokenizer.eos_id not in tokens[len(before) :]:
-                raise DataError(
-                    f"messages[{place}]: expected a chat template that writes an earlier answer as it was generated, "
-                    "got one that changes it; train on the last answer alone (loss.train_on: last)"
-                )
-            end = tokens.index(tokenizer.eos_id, len(before)) + 1
-            trained[len(before) : end] = [True] * (end - len(before))
+        trained += [False] + [place in places] * (len(turn) - 1)  # the role token is given, never predicted
     return tokens, trained
 
 
@@ -101,16 +148,18 @@ def truncate_history(
     Whole exchanges go, oldest first: a user message with the answers to it. System messages and the last exchange stay,
     and no message is ever cut. Raises ConfigError when those alone do not fit, DataError on malformed messages.
     """
-    checked = _messages({"messages": messages})
+    checked = _conversation({"messages": messages}).messages
     exchange, exchanges = 0, []
     for message in checked:
         exchange += message["role"] == "user"
         exchanges.append(exchange)
     for oldest in sorted(set(exchanges)):
         kept = [
-            index for index, message in enumerate(checked) if message["role"] == "system" or exchanges[index] >= oldest
+            index
+            for index, message in enumerate(checked)
+            if message["role"] in ("system", "developer") or exchanges[index] >= oldest
         ]
-        size = len(_conversation(tokenizer, [checked[index] for index in kept]))
+        size = len(_prompt_ids(tokenizer, Conversation([checked[index] for index in kept])))
         if size <= budget - reserve:
             return [checked[index] for index in kept], len(checked) - len(kept)
     raise ConfigError(
@@ -119,35 +168,62 @@ def truncate_history(
     )
 
 
-def _conversation_prompt(tokenizer: AnyTokenizer, messages: Sequence[Message]) -> list[int]:
-    if not messages[-1]["content"].strip():
+def _asked(record: Record) -> Conversation:
+    asked = _conversation(record)
+    if asked.messages[-1]["role"] == "assistant":
+        raise DataError("expected messages that end with something to answer, got the assistant's own message last")
+    return asked
+
+
+def _require_text(asked: Conversation) -> Conversation:
+    last = asked.messages[-1]
+    if last["role"] != "tool" and not last["content"].strip() and not last.get("tool_calls"):
         raise DataError("expected a prompt with text in it, got an empty message before the answer; drop the record")
-    return _conversation(tokenizer, messages)
+    return asked
 
 
-def _conversation(tokenizer: AnyTokenizer, messages: Sequence[Message]) -> list[int]:
+def _prompt_ids(tokenizer: AnyTokenizer, asked: Conversation) -> list[int]:
     """Ids of messages and of what an answer begins with."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        return tokenizer.encode_chat(messages, add_generation_prompt=True)
-    turns = [token for message in messages for token in _turn(tokenizer, message)]
+        return tokenizer.encode_written(asked.prompt(tokenizer))
+    _require_own_form(asked)
+    turns = [token for message in asked.messages for token in _turn(tokenizer, message)]
     return [tokenizer.bos_id, *turns, tokenizer.role_ids["assistant"]]
 
 
 def _turn(tokenizer: Tokenizer, message: Message) -> list[int]:
-    return [tokenizer.role_ids[message["role"]], *tokenizer.encode(message["content"]), tokenizer.eos_id]
+    role = tokenizer.role_ids[_OWN_ROLES[message["role"]]]
+    return [role, *tokenizer.encode(message["content"]), tokenizer.eos_id]
 
 
-def _up_to_last_answer(record: Record) -> list[Message]:
-    messages = _messages(record)
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers or answers[-1] == 0:
+def _require_own_form(conversation: Conversation) -> None:
+    """Refuses what has no token here, rather than to leave it out."""
+    given = [name for name in ("tools", "chat_template_kwargs") if getattr(conversation, name)]
+    for place, message in enumerate(conversation.messages):
+        if message["role"] not in _OWN_ROLES:
+            given.append(f"messages[{place}] of role {message['role']}")
+        given += [f"messages[{place}].{name}" for name in _OF_A_TEMPLATE if message.get(name)]
+    if given:
         raise DataError(
-            f"expected a conversation with an answer in it, got roles {[message['role'] for message in messages]}"
+            f"expected messages of system, user and assistant with text alone, got {', '.join(given[:3])}; this "
+            "project's own tokenizer has no tokens for that, a published model's chat template may"
         )
-    return messages[: answers[-1] + 1]
 
 
-def _messages(record: Record) -> list[Message]:
+def _answered(record: Record) -> tuple[Conversation, list[int]]:
+    """A conversation and the places of the answers that are trained."""
+    conversation = _conversation(record)
+    answers = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant" and i > 0]
+    if not answers:
+        roles = [message["role"] for message in conversation.messages]
+        raise DataError(f"expected a conversation with an answer in it, got roles {roles}")
+    trained = [i for i in answers if conversation.messages[i].get("weight") != 0]
+    if not trained:
+        raise Untrained("expected an answer to train on, got weight 0 for all of them; drop the record")
+    return conversation, trained
+
+
+def _conversation(record: Record) -> Conversation:
     messages = record["messages"]
     if isinstance(messages, str) or not isinstance(messages, Sequence):
         raise DataError(f"expected `messages` to be a list of {{role, content}}, got {type(messages).__name__}")
@@ -155,16 +231,18 @@ def _messages(record: Record) -> list[Message]:
         raise DataError("expected `messages` with at least one message, got an empty prompt; drop the record")
     for index, message in enumerate(messages):
         role = message.get("role") if isinstance(message, Mapping) else None
-        if role not in ("system", "user", "assistant"):
-            raise DataError(f"messages[{index}]: expected role system, user or assistant, got {role!r}")
+        if role not in _ROLES:
+            raise DataError(f"messages[{index}]: expected role {', '.join(_ROLES)}, got {role!r}")
         _text(message, "content", f"messages[{index}]: ")
-    return list(messages)
+    return Conversation(list(messages), record.get("tools") or None, record.get("chat_template_kwargs") or {})
 
 
 def _plain_prompt(record: Record) -> str:
     prompt = _text(record, "prompt")
     if not prompt.strip():
         raise DataError("expected a prompt with text in it, got an empty prompt; drop the record")
+    if record.get("tools") or record.get("chat_template_kwargs"):
+        raise DataError("expected `messages` beside tools and chat_template_kwargs, got a plain `prompt`; remove them")
     return prompt
 
 

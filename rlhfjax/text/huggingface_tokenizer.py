@@ -10,12 +10,15 @@ the vocabulary writes spaces as U+2581, that letter in a text is spelled in byte
 or else the model's end of text. Generation stops at any of `end_ids`: that one, and all that the model's files name.
 """
 
+import copy
+import difflib
 import hashlib
 import json
 import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from typing import Any
 import tokenizers
 
 from rlhfjax.errors import ConfigError, DataError, IntegrityError
+from rlhfjax.text.chat_writing import ChatSettings, ChatWriter, Message
 from rlhfjax.text.continuation import prefixes_every_part, taking_prefix, without_prefix
 from rlhfjax.text.huggingface_files import files, read_files
 from rlhfjax.text.sentencepiece_json import SPACE
@@ -49,7 +53,8 @@ class HuggingFaceTokenizer:
         """
         self.description = dict(described)
         try:
-            self._seal = {token: f"{token}{secrets.token_hex(16)}" for token in _special(described["tokenizer"])}
+            self._salt = secrets.token_hex(16)
+            self._seal = {token: f"{token}{self._salt}" for token in _special(described["tokenizer"])}
             sealed = _sealed(taking_prefix(described["tokenizer"]), self._seal)
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(sealed))
             ids = {token: self._tokenizer.token_to_id(name) for token, name in self._seal.items()}
@@ -73,6 +78,10 @@ class HuggingFaceTokenizer:
         self.unk_id = named["unk_token"]
         self.pad_id = self.eos_ids[0] if named["pad_token"] is None else named["pad_token"]
         self.chat_template = None if (source := described["chat_template"]) is None else ChatTemplate(source)
+        named_tokens = {name: token for name, token in described["named"].items() if token is not None}
+        self.writer = ChatWriter(
+            self.chat_template, named_tokens, {token: self._seal[token] for token in self._special}
+        )
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "HuggingFaceTokenizer":
@@ -119,17 +128,12 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def eos_id(self) -> int:
-        """The id that ends a response: what the chat template writes after an answer, else the model's end of text."""
-        if self.chat_template is None:
-            return self.eos_ids[0]
-        mark = secrets.token_hex(16)
-        probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-        try:
-            after = self._render(probe, False).rpartition(mark)[2]
-        except ConfigError:
-            return self.eos_ids[0]
-        found = self._special_text.search(after)
-        return self._special[found[0]] if found else self.eos_ids[0]
+        """The id that ends a response: what the chat template writes after an answer, else the model's end of text.
+
+        Of several tokens that it writes there, it is the one that the model's files name, else the first.
+        """
+        after = [self._special[token] for token in self.special_tokens(self.writer.after_answer)]
+        return next((index for index in after if index in self.eos_ids), (after or self.eos_ids)[0])
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -164,30 +168,79 @@ class HuggingFaceTokenizer:
         """`encode_continuation` of each text."""
         return self._batch(self._continuing, texts)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Ids of a conversation by the model's template, with the beginning of an answer after it if asked for.
 
-        Special tokens come from the template alone. Raises ConfigError without a template or when it refuses these
-        roles, DataError where contents would become special tokens together with what the template writes beside them.
+        Raises ConfigError without a template, DataError where it refuses these messages (`ChatWriter.write`).
         """
-        # In contents, special tokens are spelled in another way until the template has written its own.
-        spelled: dict[str, str] = {}
-        hidden = []
-        for message in messages:
-            check_unicode(message["content"])
-            content = self._special_text.sub(
-                lambda found: spelled.setdefault(found[0], secrets.token_hex(16)), message["content"]
+        return self.encode_written(self.writer.write(messages, add_generation_prompt, tools, kwargs))
+
+    def encode_written(self, text: str) -> list[int]:
+        """Ids of what `writer` wrote."""
+        check_unicode(text)
+        return encode(self._tokenizer, text, self._spelling)
+
+    def encode_written_after(self, before: str, text: str) -> list[int]:
+        """Ids of what `writer` wrote after `before`, whose ids stay what they are without it.
+
+        They are those of the whole, unless a token would reach from `before` into `text`.
+        """
+        tail = self.from_last_special(before)
+        first, whole = self.encode_written(tail), self.encode_written(tail + text)
+        if whole[: len(first)] == first:
+            return whole[len(first) :]
+        return encode(self._continuing, text, self._spelling)
+
+    def from_last_special(self, text: str) -> str:
+        """The end of what `writer` wrote: ids after it depend on no more, since a special token parts what it parts."""
+        end = text.rfind(self._salt) + len(self._salt)
+        name = next((name for name in self._seal.values() if text.endswith(name, 0, end)), "")
+        return name + text[end:] if name else text
+
+    @cached_property
+    def end_names(self) -> re.Pattern[str]:
+        """What `writer` writes for the tokens that end a response."""
+        names = [self._named(index) for index in self.end_ids]
+        return re.compile("|".join(re.escape(name) for name in names if name) or "(?!)")
+
+    def shown(self, text: str) -> str:
+        """What `writer` wrote, without special tokens."""
+        return self._sealed_text.sub("", text)
+
+    def special_tokens(self, text: str) -> list[str]:
+        """Those in what `writer` wrote, in their order."""
+        return [self.unsealed(name) for name in self._sealed_text.findall(text)]
+
+    def unsealed(self, text: str) -> str:
+        """What `writer` wrote, special tokens under their own names."""
+        return text.replace(self._salt, "")
+
+    def with_chat(self, settings: ChatSettings) -> "HuggingFaceTokenizer":
+        """The same tokenizer, whose conversations are written with these settings.
+
+        Raises ConfigError on variables that the chat template does not read.
+        """
+        known = self.chat_template.variables if self.chat_template else frozenset()
+        if unknown := sorted(settings.kwargs.keys() - known):
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            hint = f"did you mean {near[0]}" if near else "remove it"
+            raise ConfigError(
+                f"chat_template_kwargs: expected what the model's chat template reads, got {unknown[0]}; {hint}"
             )
-            hidden.append({"role": message["role"], "content": content})
-        written = self._render(hidden, add_generation_prompt)
-        neutral = [{"role": message["role"], "content": "?"} for message in messages]
-        expected = self._special_text.findall(self._render(neutral, add_generation_prompt))
-        if self._special_text.findall(written) != expected:
-            raise DataError("expected contents that spell no special token with the chat template; drop the record")
-        sealed = self._special_text.sub(lambda found: self._seal[found[0]], written)
-        for token, name in spelled.items():
-            sealed = sealed.replace(name, token)
-        return encode(self._tokenizer, sealed, self._spelling)
+        made = copy.copy(self)
+        made.writer = replace(self.writer, settings=settings)
+        return made
+
+    @property
+    def chat(self) -> ChatSettings:
+        """What the template is told besides the conversation."""
+        return self.writer.settings
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens dropped; bytes that are no UTF-8 (a cut character) become U+FFFD.
@@ -241,19 +294,13 @@ class HuggingFaceTokenizer:
         changed = any(made[key] != given.get(key) for key in ("normalizer", "pre_tokenizer", "decoder"))
         return tokenizers.Tokenizer.from_str(json.dumps(_sealed(made, self._seal))) if changed else self._tokenizer
 
-    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        if self.chat_template is None:
-            raise ConfigError(
-                "expected a tokenizer with a chat template for messages, got one without; give prompt and completion, "
-                "or put chat_template.jinja beside its tokenizer.json"
-            )
-        tokens = {name: token for name, token in self.description["named"].items() if token is not None}
-        return self.chat_template.render(messages, add_generation_prompt, **tokens)
-
     @cached_property
-    def _special_text(self) -> re.Pattern[str]:
-        """Any special token, the longest where several begin."""
-        return re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)")
+    def _sealed_text(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._seal.values())) or "(?!)")
+
+    def _named(self, index: int) -> str | None:
+        token = next((token for token, other in self._special.items() if other == index), None)
+        return self._tokenizer.id_to_token(index) if token is None else self._seal[token]
 
     def _id(self, token: str | None) -> int | None:
         if token is None:

@@ -26,6 +26,7 @@ from typing import Literal
 import sentencepiece
 
 from rlhfjax.errors import ConfigError, DataError, IntegrityError
+from rlhfjax.text.chat_writing import ChatSettings
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
@@ -43,6 +44,7 @@ class Tokenizer:
     kind = "sentencepiece"
     pad_id, bos_id, eos_id, unk_id = PAD, BOS, EOS, UNK
     end_ids = (EOS,)  # every id that ends a response
+    chat = ChatSettings()  # conversations have one form, and no date in it
 
     def __init__(self, model: bytes):
         """Open a serialised model. Raises IntegrityError on bytes that are none, ConfigError on foreign special ids."""
@@ -132,6 +134,15 @@ class Tokenizer:
         (directory / DIGEST_FILE).unlink(missing_ok=True)
         write_atomically(directory / MODEL_FILE, self._model)
         write_atomically(directory / DIGEST_FILE, f"{self.fingerprint}  {MODEL_FILE}\n".encode())
+
+    def with_chat(self, settings: ChatSettings) -> "Tokenizer":
+        """This tokenizer. Raises ConfigError on variables for a chat template: there is none that could read them."""
+        if settings.kwargs:
+            raise ConfigError(
+                f"chat_template_kwargs: expected none for this project's own tokenizer, got {sorted(settings.kwargs)}; "
+                "remove them"
+            )
+        return self
 
     def to_bytes(self) -> bytes:
         """The serialised SentencePiece model."""

@@ -96,7 +96,7 @@ def test_scores_of_reference_responses_are_centred(scale):
     )
     rows = [random_tokens(n % 4 + 2, seed=n, low=1).tolist() for n in range(30)]
     pairs = [(row[:1], row[1:]) for row in rows]
-    reader = SimpleNamespace(demonstration_ids=lambda data, length, count: pairs[:count])
+    reader = SimpleNamespace(demonstration_ids=lambda data, length, count, refused: pairs[:count])
     job = SimpleNamespace(config=settings, reader=reader, tokenizer=SimpleNamespace(pad_id=0))
     params = scalar_params_of(MODEL)
     after, facts = normalize_scores(job, MODEL, params)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rlhfjax.algorithms.language_modelling import predicted
 from rlhfjax.data import batches, token_rows
 from rlhfjax.data.batches import PackedRows, PromptItems, RankedItems, pack
-from rlhfjax.data.token_rows import Ragged, RankedRows, TokenRows, within
+from rlhfjax.data.token_rows import Ragged, RankedRows, Rules, TokenRows, within
 from rlhfjax.errors import DataError
 from rlhfjax.text.tokenizer import BOS, EOS, PAD, Tokenizer
 from rlhfjax.types import TokenBatch
@@ -170,7 +170,7 @@ def conversation(*contents):
 def test_demonstration_targets_are_the_completion_and_its_eos(tokenizer):
     source = Source([{"prompt": "the film", "completion": " was dull"}, conversation("a story", "of music")])
     for train_on in ("last", "all"):
-        rows = token_rows.demonstration_rows(source, tokenizer, train_on)
+        rows = token_rows.demonstration_rows(source, tokenizer, Rules("chats", train_on=train_on))
         trained = [rows.tokens[i][rows.targets[i]].tolist() for i in range(2)]
         assert trained == [[*tokenizer.encode(text), EOS] for text in (" was dull", "of music")]
         assert rows.tokens[0].tolist() == [BOS, *tokenizer.encode("the film"), *tokenizer.encode(" was dull"), EOS]
@@ -178,11 +178,62 @@ def test_demonstration_targets_are_the_completion_and_its_eos(tokenizer):
 
 def test_train_on_all_adds_the_earlier_answers(tokenizer):
     source = Source([conversation("the", "film", "was", "warm and dull")])
-    last, every = (token_rows.demonstration_rows(source, tokenizer, train_on) for train_on in ("last", "all"))
+    rules = [Rules("chats", train_on=train_on) for train_on in ("last", "all")]
+    last, every = (token_rows.demonstration_rows(source, tokenizer, each) for each in rules)
     assert last.tokens[0].tolist() == every.tokens[0].tolist()
     film, warm = ([*tokenizer.encode(text), EOS] for text in ("film", "warm and dull"))
     assert last.tokens[0][last.targets[0]].tolist() == warm
     assert every.tokens[0][every.targets[0]].tolist() == film + warm
+
+
+def weighted(*turns):
+    messages = conversation(*(text for text, _ in turns))["messages"]
+    pairs = zip(messages, turns, strict=True)
+    return {"messages": [m | ({} if weight is None else {"weight": weight}) for m, (_, weight) in pairs]}
+
+
+def test_weights_mask_and_train_answers(tokenizer):
+    said: list[str] = []
+    two = weighted(("the", None), ("film", 1), ("was", None), ("dull", 0))
+    source = Source([two, weighted(("the", None), ("film", 0)), conversation("a", "story")])
+    last, every = (
+        token_rows.demonstration_rows(source, tokenizer, Rules("chats", "error", said.append, train_on))
+        for train_on in ("last", "all")
+    )
+    film, story = ([*tokenizer.encode(text), EOS] for text in ("film", "story"))
+    # fails if the weight is not looked at: seen
+    for rows in (last, every):
+        assert rows.tokens[0][rows.targets[0]].tolist() == film
+        assert len(rows.tokens[1]) == 0  # nothing to train, and the next row keeps its number
+        assert rows.tokens[2][rows.targets[2]].tolist() == story
+    assert said == ["chats: 1 of 3 conversations with weight 0 alone left out"] * 2
+    with pytest.raises(DataError, match="chats: expected answers to train on, got weight 0 for all in 1 rows"):
+        token_rows.demonstration_rows(Source([source[1]]), tokenizer, Rules("chats"))
+
+
+def test_rows_that_cannot_be_written_are_counted(tokenizer):
+    tool = {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}
+    answered = {"messages": [*tool["messages"], {"role": "assistant", "content": "c"}]}
+    ranked = {**tool, "responses": ["c", "d"], "ranks": [1, 2]}
+    good = {"prompt": "the", "completion": " film", "responses": [" film", " story"], "ranks": [1, 2]}
+    makers = {
+        token_rows.demonstration_rows: [good, answered, answered],
+        token_rows.prompt_rows: [good, tool, tool],
+        token_rows.ranked_rows: [good, ranked, ranked],
+    }
+    for make, records in makers.items():
+        said: list[str] = []
+        with pytest.raises(
+            DataError, match=r"chats row 1: .*messages\[1\] of role tool.*\(2 of 3 rows cannot be written"
+        ):
+            make(Source(records), tokenizer, Rules("chats"))
+        made = make(Source(records), tokenizer, Rules("chats", "drop", said.append))
+        assert said[0].startswith("chats: 2 of 3 rows that cannot be written left out; chats row 1: ")
+        rows = made if isinstance(made, Ragged) else made.tokens
+        assert [length > 0 for length in rows.lengths.tolist()[:1]] == [True]
+        assert not rows.lengths[2 if make is token_rows.ranked_rows else 1 :].any()
+        with pytest.raises(DataError, match="row 0"):
+            make(Source(records[1:]), tokenizer, Rules("chats", "drop"))
 
 
 # Rankings ------------------------------------------------------------------------------------------------------------
@@ -224,7 +275,7 @@ def test_ranked_rows_are_prompt_response_and_eos(tokenizer):
             {**conversation("a"), "responses": ["of music", "", "dull"], "ranks": [1, 3, 1]},
         ]
     )
-    rows = token_rows.ranked_rows(source, tokenizer)
+    rows = token_rows.ranked_rows(source, tokenizer, Rules("ranks"))
     assert rows.groups.tolist() == [0, 2, 5]
     assert rows.ranks.tolist() == [2, 1, 1, 3, 1]
     plain = [BOS, *tokenizer.encode("the")]
@@ -232,6 +283,26 @@ def test_ranked_rows_are_prompt_response_and_eos(tokenizer):
     assert rows.prompt_lengths.tolist() == [len(plain), len(chat)]
     expected = [(plain, " film"), (plain, " story"), (chat, "of music"), (chat, ""), (chat, "dull")]
     assert [rows.tokens[i].tolist() for i in range(5)] == [[*p, *tokenizer.encode(t), EOS] for p, t in expected]
+
+
+@pytest.mark.parametrize(
+    ("responses", "ranks", "expected"),
+    [
+        ("AA", [1, 2], [1, 1]),
+        ("AAB", [1, 2, 3], [1, 1, 2]),
+        ("ABA", [1, 2, 3], [1, 1, 1]),  # better and worse than B
+        ("ABAB", [2, 4, 1, 1], [1, 2, 1, 2]),  # means 1.5 and 2.5
+        ("AAB", [2, 2, 5], [2, 2, 5]),
+    ],
+)
+def test_equal_responses_are_ties(tokenizer, responses, ranks, expected):
+    texts, said = {"A": " film", "B": " story"}, []
+    source = Source([{"prompt": "the", "responses": [texts[name] for name in responses], "ranks": ranks}])
+    rows = token_rows.ranked_rows(source, tokenizer, Rules("ranks", "error", said.append))
+    assert rows.ranks.tolist() == expected
+    assert said == (
+        [] if ranks == expected else ["ranks: 1 of 1 comparisons rank equal responses apart; taken as ties"]
+    )
 
 
 def test_ranked_items_are_padded_on_the_right():
@@ -251,7 +322,7 @@ def test_ranked_items_are_padded_on_the_right():
 
 
 def test_prompts_are_padded_on_the_left(tokenizer):
-    rows = token_rows.prompt_rows(Source([{"prompt": "the film"}, conversation("a")]), tokenizer)
+    rows = token_rows.prompt_rows(Source([{"prompt": "the film"}, conversation("a")]), tokenizer, Rules("asked"))
     items = PromptItems(rows, np.array([1, 0]), 12, PAD)
     assert len(items) == 2
     for place, row in enumerate([1, 0]):

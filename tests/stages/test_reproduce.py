@@ -113,6 +113,7 @@ NOW = {
     "platform_version": "cpu",
     "data": {"a.jsonl@train": "0" * 64},
     "started_from": {"model.checkpoint": "1" * 64},
+    "chat": {"date": "2026-01-31", "sft": {"enable_thinking": False}},
 }
 
 
@@ -131,6 +132,8 @@ NOW = {
         (("mesh", "device_order"), [1, 0], "order of devices in the mesh: expected [1, 0], got [0, 1]"),
         (("machine", "processor"), "other", "processor: expected other, got one"),
         (("machine", "cores"), 8, "cores: expected 8, got 2"),
+        (("chat", "date"), "2031-01-02", "chat settings of date: expected 2031-01-02, got 2026-01-31"),
+        (("chat", "sft"), {}, "chat settings of sft: expected {}, got {'enable_thinking': False}"),
         (("data", "a.jsonl@train"), "2" * 64, "data a.jsonl@train: expected SHA-256 222222222222…, got 000000000000…"),
         (
             ("started_from", "model.checkpoint"), "2" * 64,

@@ -164,9 +164,10 @@ def test_history_that_fits_a_template(chatml):
 
 def test_a_template_that_rewrites_earlier_answers(chatml):
     source = (
-        "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'user' or loop.last %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
     )
-    tokenizer = HuggingFaceTokenizer(chatml.description | {"chat_template": source + "<|im_start|>"})
+    tokenizer = HuggingFaceTokenizer(chatml.description | {"chat_template": source})
     chat = messages(("user", "Q"), ("assistant", "first"), ("user", "R"), ("assistant", "second"))
     assert encode_demonstration(tokenizer, {"messages": chat})[1] == [*tokenizer.encode("second"), IM_END]
     with pytest.raises(DataError, match="train on the last answer alone"):

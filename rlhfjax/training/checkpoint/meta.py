@@ -13,6 +13,7 @@ from typing import Any
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.integrity import MANIFEST, read_manifest, verified_once, verifying
 from rlhfjax.models import SequenceModel
+from rlhfjax.text.chat_writing import ChatSettings
 from rlhfjax.text.loading import AnyTokenizer, tokenizer_from
 from rlhfjax.text.tokenizer import Tokenizer
 
@@ -32,22 +33,25 @@ def meta_of(
     With `averaged` that is the moving average of the parameters.
     """
     packed = None if tokenizer is None else {"kind": tokenizer.kind, "data": _packed(tokenizer.to_bytes())}
+    chat = {} if tokenizer is None else {"chat": tokenizer.chat.to_json()}
     names = {"role": role, "serve": "average" if averaged else role}
-    return {"format": FORMAT, **names, "model": asdict(model.config), "tokenizer": packed, **more}
+    return {"format": FORMAT, **names, "model": asdict(model.config), "tokenizer": packed, **chat, **more}
 
 
 def tokenizer_of(meta: Mapping[str, Any]) -> AnyTokenizer | None:
     """The tokenizer inside a checkpoint's meta; None of a model that came without one and knows ids only.
 
-    Raises IntegrityError when it cannot be read.
+    It writes conversations as the model was trained on them: with the same date and chat_template_kwargs. Raises
+    IntegrityError when it cannot be read.
     """
-    packed = meta["tokenizer"]
+    packed, chat = meta["tokenizer"], ChatSettings.from_json(meta.get("chat", {}))
     try:
         if packed is None:
             return None
         if isinstance(packed, str):  # as it was written before there were two kinds
             return Tokenizer.from_bytes(base64.b64decode(packed, validate=True))
-        return tokenizer_from(packed["kind"], zlib.decompress(base64.b64decode(packed["data"], validate=True)))
+        data = zlib.decompress(base64.b64decode(packed["data"], validate=True))
+        return tokenizer_from(packed["kind"], data).with_chat(chat)
     except (binascii.Error, zlib.error, KeyError, TypeError) as error:
         raise IntegrityError(f"checkpoint: expected a packed tokenizer in its meta, got {error!r}") from error
 
