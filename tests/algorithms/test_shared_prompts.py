@@ -13,12 +13,13 @@ from tiny import experience, one_prompt_each, params_of, ranked_batch, scalar_pa
 from rlhfjax.algorithms import Grpo
 from rlhfjax.algorithms.likelihood import token_log_probs, token_scores, token_values
 from rlhfjax.algorithms.packing import on_packed, pack, packed_experience, packed_ranking, row_width
+from rlhfjax.algorithms.reward_modelling import RewardModelling
 from rlhfjax.config import schema
 from rlhfjax.functional import token_log_probs as log_probs_of
 from rlhfjax.stages.dpo import preference_optimisation
 from rlhfjax.stages.losses import reward_modelling
 from rlhfjax.training.update import gradients, online_update
-from rlhfjax.types import TrainState
+from rlhfjax.types import RankedBatch, TrainState
 
 ROWS, PROMPT, RESPONSE, GROUP = 12, 5, 6, 3
 MODEL = tiny()
@@ -188,3 +189,25 @@ def test_packed_rankings_hold_each_prompt_once():
     ends, _ = packed_ranking(1, LONGEST, BATCH, ends=True)
     assert int(ends.batch.loss_mask.sum()) == there.sum()
     assert int(ends.batch.loss_mask.sum(-1).max()) <= ends.batch.most == 8
+
+
+def test_a_comparison_counts_in_the_part_that_holds_it_and_in_no_other():
+    # fails when what other parts hold counts as pairs of equal scores in every part: seen
+    tokens = jnp.asarray([[[7, 1, 8], [7, 1, 5]], [[9, 1, 2], [9, 1, 6]]], jnp.int32)
+    there = jnp.ones((2, 2), bool)
+    ranks = jnp.asarray([[1, 2], [1, 2]], jnp.int32)
+    batch = RankedBatch(tokens, jnp.ones(tokens.shape, bool), ranks, there, jnp.ones(2, jnp.int32))
+    pack = partial(packed_ranking, 1, 6, ends=True)  # a row of 6 has room for one comparison: 1 - 1 + 2 * 3 tokens
+    assert int(pack(batch)[1]) == 2
+
+    def scores(params, rows, key):  # a tenth of the last token
+        return rows.of_candidates(params["gain"] * rows.batch.tokens.astype(jnp.float32))
+
+    gain = {"gain": jnp.float32(0.1)}
+    grads, metrics = gradients(RewardModelling(scores), gain, batch, jax.random.key(0), pack=pack)
+    # margins 0.8 - 0.5 and 0.2 - 0.6: the first pair is in order, the second is not
+    loss = (np.log1p(np.exp(-0.3)) + np.log1p(np.exp(0.4))) / 2
+    np.testing.assert_allclose(metrics["train/rm/loss"], loss, rtol=1e-6)
+    assert metrics["train/rm/accuracy"] == 0.5
+    wanted = (-3 / (1 + np.exp(0.3)) + 4 / (1 + np.exp(-0.4))) / 2
+    np.testing.assert_allclose(grads["gain"], wanted, rtol=1e-5)

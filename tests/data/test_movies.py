@@ -102,6 +102,20 @@ def test_every_training_text_comes_from_rm_and_every_check_from_test(tables):
         assert {text for record in tables[config][split] for text in texts_of(record)} <= allowed
 
 
+def test_prompts_to_measure_on_are_those_of_held_out_texts(tables):
+    # fails when prompts/test is made of the texts that training sees: seen
+    of = {"train": ("train", ("rm", "rm_validation")), "test": ("validation", ("test",))}
+    for split, (shown, rated) in of.items():
+        demonstrations = [(record["prompt_id"], record["prompt"]) for record in tables["demonstrations"][shown]]
+        assert [(record["prompt_id"], record["prompt"]) for record in tables["prompts"][split]] == demonstrations
+        texts = {record["text_id"]: record["text"] for name in rated for record in tables["ratings"][name]}
+        assert all(f"Review: {texts[number]}".startswith(prompt) for number, prompt in demonstrations)
+    train, test = ({record["prompt_id"] for record in tables["prompts"][split]} for split in of)
+    assert train
+    assert test
+    assert train.isdisjoint(test)
+
+
 def test_reward_validation_batches_are_not_trained_on_within_or_across(tables):
     seen = {
         split: {text for config in ("comparisons", "across") for r in tables[config][split] for text in texts_of(r)}
