@@ -67,7 +67,10 @@ def normalize_scores(job: Job, model: SequenceModel, params: Params) -> tuple[Pa
 
     score = jax.jit(lambda p, *rows: jax.lax.map(partial(one, p), rows, batch_size=64))
     before = score(params, tokens, mask, lengths)
-    gain = 1.0 / jnp.maximum(before.std(), 1e-6) if n.scale else jnp.float32(1.0)
+    spread = before.std()
+    if n.scale and spread < 1e-5:  # rounding alone
+        job.report(f"reward: the scores of {len(pairs)} {n.on} are all alike, so they are centred and not scaled")
+    gain = 1.0 / spread if n.scale and spread >= 1e-5 else jnp.float32(1.0)
     params = params | {"head": rescale_head(params["head"], gain, -gain * before.mean())}
     after = score(params, tokens, mask, lengths)
     return params, {

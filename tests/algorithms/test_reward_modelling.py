@@ -82,10 +82,8 @@ def test_weights_count_prompts_that_compare_and_pairs_that_differ():
     assert (weight["prompts"], weight["pairs"]) == (2, 2)
 
 
-@pytest.mark.parametrize("scale", [False, True])
-def test_scores_of_reference_responses_are_centred(scale):
-    # meant to catch a bias that is centred before the gain is applied to it
-    settings = schema.Reward.model_validate(
+def normalizing(scale):
+    return schema.Reward.model_validate(
         {
             "data": [{"source": "unused"}],
             "steps": 1,
@@ -94,6 +92,27 @@ def test_scores_of_reference_responses_are_centred(scale):
             "normalize": {"data": [{"source": "unused"}], "scale": scale, "count": 30},
         }
     )
+
+
+def test_scores_that_are_all_alike_are_not_scaled():
+    """Nothing is divided by their deviation, which is rounding: a head of zeros keeps its kernel."""
+    said = []
+    reader = SimpleNamespace(demonstration_ids=lambda *_: [([1], [2, n]) for n in range(2, 6)])
+    job = SimpleNamespace(
+        config=normalizing(True), reader=reader, tokenizer=SimpleNamespace(pad_id=0), report=said.append
+    )
+    params = scalar_params_of(MODEL)
+    params |= {"head": jax.tree.map(jnp.zeros_like, params["head"])}
+    after, facts = normalize_scores(job, MODEL, params)
+    assert facts["normalized_gain"] == 1.0
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), after, params))
+    assert "all alike" in said[0]
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_scores_of_reference_responses_are_centred(scale):
+    # meant to catch a bias that is centred before the gain is applied to it
+    settings = normalizing(scale)
     rows = [random_tokens(n % 4 + 2, seed=n, low=1).tolist() for n in range(30)]
     pairs = [(row[:1], row[1:]) for row in rows]
     reader = SimpleNamespace(demonstration_ids=lambda data, length, count, refused: pairs[:count])
