@@ -12,9 +12,10 @@ _BINS = np.linspace(0.5, 1.0, 11)
 def calibration(scores: ArrayLike, texts: RatedTexts, gain: float = 1.0) -> Calibration | None:
     """σ(|r_a − r_b| / gain) against how often held-out labelers agree, over pairs of one batch.
 
-    `gain` is what the scores were multiplied with after training. The error is the mean distance of a bin's mean
-    prediction from the share that agrees, weighted by pairs (Naeini et al. 2015); the slope is the k at which
-    σ(k · |r_a − r_b| / gain) is most likely (1 is calibrated, below 1 overconfident). None without such pairs.
+    `gain` is what the scores were multiplied with after training. A tie of the scores says one half and counts as one
+    half. The error is the mean distance of a bin's mean prediction from the share that agrees, weighted by pairs
+    (Naeini et al. 2015); the slope is the k at which σ(k · |r_a − r_b| / gain) is most likely (1 is calibrated, below
+    1 overconfident). None without such pairs.
     """
     differences, agreed = _held_out_pairs(np.asarray(scores, np.float64) / gain, texts)
     if not differences.size:
@@ -30,7 +31,7 @@ def calibration(scores: ArrayLike, texts: RatedTexts, gain: float = 1.0) -> Cali
 
 
 def _held_out_pairs(scores: np.ndarray, texts: RatedTexts) -> tuple[np.ndarray, np.ndarray]:
-    """|r_a − r_b| and whether the labeler agrees, for every pair that a held-out labeler told apart."""
+    """|r_a − r_b| and whether the labeler agrees (1, 0; ½ where the scores tie), for every pair that one told apart."""
     columns = np.where(texts.heldout, texts.ratings, np.nan)
     differences, agreed = [], []
     for rows in texts.members():
@@ -39,7 +40,7 @@ def _held_out_pairs(scores: np.ndarray, texts: RatedTexts) -> tuple[np.ndarray, 
         rated = columns[rows[first]] - columns[rows[second]]
         told = np.abs(rated) > 0  # false for NaN
         differences.append(np.broadcast_to(np.abs(delta), rated.shape)[told])
-        agreed.append((np.sign(delta) * np.sign(rated) > 0)[told])
+        agreed.append(((1.0 + np.sign(delta) * np.sign(rated)) / 2.0)[told])
     return np.concatenate(differences), np.concatenate(agreed)
 
 

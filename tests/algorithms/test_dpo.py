@@ -63,6 +63,13 @@ def test_at_the_reference_the_loss_is_log_2_and_likes_the_chosen():
     np.testing.assert_allclose(gradient.reshape(6, 2), np.where(ranks == 1, -0.15, 0.15) / 6, rtol=1e-5)
 
 
+def test_a_reference_that_reads_the_parameters_has_no_gradient():
+    read = lambda params, batch, key=None: params[batch.tokens[:, :, 0]]  # noqa: E731
+    loss, _, gradient = measured(Dpo(read, read, beta=0.3), [-3.0, -2.0], ranked([[1, 2]]))
+    assert loss == pytest.approx(np.log(2), abs=1e-6)
+    np.testing.assert_allclose(gradient, [-0.15, 0.15], rtol=1e-5)
+
+
 HARD = [[1, 2, 3, 4], [1, 1, 2, 9], [3, 1, 2, 9], [1, 9, 9, 9]]
 THERE = [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
 

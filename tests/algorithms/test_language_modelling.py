@@ -8,9 +8,9 @@ import numpy as np
 from tiny import VOCAB, cross_entropy_from, params_of, tiny, token_batch
 
 from rlhfjax.algorithms import LanguageModelling
-from rlhfjax.algorithms.language_modelling import predicted
+from rlhfjax.algorithms.language_modelling import RoutedLanguageModelling, predicted
 from rlhfjax.stages.losses import language_modelling
-from rlhfjax.types import TokenBatch
+from rlhfjax.types import Routing, TokenBatch
 
 
 def batch(tokens, segments, targets) -> TokenBatch:
@@ -80,3 +80,21 @@ def test_packed_and_apart_have_the_same_loss():
     loss = jax.jit(lambda batch: algorithm.loss(params, batch, algorithm.weight(batch))[0])
     np.testing.assert_allclose(loss(apart), loss(packed), rtol=1e-5)
     assert loss(packed) > np.log(VOCAB) / 2
+
+
+def test_what_routers_did_adds_up_over_parts():
+    """3 and 5 of 8 tokens for two experts: the fuller one has 5/4 of its share. 1 of 8 was dropped."""
+
+    def routing(assigned, dropped):
+        count = jnp.asarray([sum(assigned)], jnp.float32)
+        each = jnp.asarray([assigned], jnp.float32)
+        return Routing(each, each, count, jnp.asarray([dropped], jnp.float32), count)
+
+    parts = routing([3, 1], 1), routing([0, 4], 0)
+    weight = {"targets": jnp.float32(8.0), "routing": jax.tree.map(jnp.add, *parts)}
+    each = [
+        RoutedLanguageModelling(lambda *_, part=part: (jnp.float32(4.0), part), 0.0, 0.0).loss({}, PACKED, weight)[1]
+        for part in parts
+    ]
+    total = {name: float(each[0][name] + each[1][name]) for name in each[0]}
+    assert (total["loss/train"], total["router/max_load"], total["router/dropped"]) == (1.0, 1.25, 0.125)

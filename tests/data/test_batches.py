@@ -67,7 +67,7 @@ def test_windows_overlap_by_one_token(tokenizer):
     for length in (2, 5, len(whole) - 1, len(whole), len(whole) + 1):
         rows = token_rows.document_rows(Source([{"text": text}]), tokenizer, length).tokens
         windows = [rows[i].tolist() for i in range(len(rows))]
-        assert max(map(len, windows)) <= length
+        assert 1 < min(map(len, windows)) <= max(map(len, windows)) <= length  # one token alone predicts nothing
         assert all(before[-1] == after[0] for before, after in pairwise(windows))
         assert [*windows[0], *(token for window in windows[1:] for token in window[1:])] == whole
 
@@ -266,6 +266,14 @@ def test_dropping_candidates_keeps_comparisons_that_still_compare(case):
     assert [[(int(made.tokens[i][0]), int(made.ranks[i])) for i in range(*span)] for span in spans] == expected
     assert made.prompt_lengths.tolist() == lengths
     assert len(made.tokens) == len(made.ranks) == sum(map(len, expected))
+
+
+def test_the_longest_comparison_has_its_prompt_once():
+    """Responses go on from the prompt's last token, which each has again: 4 - 1 + (1 + 2) + (1 + 3), and 0 + 3 + 5."""
+    tokens = Ragged.of([[7] * length for length in (6, 7, 3, 5)])
+    both = RankedRows(tokens, np.array([0, 2, 4]), np.array([1, 2, 1, 2], np.int32), np.array([4, 1]))
+    assert both.longest == 10
+    assert both.select(np.array([2, 3])).longest == 8
 
 
 def test_ranked_rows_are_prompt_response_and_eos(tokenizer):

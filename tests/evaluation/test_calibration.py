@@ -43,6 +43,11 @@ def test_a_pair_by_hand():
     assert made.slope == pytest.approx(0.0, abs=1e-9)
 
 
+def test_scores_that_tie_say_one_half_and_are_right():
+    made = calibration([2.0, 2.0], RatedTexts.from_rows([[3], [1]], [0, 0], [[True]] * 2))
+    assert (made.predicted, made.observed, made.error) == ([0.5], [0.5], 0.0)
+
+
 def test_only_held_out_labelers_count():
     texts = RatedTexts.from_rows([[3, 1], [1, 2]], [0, 0], [[True, False]] * 2)
     assert calibration([1.0, 0.0], texts).pairs == [1]

@@ -103,6 +103,13 @@ def test_policy_row_by_hand():
     assert policy_row("sft", [[1], [2], [3]], [True] * 3, prompts=["x", "y", "x"]).prompts == 2
 
 
+def test_diversity_is_of_the_words_where_they_are_given():
+    """One trigram of three comes again in a b a b a, two words of five are different; no token comes twice."""
+    row = policy_row("sft", [[1, 2, 3, 4], [5]], [True, True], words=[list("ababa"), []])
+    assert (row.repetition, row.distinct_1, row.distinct_2) == (1 / 3, 2 / 5, 2 / 4)
+    assert row.length == 2.5
+
+
 def test_intervals_of_a_policy_draw_prompts():
     """Eight copies of the responses to two prompts say no more than two responses do."""
     once = policy_row("sft", [[1, 2, 3], [1]], [True, False], prompts=["a", "b"])

@@ -15,7 +15,7 @@ from tiny import lenient
 
 from rlhfjax.config.upkeep import Guards
 from rlhfjax.errors import Diverged
-from rlhfjax.training.guards import Guard, Memory, good_before, judge, memory_of, remember, with_rollbacks
+from rlhfjax.training.guards import Guard, Memory, RollBack, good_before, judge, memory_of, remember, with_rollbacks
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.offline import train_offline
 from rlhfjax.training.update import offline_step
@@ -91,6 +91,15 @@ def test_memory_survives_a_checkpoint():
 )
 def test_where_to_go_back_to(steps, since, to):
     assert good_before(steps, since) == to
+
+
+def test_the_batches_that_rollbacks_pass_over_add_up(tmp_path):
+    # At step 6 after the first, batch 6 + 5 was read: step 2 goes on 9 batches ahead. The checkpoint knows of neither.
+    guard = Guard(Guards(), tmp_path, "sft")
+    for at, left_out in ((7, 5), (6, 9)):
+        guard.rolled_back(RollBack(at, at - 1), 2, Memory())
+        assert guard.memory.left_out == left_out
+    assert guard.memory.rollbacks == 2
 
 
 class Line:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from rlhfjax.integrity import write_manifest
 from rlhfjax.training.checkpoint import steps
 
 
@@ -29,3 +30,16 @@ def test_of_two_that_were_to_be_replaced_the_later_one_comes_back(tmp_path):
         (tmp_path / name / name).mkdir(parents=True)
     steps.tidy(tmp_path, print)
     assert os.listdir(tmp_path / "2") == ["2.2.replaced"]
+
+
+def test_the_next_step_needs_the_room_of_the_last_one(tmp_path, monkeypatch):
+    """1.2 times 4,000 bytes after step 10, whatever step 9 took and whatever was estimated."""
+    for step, size in ((9, 1000), (10, 4000)):
+        (tmp_path / str(step)).mkdir()
+        (tmp_path / str(step) / "array").write_bytes(bytes(size))
+        write_manifest(tmp_path / str(step), leaves={})
+    for free, enough in ((4799, False), (4800, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(9999, 0, free))
+        assert (steps.shortage(tmp_path, 1) is None) == enough
+    assert steps.shortage(tmp_path / "none", 4000) is None
+    assert "needs 0.0 MB" in str(steps.shortage(tmp_path / "none", 4001))

@@ -82,6 +82,8 @@ def test_ppo_ptx_is_one_adam_step_on_the_sum_of_both_gradients(parts):
     assert got.step == 1
     wanted = -np.mean(text_log_probs(state.params["policy"]["embedding"]))
     np.testing.assert_allclose(metrics["loss/ptx"], wanted, rtol=1e-5)
+    norms = [np.linalg.norm(tree["embedding"]) for tree in (language, ppo["policy"])]
+    np.testing.assert_allclose(metrics["grad/ptx_to_ppo_norm_ratio"], COEF * norms[0] / norms[1], rtol=1e-5)
 
 
 def text_log_probs(table, rows=range(ROWS)):
@@ -164,6 +166,7 @@ def test_kl_stop_ends_the_update_after_the_step_that_exceeds_it(stop, taken):
     assert book["count"].sum() == 3 * taken
     assert metrics["policy/approxkl_avg"] == pytest.approx((taken - 1) / 2)
     assert metrics["policy/epochs_run"] == pytest.approx(taken / 4)
+    assert metrics["guard/skipped_updates"] == 0  # a step that was not taken was not skipped either
 
 
 def test_kl_stop_leaves_the_state_bit_for_bit_where_it_was():

@@ -27,6 +27,7 @@ FOLDERS = [
     ("train.jsonl other.jsonl", {"train": "train.jsonl"}, ["other.jsonl"]),
     ("train/a.txt train/b.txt dev/a.txt", {"train": "train/a.txt train/b.txt", "validation": "dev/a.txt"}, []),
     ("one/train.jsonl.gz two/train.jsonl.gz", {"train": "one/train.jsonl.gz two/train.jsonl.gz"}, []),
+    ("test/train.jsonl train/dev/a.jsonl", {"train": "test/train.jsonl", "validation": "train/dev/a.jsonl"}, []),
     ("latest.jsonl devil.jsonl", {"train": "devil.jsonl latest.jsonl"}, []),
     ("a.jsonl .b.jsonl _c.jsonl .git/d.jsonl README.md dataset_info.json p.png", {"train": "a.jsonl"}, []),
     (
@@ -60,6 +61,9 @@ def test_a_missing_shard_is_named(tmp_path):
     root = folder_with(tmp_path, "train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl")
     with pytest.raises(DataError, match=r"expected 3 shards, got 2: train-00001-of-00003 is missing"):
         find_files(root)
+    apart = folder_with(tmp_path / "p", "one/a-00000-of-00002.parquet", "two/a-00001-of-00002.parquet")
+    with pytest.raises(DataError, match=r"one.a-\*: expected 2 shards, got 1"):
+        find_files(apart)
     hashed = folder_with(tmp_path / "h", "a-00000-of-00002-12ab.parquet", "a-00001-of-00002-34cd.parquet")
     assert len(find_files(hashed).splits["train"]) == 2
 

@@ -69,6 +69,14 @@ def test_a_tree(rows, name):
     ]
 
 
+def test_replies_without_a_rank_come_last():
+    replies = [node(number, "assistant", rank=rank) for number, rank in ((2, None), (3, 1), (4, 0))]
+    tree = {"message_tree_id": "m1", "prompt": node(1, "prompter", *replies)}
+    assert read([tree], "demonstration", named("oasst_best")) == [{"messages": [asked(1), answered(4)]}]
+    every = [record["messages"][-1] for record in read([tree], "demonstration", named("oasst"))]
+    assert every == [answered(4), answered(3), answered(2)]
+
+
 def test_two_trees_in_a_flat_list():
     second = flat(node(8, "prompter", node(9, "assistant")), None, "m8")
     assert read([*FLAT, *second], "demonstration", named("oasst_messages"))[2:] == [
