@@ -30,7 +30,7 @@ from rlhfjax.models import DecoderConfig, LanguageModel, SequenceModel
 from rlhfjax.models.lora import has_adapters, merge
 from rlhfjax.sharding.rules import path_name
 from rlhfjax.text.huggingface_tokenizer import HuggingFaceTokenizer
-from rlhfjax.text.loading import AnyTokenizer, to_huggingface
+from rlhfjax.text.loading import AnyTokenizer, not_exported, to_huggingface
 from rlhfjax.types import Params
 
 PARITY = "parity.json"  # also what marks a directory as an export
@@ -80,9 +80,10 @@ def export_model(
         for name, text in files.items():
             (part / name).write_text(text, encoding="utf-8")
         if not scalar:
-            _write_json(part / "generation_config.json", _generation(described, tokenizer))
+            _write_json(part / "generation_config.json", {} if tokenizer is None else generation_settings(tokenizer))
         parity = certificate(part, before, _read_back(part, params), dtype, scalar)
-        card = model_card(target.name, what, described, parity, lineage)
+        said = () if tokenizer is None else not_exported(tokenizer)
+        card = model_card(target.name, what, described, parity, lineage, said)
         (part / "README.md").write_text(card, encoding="utf-8")
         _write_json(part / PARITY, parity)
     return parity
@@ -109,11 +110,10 @@ def _described(config: DecoderConfig, params: Params, tokenizer: AnyTokenizer | 
     return described
 
 
-def _generation(described: Mapping[str, Any], tokenizer: AnyTokenizer | None) -> dict[str, Any]:
+def generation_settings(tokenizer: AnyTokenizer) -> dict[str, Any]:
     """generation_config.json: which ids begin, pad and end a text. Sampling is whoever asks for it to choose."""
-    ids = {name: described[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in described}
-    if tokenizer is not None and len(tokenizer.end_ids) > 1:
-        ids["eos_token_id"] = list(tokenizer.end_ids)
+    ends = tokenizer.eos_id if len(tokenizer.end_ids) == 1 else list(tokenizer.end_ids)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
     return {name: index for name, index in ids.items() if index is not None}
 
 

@@ -1,7 +1,7 @@
 """The README of an exported model: what it is, where it comes from, how to load it. Numbers and names, never texts."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _LOAD = {
@@ -20,15 +20,24 @@ scores = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 
 
 
 def model_card(
-    name: str, what: str, config: Mapping[str, Any], parity: Mapping[str, Any], lineage: Mapping[str, Any]
+    name: str,
+    what: str,
+    config: Mapping[str, Any],
+    parity: Mapping[str, Any],
+    lineage: Mapping[str, Any],
+    of_tokenizer: Sequence[str] = (),
 ) -> str:
     """Markdown with the front matter that model hubs read; `what` is policy, average, value or reward.
 
-    `config` is the exported config.json. `lineage` gives tables of facts by heading.
+    `config` is the exported config.json. `lineage` gives tables of facts by heading. `of_tokenizer` says what of the
+    tokenizer transformers has otherwise, one sentence each.
     """
     scalar = "ForSequenceClassification" in config["architectures"][0]
     bias = config.get("rlhfjax_score_bias", 0.0)
     load = _LOAD["scalar" if scalar else "policy"].replace("{bias}", " + model.config.rlhfjax_score_bias" * bool(bias))
+    if config["model_type"] in _REBUILT:
+        load = load.replace("AutoTokenizer", "PreTrainedTokenizerFast")
+        of_tokenizer = [*of_tokenizer, *[_REBUILT[config["model_type"]]] * bool(of_tokenizer)]
     task = "text-classification" if scalar else "text-generation"
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [rlhfjax, rlhf]\n---",
@@ -39,6 +48,8 @@ def model_card(
     if scalar:
         parts.append(_score_note(bias))
     parts += [f"## {heading}\n\n{_table(facts)}" for heading, facts in lineage.items() if facts]
+    if of_tokenizer:
+        parts.append("## Tokenizer\n\n" + "\n".join(f"- {sentence}" for sentence in of_tokenizer))
     difference = next(value for key, value in parity.items() if key.startswith("max_abs") and "difference" in key)
     parts.append(
         "## Parity\n\n"
@@ -49,6 +60,11 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+# transformers 5 reads neither tokenizer.json nor its class for these, but the vocabulary alone into a class of its own.
+_REBUILT = {
+    "qwen2": "AutoTokenizer of transformers 5 cuts words as Qwen 2's tokenizer does, whatever tokenizer.json says; "
+    "`PreTrainedTokenizerFast` reads the file as it is."
+}
 _WHAT = {
     "policy": "A language model",
     "average": "A model of averaged parameters (exponential moving average over the updates)",

@@ -57,7 +57,7 @@ def read_files(directory: Path) -> dict[str, Any]:
         adds_bos = config.get("add_bos_token")
         if adds_bos is None:  # SentencePiece's models with BPE begin with BOS, as Llama's
             of_model = source_of(directory) == ("tokenizer.model",) and named["bos_token"] is not None
-            adds_bos = of_model or _adds_first(tokenizer, named["bos_token"])
+            adds_bos = of_model or (named["bos_token"] is not None and around(tokenizer)[:1] == [named["bos_token"]])
         return description(
             tokenizer,
             named,
@@ -139,14 +139,13 @@ def _add_tokens(tokenizer: dict[str, Any], more: Mapping[str, Any], named: list[
 _FLAGS = {"content": "", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 
 
-def _adds_first(tokenizer: Mapping[str, Any], bos: str | None) -> bool:
-    """Whether the post-processor of tokenizer.json puts BOS before a text."""
-    if not tokenizer.get("post_processor") or bos is None:
-        return False
+def around(tokenizer: Mapping[str, Any]) -> list[str]:
+    """The special tokens that the post-processor of tokenizer.json puts around a text."""
+    if not tokenizer.get("post_processor"):
+        return []
     empty = {"type": "BPE", "vocab": {}, "merges": []}
     alone = {"version": "1.0", "added_tokens": [], "model": empty, "post_processor": tokenizer["post_processor"]}
-    encoded = tokenizers.Tokenizer.from_str(json.dumps(alone)).encode("")
-    return encoded.tokens[:1] == [bos]
+    return tokenizers.Tokenizer.from_str(json.dumps(alone)).encode("").tokens
 
 
 def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:

@@ -141,6 +141,16 @@ class HuggingFaceTokenizer:
         changes = unkept(self.description["tokenizer"])
         return (f"the model's tokenizer does not keep every text: it {', '.join(changes)}",) if changes else ()
 
+    @property
+    def prefixes(self) -> bool:
+        """Whether a space is put before a text, which one that goes on after other text has not."""
+        return self._continuing is not self._tokenizer
+
+    @property
+    def spells_space_symbol(self) -> bool:
+        """Whether U+2581 is spelled in bytes, or it would become a space."""
+        return self._spelling is not None
+
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
         """Every id that ends a response: `eos_id` first, then the others that the model's files name."""

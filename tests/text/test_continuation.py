@@ -6,9 +6,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from rlhfjax.interop.gguf_tokenizer import tokenizer_of_metadata
 from rlhfjax.text.huggingface_tokenizer import HuggingFaceTokenizer
 from rlhfjax.text.loading import load_tokenizer
+from rlhfjax.text.sentencepiece_json import read_model
+from rlhfjax.text.tokenizer import Tokenizer
 from rlhfjax.text.unkept import unkept
+
+from .conftest import CORPUS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizers"
 METASPACE = {"type": "Metaspace", "replacement": "\u2581", "split": False}
@@ -36,7 +41,51 @@ def byte_level(**parts):
     return HuggingFaceTokenizer(described | {"tokenizer": described["tokenizer"] | parts})
 
 
+def gguf(model, tokens, **more):
+    """The tokenizer that the metadata of a GGUF file describes."""
+    entries = {"model": model, "tokens": tokens, "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0} | more
+    return tokenizer_of_metadata({f"tokenizer.ggml.{name}": value for name, value in entries.items()})[0]
+
+
+def sentence_piece_of_gguf():
+    pieces, _ = read_model((GOLDEN / "sentence_piece" / "tokenizer.model").read_bytes())
+    texts, scores, kinds = (list(column) for column in zip(*pieces, strict=True))
+    return gguf("llama", texts, scores=scores, token_type=kinds)
+
+
+def byte_level_of_gguf():
+    made = load_tokenizer(GOLDEN / "byte_level").description["tokenizer"]
+    added = {token["content"]: token for token in made["added_tokens"]}
+    vocab = made["model"]["vocab"] | {content: token["id"] for content, token in added.items()}
+    tokens = sorted(vocab, key=vocab.get)
+    kinds = [1 if token not in added else 3 if added[token]["special"] else 4 for token in tokens]
+    merges = [" ".join(pair) for pair in made["model"]["merges"]]
+    return gguf("gpt2", tokens, token_type=kinds, merges=merges, pre="smollm")
+
+
+def unigram():
+    """A unigram tokenizer.json with bytes, as T5's and its kin."""
+    pieces, _ = read_model(Tokenizer.train(CORPUS, 310, model_type="unigram").to_bytes())
+    model = {"type": "Unigram", "unk_id": 3, "byte_fallback": True, "vocab": [[p.text, p.score] for p in pieces]}
+    return sentence_piece(
+        model=model,
+        added_tokens=[
+            token | {"id": index}
+            for token in load_tokenizer(GOLDEN / "sentence_piece").description["tokenizer"]["added_tokens"]
+            for index in [next((i for i, p in enumerate(pieces) if p.text == token["content"]), None)]
+            if index is not None
+        ],
+        normalizer=None,
+        pre_tokenizer=METASPACE | {"prepend_scheme": "always"},
+        decoder={"type": "Sequence", "decoders": STRIPPED},
+    )
+
+
 KINDS = {
+    "own unigram": lambda: Tokenizer.train(CORPUS, 310, model_type="unigram"),
+    "unigram": unigram,
+    "SentencePiece of GGUF": sentence_piece_of_gguf,
+    "byte level of GGUF": byte_level_of_gguf,
     "own": lambda: load_tokenizer(GOLDEN / "own" / "own"),
     "byte level": lambda: load_tokenizer(GOLDEN / "byte_level"),
     "tokenizer.model": lambda: load_tokenizer(GOLDEN / "sentence_piece"),
