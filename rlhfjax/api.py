@@ -147,10 +147,9 @@ class Model:
         et al. 2016, eq. 14). Raises ConfigError as `generate`.
         """
         self._expect(scalar=False, what="beam_search")
-        most = self.config.vocab_size
-        if not 1 <= beams <= most or max_new_tokens < 1 or not 0 <= length_penalty <= _STEEPEST:
+        if not 1 <= beams <= _MOST or max_new_tokens < 1 or not 0 <= length_penalty <= _STEEPEST:
             raise ConfigError(
-                f"beam_search: expected beams >= 1 (and <= {most}), max_new_tokens >= 1 and 0 <= length_penalty "
+                f"beam_search: expected beams >= 1 (and <= {_MOST:,}), max_new_tokens >= 1 and 0 <= length_penalty "
                 f"<= {_STEEPEST:g}, got "
                 f"beams={beams}, max_new_tokens={max_new_tokens}, length_penalty={length_penalty}"
             )

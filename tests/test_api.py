@@ -284,7 +284,7 @@ def test_nothing_to_generate_is_nothing(policy):
         ({"prompts": ["the"], "seed": 2**32}, r"0 <= seed < 2\*\*32"),  # which jax takes for 0
         ({"prompts": ["the"], "seed": -1}, r"0 <= seed < 2\*\*32"),
         ({"prompts": ["the"], "n": 2**20 + 1}, "at most 1,048,576 responses"),
-        ({"prompts": ["the"], "speculate": 2**31}, "up to its context"),
+        ({"prompts": ["the"], "max_new_tokens": 4, "speculate": 2**31}, "up to its context"),
         ({"prompts": ["the"], "top_p": 0.0}, "top_p"),
         ({"prompts": ["the"], "max_new_tokens": CONTEXT}, f"at most {CONTEXT} tokens"),
     ],

@@ -42,10 +42,10 @@ def import_model(source: str, target: Path, *, dtype: str, force: bool, report: 
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype: expected float32 or bfloat16, got {dtype!r}")
     opened = _open(source)
-    for note in opened.notes:
-        report(note)
     with whole_directory(target, COMPLETE, force) as part:
         params = load_parameters(opened, dtype=dtype)
+        for note in opened.notes:
+            report(note)
         model = LanguageModel(replace(opened.config, dtype="float32"))
         imported = {"name": Path(source).name, "dtype": dtype}
         # What its chat template writes for today stays what it is from now on.

@@ -77,7 +77,12 @@ def test_without_a_tokenizer_it_says_how_to_make_one(shown, tmp_path):
 
 
 def test_without_a_tokenizer_that_of_the_checkpoint_is_taken(config, finished, files, tmp_path):
-    options = [f"model={{checkpoint: {finished / 'sft'}}}", "stages.pretrain=null", "stages.ppo.ptx=null"]
+    options = [
+        f"model={{checkpoint: {finished / 'sft'}}}",
+        "tokenizer={}",
+        "stages.pretrain=null",
+        "stages.ppo.ptx=null",
+    ]
     words = ["data", "inspect", str(config), "ppo", *options, "--index", "3", "--run-dir", str(tmp_path / "none")]
     result = CliRunner().invoke(app, words, prog_name="rlhfjax")
     assert result.exit_code == 0, result.output
