@@ -271,7 +271,7 @@ def test_nothing_to_generate_is_nothing(policy):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompts": "one text"}, "list of texts"),
+        ({"prompts": "one text"}, "a list of prompts"),
         ({"prompts": ["the"], "n": 0}, "n >= 1"),
         ({"prompts": ["the"], "max_new_tokens": 0}, "max_new_tokens >= 1"),
         ({"prompts": ["the"], "temperature": -0.1}, "temperature >= 0"),
