@@ -209,7 +209,7 @@ class Model:
     def _beam_search(self):
         return jax.jit(partial(beam_search, self.network), static_argnums=2)
 
-    def _pair_ids(self, place: int, prompt: Prompt, response: str | Sequence[int]) -> tuple[list[int], list[int]]:
+    def _pair_ids(self, place: int, prompt: Any, response: str | Sequence[int]) -> tuple[list[int], list[int]]:
         if not isinstance(response, str):
             self._check_ids(f"responses[{place}]", np.asarray(response))
             return self._ids_of(place, prompt), list(response)
@@ -233,7 +233,7 @@ class Model:
             raise ConfigError("prompts: expected a list of prompts, got one alone; put it into a list")
         return [self._ids_of(place, prompt) for place, prompt in enumerate(prompts)]
 
-    def _ids_of(self, place: int, prompt: Prompt) -> list[int]:
+    def _ids_of(self, place: int, prompt: Any) -> list[int]:
         try:
             row = list(prompt) if _is_ids(prompt) else encode_prompt(self._tokenizer("prompts"), as_record(prompt))
         except DataError as error:

@@ -61,11 +61,11 @@ def recipe(tmp_path_factory):
             "sft": {
                 "data": data("trained"),
                 "validation": data("held_out"),
-                "steps": 450,
+                "steps": 600,
                 "batch": {"size": 32, "length": 22},
                 "optimizer": {"lr": 0.5, "schedule": "noam", "warmup_steps": 100, "b2": 0.98, "eps": 1e-9},
                 "loss": {"label_smoothing": 0.1},
-                "validate_every": 450,
+                "validate_every": 600,
             },
             "reward": {
                 "data": data("comparisons"),
@@ -86,7 +86,7 @@ def recipe(tmp_path_factory):
                 "exact_match": {"data": data("held_out")},
             },
         },
-        "checkpoints": {"every": 450},
+        "checkpoints": {"every": 600},
     }  # fmt: skip
     path = files / "reversal.yaml"
     path.write_text(json.dumps(settings), encoding="utf-8")
