@@ -171,6 +171,15 @@ def test_a_labeler_ranks_each_text_of_the_batch_at_most_once_and_cuts_differ(tab
     assert len(set(ids)) == len(ids)
 
 
+def test_a_labeler_is_compared_with_the_others_alone():
+    """Columns 1 and 3 are alike, 2 has no relation to them; with its own share in the mean it would have (.45)."""
+    rows = [(1, 1, 1), (-1, 1, -1), (1, -1, 1), (-1, -1, -1)]
+    snippets = [Snippet(number, f"text {number}", row) for number, row in enumerate(rows, 1)]
+    (batch,) = Ratings.of(snippets).batches("judge")
+    assert batch.dropped.tolist() == [False, True, False]
+    assert batch.train_means.tolist() == [1, -1, 1, -1]
+
+
 def test_all_tied_comparisons_are_dropped_and_the_rest_of_a_labeler_kept():
     scores = np.repeat([[1, 2]], 12, axis=0)
     scores[0, 1] = 3

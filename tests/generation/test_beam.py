@@ -123,7 +123,7 @@ def test_any_stop_token_ends_a_response():
     assert {STOP, 2} <= found
 
 
-def by_hand(params, prompt: int, beams: int, alpha: float) -> tuple[int, ...]:
+def by_hand(params, prompt: int, beams: int, alpha: float, ends=(STOP,)) -> tuple[int, ...]:
     """The same search with lists, to the last step: what stops early must not change what is found."""
     opened, ended = [((), 0.0)], []
     for _ in range(LENGTH):
@@ -133,8 +133,8 @@ def by_hand(params, prompt: int, beams: int, alpha: float) -> tuple[int, ...]:
             for token in response:
                 number = number * VOCAB + token
             scores = log_p(params, number)
-            ended.append(((*response, STOP), total + scores[STOP]))
-            grown += [((*response, token), total + scores[token]) for token in (0, 2, 3)]
+            for token in range(VOCAB):
+                (ended if token in ends else grown).append(((*response, token), total + scores[token]))
         opened = sorted(grown, key=lambda entry: -entry[1])[:beams]
     return max(ended + opened, key=lambda entry: entry[1] / penalty(len(entry[0]), alpha))[0]
 
@@ -151,6 +151,16 @@ def test_a_narrow_search_finds_what_the_same_search_by_hand_finds(beams, alpha):
             assert tuple(made.response[row][made.response_mask[row]].tolist()) == best
             missed += best != by_hand(params, prompt, 3**LENGTH, alpha)
     assert missed > 0 or beams > 1  # a width of 1 does not find everything
+
+
+def test_a_narrow_search_goes_on_from_no_stop_token():
+    # fails where an open beam may hold the second of two stop tokens: seen
+    for seed in range(8):
+        params = table(seed)
+        made = jax.device_get(compiled(Table(), 1, 3.0, LENGTH, (2,))(params, PROMPTS))
+        for row, prompt in enumerate((1, 2, 3)):
+            best = by_hand(params, prompt, 1, 3.0, (STOP, 2))
+            assert tuple(made.response[row][made.response_mask[row]].tolist()) == best
 
 
 def test_the_length_penalty_is_gnmts():
