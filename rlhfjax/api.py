@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -303,7 +303,7 @@ class Model:
             raise ConfigError(f"expected at most {self.config.context} tokens (the model's context), got {length}")
 
 
-def _is_ids(prompt: Any) -> bool:
+def _is_ids(prompt: Any) -> TypeGuard[Sequence[int]]:
     """Whether a prompt is ids: an array, or a sequence of other things than messages."""
     return not isinstance(prompt, str | Mapping) and not (len(prompt) and isinstance(prompt[0], Mapping))
 

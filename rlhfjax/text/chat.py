@@ -43,7 +43,7 @@ def beginning(tokenizer: AnyTokenizer) -> list[int]:
     return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
-def as_record(prompt: str | Sequence[Message] | Record) -> Record:
+def as_record(prompt: Any) -> Record:
     """A text, messages, or a record with either, as a record that `encode_prompt` takes."""
     if isinstance(prompt, str):
         return {"prompt": prompt}
