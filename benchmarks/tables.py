@@ -40,7 +40,8 @@ def _caption(runs: list[Result]) -> str:
 
 
 def _table(runs: list[Result]) -> str:
-    head = ["", *(f"seed {run['seed']}" for run in runs)]
+    several = len({run["versions"]["jax"] for run in runs}) > 1
+    head = ["", *(f"seed {run['seed']}" + (f", jax {run['versions']['jax']}" if several else "") for run in runs)]
     body = [[name, *(show(run) for run in runs)] for name, show in _rows(runs[0])]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 

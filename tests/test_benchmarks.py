@@ -138,6 +138,7 @@ def test_many_runs_are_shown_as_one_and_what_all_span(collect, tmp_path):
         "| Length, sft → ppo | +0.0 % (−10.0 % to +10.0 %) | +0.0 % (+0.0 % to +0.0 %) |",
     ):
         assert row in text
+    assert "|  | seed 2, jax 0.10.2 | seed 0, jax 0.12.0 |" in collect.tables([collect.collect(runs[2:4])])
     with pytest.raises(ConfigError, match=r"seed 0, jax 0\.12\.0"):
         collect.collect([*runs, runs[3]])
 
