@@ -27,7 +27,7 @@ def date_of(run: Run, attempts: Sequence[Mapping[str, Any]]) -> datetime.date:
     return today()
 
 
-def settings_of(run: Run, stage: str, date: datetime.date, given: Mapping[str, Any]) -> ChatSettings:
+def settings_of(run: Run, stage: str, date: datetime.date | None, given: Mapping[str, Any]) -> ChatSettings:
     """The settings of one stage: `given` are the variables that the model's checkpoint was trained with, if any."""
     batch = getattr(getattr(run.stages, stage, None), "batch", None)
     own = {} if batch is None else batch.chat_template_kwargs

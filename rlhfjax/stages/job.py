@@ -78,7 +78,7 @@ class Job:
         if self.stage not in of_stage:
             if "variables" not in self.shared:
                 self.shared["variables"] = variables_of_checkpoint(self.run)
-            settings = settings_of(self.run, self.stage, self.shared["date"], self.shared["variables"])
+            settings = settings_of(self.run, self.stage, self.shared.get("date"), self.shared["variables"])
             whole = self.shared["reader"]
             of_stage[self.stage] = replace(whole, tokenizer=whole.tokenizer.with_chat(settings))
         return of_stage[self.stage]
