@@ -62,7 +62,8 @@ def sharded(files, adapted, tmp_path_factory):
     del settings["tokenizer"]
     (folder / "lora.yaml").write_text(json.dumps(settings), encoding="utf-8")
     run = load_config(str(folder / "lora.yaml"), MESH)
-    before = {id(array) for array in jax.live_arrays()}
+    held = jax.live_arrays()  # kept, so that no other array gets the id of one of them
+    before = {id(array) for array in held}
     live, loop, programs = [], ppo.train_online, {}
 
     def watched(steps, state, *args, **kwargs):
