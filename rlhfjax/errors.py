@@ -23,6 +23,10 @@ class DataError(RlhfjaxError):
     exit_code = 3
 
 
+class RewardError(DataError):
+    """A reward that gave no numbers for a response where that ends the run (exit code 3)."""
+
+
 class IntegrityError(RlhfjaxError):
     """A digest or a checkpoint that does not match what was written (exit code 4)."""
 

@@ -14,14 +14,14 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from rlhfjax.errors import ConfigError, DataError, IntegrityError, RlhfjaxError, Stopped
+from rlhfjax.errors import ConfigError, DataError, IntegrityError, RewardError, RlhfjaxError, Stopped
 from rlhfjax.sharding.rendezvous import Place, meet
 from rlhfjax.xla_flags import refused, words_of
 
 VARIABLES = ("RLHFJAX_COORDINATOR", "RLHFJAX_NUM_PROCESSES", "RLHFJAX_PROCESS_ID")
 DEVICES = "RLHFJAX_DEVICES_PER_PROCESS"
 _FOREVER_MS = 30 * 24 * 3600 * 1000  # a wait ends earlier when the process that is waited for dies
-_ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, IntegrityError, Stopped, RlhfjaxError)}
+_ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, RewardError, IntegrityError, Stopped, RlhfjaxError)}
 _ABORTED = 134  # what a process ends with that jax aborts because another one died
 _SIGNS_OF_LOSS = ("Gloo ", "NCCL", "coordination service", "Connection reset by peer")
 # With the scheduler that is the default, programs may start their collectives in another order in each process.
