@@ -12,6 +12,7 @@ from rlhfjax.algorithms.mix import Mix
 from rlhfjax.algorithms.ppo import Ppo
 from rlhfjax.algorithms.restriction import restrict
 from rlhfjax.algorithms.reward_modelling import RewardModelling
+from rlhfjax.algorithms.rloo import Rloo
 
 __all__ = [
     "Dpo",
@@ -20,6 +21,7 @@ __all__ = [
     "Mix",
     "Ppo",
     "RewardModelling",
+    "Rloo",
     "RoutedLanguageModelling",
     "restrict",
 ]

@@ -14,6 +14,7 @@ from rlhfjax.functional.policy_gradient import (
     clipped_surrogate,
     clipped_value_loss,
     importance_ratio,
+    surrogates,
     value_clip_fraction,
 )
 from rlhfjax.functional.preference import (
@@ -24,7 +25,7 @@ from rlhfjax.functional.preference import (
     ranked_prompts,
     ranking_loss,
 )
-from rlhfjax.functional.returns import gae, group_relative, leave_one_out
+from rlhfjax.functional.returns import gae, group_relative, leave_one_out, overlong_penalty
 from rlhfjax.functional.routing import load_balancing_loss, max_load, router_z_loss
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "masked_mean",
     "masked_sum",
     "max_load",
+    "overlong_penalty",
     "pairwise_accuracy",
     "ranked_pairs",
     "ranked_prompts",
@@ -57,6 +59,7 @@ __all__ = [
     "router_z_loss",
     "sequence_kl",
     "smoothed_cross_entropy",
+    "surrogates",
     "token_log_probs",
     "top_k",
     "top_p",

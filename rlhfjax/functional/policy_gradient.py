@@ -99,11 +99,21 @@ def value_clip_fraction(
     return masked_mean(clipped > unclipped, mask, normalizer=normalizer)
 
 
+def surrogates(
+    ratio: Float[Array, "*shape"], advantages: Float[Array, "*shape"], low: Scalar, high: Scalar
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """The two losses of which the larger one counts: −A ρ, and −A clip(ρ, 1 − low, 1 + high).
+
+    Source: Schulman et al. 2017, eq. 7, where low = high; Yu et al. 2025 (DAPO), eq. 10.
+    """
+    return -advantages * ratio, -advantages * jnp.clip(ratio, 1.0 - low, 1.0 + high)
+
+
 def _surrogates(log_probs, old_log_probs, advantages, mask, clip) -> tuple[Array, Array]:
     ratio = importance_ratio(log_probs, old_log_probs, mask)
     clip = jnp.asarray(clip, jnp.float32)
     advantages = jnp.where(jnp.asarray(mask).astype(bool), jnp.asarray(advantages, jnp.float32), 0.0)
-    return -advantages * ratio, -advantages * jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
+    return surrogates(ratio, advantages, clip, clip)
 
 
 def _squared_errors(values, old_values, returns, mask, clip) -> tuple[Array, Array]:

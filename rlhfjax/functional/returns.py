@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.functional.masking import Scalar, masked_centred
 
@@ -72,3 +72,13 @@ def leave_one_out(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:
         raise ValueError(f"expected at least 2 responses per prompt to leave one out, got {group}")
     # Around the mean the scores sum to 0, so that the others of a response sum to −(s_i − mean).
     return _centred(scores) * (group / (group - 1))
+
+
+def overlong_penalty(lengths: Int[Array, "B"], longest: Scalar, buffer: Scalar) -> Float[Array, "B"]:
+    """What is added to the score of a long response: 0 up to `longest` − `buffer` tokens, from there linearly to −1.
+
+    min(0, longest − buffer − length) / buffer, and −1 beyond `longest`; lengths are in tokens with the EOS.
+    Source: Yu et al. 2025 (DAPO), eq. 13, "soft overlong punishment".
+    """
+    beyond = jnp.asarray(lengths, jnp.float32) - (jnp.asarray(longest, jnp.float32) - buffer)
+    return -jnp.clip(beyond / jnp.asarray(buffer, jnp.float32), 0.0, 1.0)

@@ -1,49 +1,41 @@
-"""GRPO against hand-worked advantages, gradients by loops, and the optimum of a small world."""
+"""GRPO against hand-worked advantages, losses and gradients by loops in float64, and the optimum of a small world."""
 
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from tiny import experience, first_part, lenient, log_probs_from
-from training.test_enumerable import (
-    BETA,
-    LENGTH,
-    NODES,
-    PROMPTS,
-    RESPONSES,
-    STOP,
-    TEMPERATURE,
-    TOKENS,
-    distribution,
-    node_of,
-    states,
-    world,
+from enumerable import assert_optimal, learned
+from tiny import log_probs_from
+
+from algorithms.groups_of_responses import (
+    GROUP,
+    LENGTHS,
+    MASK,
+    ROLLOUT,
+    ROWS,
+    SCORES,
+    WIDTH,
+    estimated,
+    float64,
+    loss_and_gradient,
+    loss_of,
+    moved,
+    on_policy,
+    packings,
+    table,
 )
-
 from rlhfjax.algorithms import Grpo
-from rlhfjax.functional import token_log_probs
-from rlhfjax.types import Rollout
 
-ROWS, WIDTH, GROUP = 12, 5, 4
-ROLLOUT = experience(ROWS, 3, WIDTH).rollout
-MASK = np.asarray(ROLLOUT.response_mask)
-LENGTHS = MASK.sum(axis=1)
+AVERAGES = ["sequence", "token", "constant"]
+
+TABLE = log_probs_from(lambda params, rollout: params["policy"])
 
 
-def grpo(**settings) -> Grpo:
+def grpo(log_probs=TABLE, **settings) -> Grpo:
     """GRPO over a table: logits of each position of each row are the parameters themselves."""
-    return Grpo(log_probs_from(lambda params, rollout: params["policy"]), **({"group": GROUP} | settings))
-
-
-def estimated(scores, kl_coef=0.0, **settings):
-    rollout = replace(ROLLOUT, scores=jnp.asarray(scores, jnp.float32))
-    return jax.jit(grpo(missing_eos="keep", **settings).estimate)(rollout, jnp.float32(kl_coef))
-
-
-SCORES = [1, 2, 3, 6, 5, 5, 5, 5, -1, 0, 0, 1]
+    return Grpo(log_probs, **({"group": GROUP, "longest": WIDTH, "missing_eos": "keep"} | settings))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +50,7 @@ SCORES = [1, 2, 3, 6, 5, 5, 5, 5, -1, 0, 0, 1]
 )
 def test_advantages_by_hand(settings, wanted):
     # fails with a mean over the batch, and groups of rows that are not neighbours: seen
-    made, metrics = estimated(SCORES, **settings)
+    made, metrics = estimated(grpo(**settings))
     np.testing.assert_allclose(made.advantages, np.where(MASK, np.asarray(wanted)[:, None], 0), atol=1e-5)
     assert metrics["objective/groups_alike"] == pytest.approx(1 / 3)
     assert metrics["objective/scores"] == pytest.approx(np.mean(SCORES))
@@ -67,34 +59,39 @@ def test_advantages_by_hand(settings, wanted):
 def test_the_penalty_is_taken_from_the_score_of_the_whole_response():
     kl = np.where(MASK, np.asarray(ROLLOUT.log_probs - ROLLOUT.ref_log_probs, np.float64), 0).sum(axis=1)
     rewards = (np.asarray(SCORES) - 0.3 * kl).reshape(-1, GROUP)
-    made, metrics = estimated(SCORES, kl_coef=0.3, deviation="none")
+    made, metrics = estimated(grpo(deviation="none"), kl_coef=0.3)
     wanted = (rewards - rewards.mean(axis=1, keepdims=True)).reshape(-1)
     np.testing.assert_allclose(made.advantages, np.where(MASK, wanted[:, None], 0), atol=1e-5)
     np.testing.assert_allclose(metrics["objective/rlhf_reward"], rewards.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["objective/non_score_reward"], -0.3 * kl.mean(), rtol=1e-5)
+    assert metrics["objective/groups_alike"] == pytest.approx(1 / 3)  # of their scores, whatever their KL
 
 
-def logits():
-    return {"policy": jnp.asarray(np.random.default_rng(3).normal(size=(ROWS, WIDTH, 16)), jnp.float32)}
+def test_responses_without_an_end_score_as_the_rule_says():
+    scores = np.where(np.asarray(ROLLOUT.finished), SCORES, -4.0).reshape(-1, GROUP)
+    made, metrics = estimated(grpo(deviation="none", missing_eos="replace", missing_eos_value=-4.0))
+    wanted = (scores - scores.mean(axis=1, keepdims=True)).reshape(-1, 1)
+    np.testing.assert_allclose(made.advantages, np.where(MASK, wanted, 0), atol=1e-5)
+    assert metrics["objective/scores"] == pytest.approx(scores.mean())
+    assert metrics["objective/groups_alike"] == pytest.approx((scores == scores[:, :1]).all(axis=1).mean())
 
 
-def on_policy(made):
-    """The experience as if this table had sampled it: ratios are 1."""
-    log_probs = token_log_probs(logits()["policy"], made.rollout.response)
-    return replace(made, rollout=replace(made.rollout, log_probs=log_probs))
+def test_long_responses_are_punished_before_they_are_compared():
+    # of 5 tokens the last 2 cost ½ each
+    punished = np.asarray(SCORES) - np.select([LENGTHS == 5, LENGTHS == 4], [1.0, 0.5])
+    made, metrics = estimated(grpo(deviation="none", overlong=2))
+    wanted = (punished.reshape(-1, GROUP) - punished.reshape(-1, GROUP).mean(axis=1, keepdims=True)).reshape(-1, 1)
+    np.testing.assert_allclose(made.advantages, np.where(MASK, wanted, 0), atol=1e-5)
+    assert metrics["objective/overlong_penalty"] == pytest.approx((punished - SCORES).mean())
+    assert metrics["objective/scores"] == pytest.approx(np.mean(SCORES))
+    assert metrics["objective/rlhf_reward"] == pytest.approx(punished.mean())
 
 
-def loss_and_gradient(algorithm, made, params=None):
-    compute = jax.jit(jax.value_and_grad(lambda p: algorithm.loss(p, made, algorithm.weight(made)), has_aux=True))
-    (loss, metrics), gradient = compute(logits() if params is None else params)
-    return float(loss), metrics, np.asarray(gradient["policy"])
-
-
-@pytest.mark.parametrize("average", ["sequence", "token"])
+@pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("score", [0.5, 10000.1])
 def test_groups_of_equal_scores_teach_nothing(average, score):
     # fails at 10000.1 with a deviation from the mean, which is rounded: seen
-    made, metrics = estimated([score] * ROWS)
+    made, metrics = estimated(grpo(), [score] * ROWS)
     assert metrics["objective/groups_alike"] == 1
     assert metrics["objective/scores_std"] == 0
     assert (np.asarray(made.advantages) == 0).all()
@@ -102,16 +99,21 @@ def test_groups_of_equal_scores_teach_nothing(average, score):
     assert (loss, np.abs(gradient).max()) == (0, 0)
 
 
-# fails with k3 of the wrong sign: seen; meant to catch a mean over padding and the other average
-@pytest.mark.parametrize("average", ["sequence", "token"])
+def shares(average):
+    """What a token of each row counts."""
+    each = {"sequence": 1 / (ROWS * LENGTHS), "token": 1 / LENGTHS.sum(), "constant": 1 / (ROWS * WIDTH)}
+    return np.broadcast_to(each[average], ROWS)
+
+
+# fails with k3 of the wrong sign: seen; meant to catch a mean over padding and another average
+@pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_the_first_gradient_is_that_of_reinforce(average, beta):
-    made = on_policy(estimated(SCORES)[0])
-    p = np.asarray(jax.nn.softmax(logits()["policy"]), np.float64)
+    made = on_policy(estimated(grpo())[0])
+    p = np.asarray(jax.nn.softmax(table()["policy"]), np.float64)
     ref, response = np.asarray(ROLLOUT.ref_log_probs, np.float64), np.asarray(ROLLOUT.response)
     wanted, penalty = np.zeros((ROWS, WIDTH, 16)), 0.0
-    for row, length in enumerate(LENGTHS):
-        share = 1 / (ROWS * length) if average == "sequence" else 1 / LENGTHS.sum()
+    for row, (length, share) in enumerate(zip(LENGTHS, shares(average), strict=True)):
         for t in range(length):
             x = ref[row, t] - np.log(p[row, t, response[row, t]])
             penalty += share * (np.exp(x) - 1 - x)
@@ -129,13 +131,13 @@ def test_ratios_are_clipped_by_their_own_bound_on_each_side():
     # rows of one token; ratios 1.25 and 1.5 against 1.3 above, 0.9 and 0.7 against 0.8 below; advantages of both signs
     ratios, advantages = np.asarray([1.25, 1.5, 1.5, 0.9, 0.7, 0.7]), np.asarray([1, 1, -1, -1, -1, 1.0])
     wanted = -np.asarray([1.25, 1.3, -1.5, -0.9, -0.8, 0.7])
-    some = jax.tree.map(lambda x: x[:6], estimated(SCORES)[0])
+    some = jax.tree.map(lambda x: x[:6], estimated(grpo())[0])
     mask = jnp.zeros((6, WIDTH), bool).at[:, 0].set(True)
     rollout = replace(some.rollout, response_mask=mask, log_probs=jnp.full((6, WIDTH), -3.0))
     made = replace(
         some, rollout=rollout, advantages=jnp.where(mask, jnp.asarray(advantages, jnp.float32)[:, None], 0.0)
     )
-    algorithm = Grpo(lambda params, made: (params["policy"], params["policy"]), GROUP, clip_high=0.3, beta=0.0)
+    algorithm = grpo(lambda params, made: (params["policy"], params["policy"]), clip_high=0.3, beta=0.0)
     params = {"policy": jnp.broadcast_to(jnp.asarray(np.log(ratios) - 3, jnp.float32)[:, None], (6, WIDTH))}
     loss, metrics, gradient = loss_and_gradient(algorithm, made, params)
     assert loss == pytest.approx(wanted.mean(), rel=1e-5)
@@ -143,90 +145,58 @@ def test_ratios_are_clipped_by_their_own_bound_on_each_side():
     np.testing.assert_allclose(gradient[:, 0], [-1.25 / 6, 0, 1.5 / 6, 0.9 / 6, 0, -0.7 / 6], rtol=1e-4)
 
 
-@pytest.mark.parametrize("average", ["sequence", "token"])
-def test_it_does_not_matter_how_tokens_lie_in_rows(average):
-    # fails when the tokens of a response are counted by row: seen
-    made = estimated(SCORES)[0]
-    shift = jnp.float32(0.1)
-    algorithm = Grpo(
-        lambda shift, made: (made.log_probs + shift * made.advantages, made.log_probs), GROUP, average=average
-    )
-    packed = first_part(made)
-    assert (np.asarray(packed.batch.segments) > 1).any()
-    np.testing.assert_allclose(algorithm.weight(packed), algorithm.weight(made), rtol=1e-6)
-    assert algorithm.weight(made) == pytest.approx(ROWS if average == "sequence" else LENGTHS.sum(), rel=1e-6)
-    whole = algorithm.loss(shift, made, algorithm.weight(made))
-    other = algorithm.loss(shift, packed, algorithm.weight(packed))
-    for mine, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+# fails when the tokens of a response are counted by row: seen
+@pytest.mark.parametrize("dynamic", [False, True], ids=["all", "dynamic"])
+@pytest.mark.parametrize("average", AVERAGES)
+def test_the_loss_is_that_of_loops_however_tokens_lie_in_rows(average, dynamic):
+    shift, high, beta = 0.2, 0.3, 0.1
+    algorithm = grpo(moved, average=average, clip_high=high, beta=beta, dynamic_sampling=dynamic)
+    made, _ = estimated(algorithm)
+    losses, kls, clipped = [], [], 0
+    for new, old, ref, advantages in float64(made, shift):
+        rho = np.exp(new - old)
+        bounded = np.clip(rho, 1 - 0.2, 1 + high)
+        losses.append(np.maximum(-advantages * rho, -advantages * bounded))
+        kls.append(np.exp(ref - new) - 1 - (ref - new))
+        clipped += (-advantages * bounded > -advantages * rho).sum()
+    held = [len(x) for x in losses if len(x)]
+    assert len(held) == (ROWS - GROUP if dynamic else ROWS)  # the group of equal scores is left out
+    assert clipped > 0
+    averaged = {
+        "sequence": lambda rows: np.mean([row.mean() for row in rows if len(row)]),
+        "token": lambda rows: np.concatenate(rows).mean(),
+        "constant": lambda rows: np.concatenate(rows).sum() / (WIDTH * len(held)),
+    }[average]
+    for batch in (made, *packings(made)):
+        loss, metrics = loss_of(algorithm, shift, batch)
+        assert float(loss) == pytest.approx(averaged(losses) + beta * averaged(kls), rel=1e-5)
+        assert float(metrics["loss/policy_avg"]) == pytest.approx(averaged(losses), rel=1e-4)
+        assert float(metrics["policy/clipfrac_avg"]) == pytest.approx(clipped / sum(held), rel=1e-5)
     parts = [jax.tree.map(lambda x, i=i: x[i : i + 3], made) for i in range(0, ROWS, 3)]
-    summed = sum(algorithm.loss(shift, part, algorithm.weight(made))[0] for part in parts)
-    np.testing.assert_allclose(summed, whole[0], rtol=1e-5)
+    summed = sum(loss_of(algorithm, shift, part, made)[0] for part in parts)
+    assert float(summed) == pytest.approx(averaged(losses) + beta * averaged(kls), rel=1e-5)
 
 
-def test_another_average_is_refused():
+def test_a_batch_without_any_informative_group_gives_zero_and_no_nan():
+    algorithm = grpo(dynamic_sampling=True)
+    made, _ = estimated(algorithm, [2.0] * ROWS)
+    loss, metrics, gradient = loss_and_gradient(algorithm, on_policy(made))
+    assert (loss, np.abs(gradient).max()) == (0, 0)
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_what_it_cannot_do_is_refused():
     with pytest.raises(ValueError, match="'mean'"):
-        grpo(average="mean").weight(estimated(SCORES)[0])
+        grpo(average="mean")
+    for settings in ({"average": "constant"}, {"overlong": 2}):
+        with pytest.raises(ValueError, match="expected longest"):
+            grpo(longest=None, **settings)
 
 
 def test_the_policy_becomes_the_reference_times_exp_reward_over_beta():
-    # meant to catch half or twice the penalty, and groups that mix prompts
-    reference, rewards = world()
-    tokens = np.zeros((len(RESPONSES), LENGTH), np.int32)
-    mask = np.asarray([[t < len(y) for t in range(LENGTH)] for y in RESPONSES])
-    for i, y in enumerate(RESPONSES):
-        tokens[i, : len(y)] = y
-    nodes = jnp.asarray([[node_of(y[:t]) if t < len(y) else 0 for t in range(LENGTH)] for y in RESPONSES])
-    algorithm = Grpo(
-        log_probs_from(lambda params, rollout: params["policy"][states(rollout)], TEMPERATURE),
-        group=8,
-        beta=0.0,
-        deviation="none",
-        average="token",  # with 1 / length short responses would count more, and the optimum be another
-        missing_eos="keep",
-    )
-    rows, steps = 1024, 400
-    prompts = jnp.repeat(jnp.arange(rows // 8, dtype=jnp.int32) % PROMPTS, 8)
-    optimizer = lenient(optax.adam(optax.linear_schedule(0.1, 0.0, steps)))
-    tokens, mask, by_response = jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(rewards, jnp.float32)
-    assert nodes.max() < NODES
-    assert tokens.max() < TOKENS
-
-    def by_token(table):
-        """log p of each token of each response to each prompt."""
-        log_p = jax.nn.log_softmax(table / TEMPERATURE, axis=-1)
-        return jnp.where(mask[None], log_p[:, nodes, tokens], 0.0)
-
-    def step(carry, key):
-        params, state = carry
-        own, ref = by_token(params["policy"]), by_token(jnp.asarray(reference))
-        choice = jax.random.categorical(key, own.sum(axis=2)[prompts])
-        rollout = Rollout(
-            prompts[:, None],
-            jnp.ones((rows, 1), bool),
-            tokens[choice],
-            mask[choice],
-            (tokens == STOP).any(axis=1)[choice],
-            own[prompts, choice],
-            own[prompts, choice],
-            ref[prompts, choice],
-            jnp.zeros((rows, LENGTH)),
-            by_response[prompts, choice],
-        )
-        made, metrics = algorithm.estimate(rollout, jnp.float32(BETA))
-        slope = jax.grad(lambda p: algorithm.loss(p, made, algorithm.weight(made))[0])(params)
-        updates, state = optimizer.update(slope, state, params)
-        return (optax.apply_updates(params, updates), state), metrics["objective/rlhf_reward"]
-
-    @jax.jit
-    def train(params):
-        return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(jax.random.key(0), steps))
-
-    (params, _), objective = train({"policy": jnp.asarray(reference)})
+    # meant to catch half or twice the penalty, and groups that mix prompts; with the average over responses short ones
+    # would count more, and the optimum be another
+    settings = {"group": 8, "beta": 0.0, "deviation": "none", "average": "token"}
+    policy, objective = learned(lambda log_probs: grpo(log_probs, **settings))
     assert objective[-20:].mean() > objective[:20].mean() + 0.3
-    for prompt in range(PROMPTS):
-        before = distribution(reference, prompt)
-        optimum = before * np.exp(rewards[prompt] / BETA)
-        optimum /= optimum.sum()
-        assert np.abs(before - optimum).sum() / 2 > 0.5
-        assert np.abs(distribution(params["policy"], prompt) - optimum).sum() / 2 < 0.02
+    assert_optimal(policy, within=0.02)

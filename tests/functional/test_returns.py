@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rlhfjax.functional import gae, group_relative, leave_one_out
+from rlhfjax.functional import gae, group_relative, leave_one_out, overlong_penalty
 
 BATCH, TIME = 3, 6
 compiled_gae = jax.jit(gae)
@@ -117,3 +117,33 @@ def test_leave_one_out_hand_worked():
     np.testing.assert_allclose(leave_one_out(jnp.array([[1.0, 2.0, 6.0]])), [[-3.0, -1.5, 4.5]])
     with pytest.raises(ValueError, match="at least 2"):
         leave_one_out(jnp.array([[1.0]]))
+
+
+# Revisions of which the formulas were read: huggingface/trl f2cd577 (24 July 2026), trl/trainer/grpo_trainer.py and
+# rloo_trainer.py; volcengine/verl b178a3c (29 January 2026), verl/trainer/ppo/core_algos.py. Both divide by n - 1.
+EPSILONS = {"trl": 1e-4, "verl": 1e-6}
+
+
+@pytest.mark.parametrize("scores", [[[0.0, 0.0, 1.0, 1.0], [2.0, -1.0, 0.5, 7.25]], [[0.1, 0.2, 0.4]]], ids=["4", "3"])
+@pytest.mark.parametrize("system", EPSILONS)
+def test_group_relative_is_what_trl_and_verl_compute(scores, system):
+    # theirs is (s - mean) / (std + epsilon), which is smaller by epsilon / std. Fails with the population's deviation
+    s, epsilon = np.asarray(scores), EPSILONS[system]
+    std = s.std(axis=1, ddof=1, keepdims=True)
+    theirs = (s - s.mean(axis=1, keepdims=True)) / (std + epsilon)
+    np.testing.assert_allclose(group_relative(jnp.asarray(scores)), theirs, rtol=1.01 * epsilon / std.min() + 1e-6)
+    np.testing.assert_allclose(group_relative(jnp.asarray(scores)), theirs * (std + epsilon) / std, rtol=3e-6)
+
+
+def test_leave_one_out_is_what_trl_and_verl_compute():
+    s = np.asarray([[0.0, 0.0, 1.0, 1.0], [2.0, -1.0, 0.5, 7.25]])
+    trl = s - (s.sum(axis=1, keepdims=True) - s) / 3
+    verl = s * 4 / 3 - s.mean(axis=1, keepdims=True) * 4 / 3
+    for theirs in (trl, verl):
+        np.testing.assert_allclose(leave_one_out(jnp.asarray(s, jnp.float32)), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_overlong_penalty_by_hand():
+    # of at most 20 tokens the last 4 cost a quarter each; what is longer still costs 1
+    lengths = jnp.asarray([1, 16, 17, 18, 20, 21, 90], jnp.int32)
+    np.testing.assert_allclose(overlong_penalty(lengths, 20, 4), [0, 0, -0.25, -0.5, -1, -1, -1])
