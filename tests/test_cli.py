@@ -422,7 +422,9 @@ def test_data_prepare_takes_files_of_several_splits(calls, tmp_path, monkeypatch
 
 
 def test_data_prepare_says_what_is_missing(calls):
-    assert "expected movies, chitchat or reversal, or --kind KIND with --split" in error("data", "prepare", "mine")
+    assert "expected movies, chitchat, reversal or arithmetic, or --kind KIND with --split" in error(
+        "data", "prepare", "mine"
+    )
     assert "expected --dialogue-filters with it" in error("data", "prepare", "mine", "--blocklist", "words.txt")
     assert "--dialogue-filters: expected --kind demonstration, got prompt" in error(
         "data", "prepare", "mine", "--kind", "prompt", "--dialogue-filters"

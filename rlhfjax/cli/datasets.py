@@ -43,7 +43,9 @@ SampleBy = Annotated[
 
 @data.command()
 def prepare(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="movies, chitchat, reversal, or a name of your own.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="movies, chitchat, reversal, arithmetic, or your own name.")
+    ],
     split: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,7 +68,7 @@ def prepare(
         typer.Option(metavar="DIR", parser=directory, help="Where downloads are kept (movies and chitchat)."),
     ] = None,
 ) -> None:
-    """Prepare the movies benchmark, the chitchat conversations, reversed strings, or your own files.
+    """Prepare the movies benchmark, the chitchat conversations, reversed strings, sums, or your own files.
 
     \b
     Examples:
@@ -80,16 +82,18 @@ def prepare(
     if split or kind:
         how = _reading(layout, mapping, sample_by)
         _prepare_files(name, split or [], kind, data_dir, how, dialogue_filters, blocklist)
-    elif name in ("movies", "chitchat", "reversal"):
-        from rlhfjax.data import benchmark, chitchat, movies, reversal
+    elif name in ("movies", "chitchat", "reversal", "arithmetic"):
+        from rlhfjax.data import arithmetic, benchmark, chitchat, movies, reversal
         from rlhfjax.data.datasets import default_data_dir
 
-        known = {"movies": movies.Movies, "chitchat": chitchat.Chitchat, "reversal": reversal.Reversal}
+        sets = (movies.Movies, chitchat.Chitchat, reversal.Reversal, arithmetic.Arithmetic)
+        known = {one.name: one for one in sets}
         for folder in benchmark.prepare(known[name], data_dir or default_data_dir(), cache_dir, say):
             typer.echo(str(folder))
     else:
         raise ConfigError(
-            f"{name}: expected movies, chitchat or reversal, or --kind KIND with --split SPLIT=FILE (kinds: {_KINDS})"
+            f"{name}: expected movies, chitchat, reversal or arithmetic, or --kind KIND with --split SPLIT=FILE "
+            f"(kinds: {_KINDS})"
         )
 
 
