@@ -103,7 +103,7 @@ def _loss(loss: float, before: float | None) -> Result:
 
 
 def _merged(rows: Iterable[tuple[str, dict[str, Interval | None]]]) -> dict[str, dict[str, Interval | None]]:
-    """One entry a scorer, which may have a row for rated texts and another for comparisons."""
+    """One entry per scorer, which may have a row for rated texts and another for comparisons."""
     merged: dict[str, dict[str, Interval | None]] = {}
     for name, values in rows:
         merged.setdefault(name, {}).update(values)
@@ -173,7 +173,7 @@ def with_block(text: str, block: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.collect", description="Results of finished runs.")
-    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="*", type=Path, help="finished runs, one a seed")
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="*", type=Path, help="finished runs, one per seed")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results of these runs to FILE")
     parser.add_argument("--readme", action="store_true", help="write the tables of all result files into README.md")
     given = parser.parse_args(arguments)

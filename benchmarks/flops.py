@@ -68,7 +68,7 @@ def step_flops(work: dict[str, Any], lengths: list[int] | None = None) -> float:
 def decode_bytes(work: dict[str, Any]) -> float:
     """Bytes that generation has to read: all weights once a decoded token of the longest row of each full batch.
 
-    Keys and values are added for every row: 2 · L · K · D elements a token that is attended to.
+    Keys and values are added for every row: 2 · L · K · D elements per token that is attended to.
     """
     shape, size = work["shape"], 2 if work["dtype"] == "bfloat16" else 4
     responses = work["lengths"] or [work["response"]] * work["rows"]

@@ -24,7 +24,7 @@ def _fastest(step: Callable[[], Any], seconds: float) -> float:
 
 
 def matmul_flops(dtype: str, sizes: tuple[int, ...], seconds: float = 1.0) -> float:
-    """The most operations a second of square matrix products of these sizes, through XLA."""
+    """The most operations per second of square matrix products of these sizes, through XLA."""
     import jax
     import jax.numpy as jnp
 

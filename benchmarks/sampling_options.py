@@ -1,9 +1,9 @@
-"""What int8 and guesses do to sampling: seconds, tokens a call, and the gap of log-probabilities.
+"""What int8 and guesses do to sampling: seconds, tokens per call, and the gap of log-probabilities.
 
-    python -m benchmarks.sampling_options                                  a Llama of random weights
-    python -m benchmarks.sampling_options CKPT TEXTS.txt                   a checkpoint that continues texts, one a line
+    python -m benchmarks.sampling_options                    a Llama of random weights
+    python -m benchmarks.sampling_options CKPT TEXTS.txt     a checkpoint that continues texts, one per line
 
-One JSON object a line. Random weights have nothing to guess: what a call with guesses costs is seen best with them.
+One JSON object per line. Random weights have nothing to guess: what a call with guesses costs is seen best with them.
 On an accelerator they are 1.07 billion, elsewhere 14.7 million.
 """
 

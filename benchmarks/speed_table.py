@@ -56,7 +56,7 @@ def _peak(metric: str, value: float) -> str:
 
 
 def speeds(rows: Sequence[Row]) -> str:
-    """One line a workload: tokens a second of every system, and how often ours is as fast."""
+    """One line per workload: tokens per second of every system, and how often ours is as fast."""
     table: dict[str, dict[str, dict[str, Row]]] = {}
     for item in rows:
         if item["workload"] != "environment":

@@ -1,4 +1,4 @@
-"""Results of whole runs as Markdown: one table a configuration, one column a seed."""
+"""Results of whole runs as Markdown: one table per configuration, one column per seed."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +79,7 @@ _FIGURES: tuple[tuple[str, Callable[[Result], float], Callable[[float], str]], .
     ("Accuracy of reward model, two batches, over 0.5 apart", _accurate("across_clear"), percent),
     ("ppo preferred to sft by ridge judge", _won("ridge judge"), percent),
     ("ppo preferred to sft by VADER", _won("VADER"), percent),
-    ("KL(ppo ‖ sft), nats a response", lambda run: run["policies"]["ppo"]["kl"], number),
+    ("KL(ppo ‖ sft), nats per response", lambda run: run["policies"]["ppo"]["kl"], number),
     ("Length, sft → ppo", lambda run: run["policies"]["ppo"]["length_change_from_sft"], _signed),
     ("Distinct 2-grams, sft → ppo", lambda run: run["policies"]["ppo"]["distinct_2_change_from_sft"], _signed),
     ("Wall time, all stages", lambda run: sum(run["stage_seconds"].values()), duration),
@@ -91,7 +91,7 @@ def _rows(run: Result) -> Iterator[Row]:
     yield "Wall time, all stages", lambda run: duration(sum(run["stage_seconds"].values()))
     stages = " → ".join(run["heldout_losses"])
     for name in next(iter(run["heldout_losses"].values()), {}):
-        yield f"Loss on held-out {name}, nats a token, {stages}", lambda run, name=name: _losses(run, name)
+        yield f"Loss on held-out {name}, nats per token, {stages}", lambda run, name=name: _losses(run, name)
     for measure in SHOWN_MEASURES:
         for scorer, values in run["reward_accuracy"].items():
             if values.get(measure):
@@ -106,8 +106,8 @@ def _rows(run: Result) -> Iterator[Row]:
 
 
 def _policy_rows() -> Iterator[Row]:
-    yield "KL(ppo ‖ sft), nats a response", lambda run: _bounded(run["policies"]["ppo"], "kl", 2)
-    yield "Entropy, nats a token, sft → ppo", lambda run: _both(run, "entropy", 2)
+    yield "KL(ppo ‖ sft), nats per response", lambda run: _bounded(run["policies"]["ppo"], "kl", 2)
+    yield "Entropy, nats per token, sft → ppo", lambda run: _both(run, "entropy", 2)
     yield "Length, tokens, sft → ppo", lambda run: _both(run, "length", 1)
     yield "Distinct 2-grams, sft → ppo", lambda run: _both(run, "distinct_2", 3)
     yield "Responses that end by themselves, sft → ppo", lambda run: _both(run, "eos_rate", None)

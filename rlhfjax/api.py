@@ -38,7 +38,7 @@ class Completion:
     """One sampled response. `log_probs` are nats of each token, `finish_reason` is "stop" (it ended) or "length".
 
     `top_log_probs` has the likeliest ids of each position with theirs, likeliest first, where they were asked for.
-    `calls` counts how often the model was asked after the prompt, where it guessed ahead; else once a token.
+    `calls` counts how often the model was asked after the prompt, where it guessed ahead; else once per token.
     """
 
     text: str

@@ -55,7 +55,7 @@ class Routing:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RankedBatch:
-    """K ranked responses a prompt (rank 1 best, equal = tie); `mask` marks the candidates that are present.
+    """K ranked responses per prompt (rank 1 best, equal = tie); `mask` marks the candidates that are present.
 
     A row of tokens is a prompt and its response joined; the first `prompt_lengths` tokens are the prompt.
     """

@@ -95,15 +95,15 @@ def test_the_table_in_full(collect, tmp_path):
                 f"| {name} | {figure} | {figure} |"
                 for name, figure in [
                     ("Wall time, all stages", "2 min 5 s"),
-                    ("Loss on held-out chat, nats a token, pretrain → sft → ppo", "5.50 → 5.00 → 5.05 (+1.0 %)"),
+                    ("Loss on held-out chat, nats per token, pretrain → sft → ppo", "5.50 → 5.00 → 5.05 (+1.0 %)"),
                     ("Accuracy of reward model (one batch, each held-out labeler)", "60.0 % [58.0, 62.0]"),
                     ("Accuracy of VADER (one batch, each held-out labeler)", "50.0 % [45.0, 55.0]"),
                     ("Accuracy of VADER (two batches, means over 0.5 apart)", "50.0 % [45.0, 55.0]"),
                     ("Accuracy of reward model (held-out comparisons)", "70.0 % [65.0, 75.0]"),
                     ("Accuracy of judge (two batches, means over 0.5 apart)", "50.0 % [45.0, 55.0]"),
                     ("ppo preferred to sft by judge", "75.0 % [70.0, 80.0]"),
-                    ("KL(ppo ‖ sft), nats a response", "3.25"),
-                    ("Entropy, nats a token, sft → ppo", "5.00 → 4.00"),
+                    ("KL(ppo ‖ sft), nats per response", "3.25"),
+                    ("Entropy, nats per token, sft → ppo", "5.00 → 4.00"),
                     ("Length, tokens, sft → ppo", "10.0 → 9.0 (−10.0 %)"),
                     ("Distinct 2-grams, sft → ppo", "0.800 → 0.840 (+5.0 %)"),
                     ("Responses that end by themselves, sft → ppo", "50.0 % → 75.0 %"),
@@ -152,7 +152,7 @@ def test_a_changed_configuration_keeps_its_own_command_without_paths(collect, tm
 def test_a_figure_that_is_no_number_is_shown_as_missing(collect, tmp_path):
     result = collect.collect([write_run(tmp_path / "x", found=evaluation(entropy=math.nan))])
     assert "NaN" not in json.dumps(result)
-    assert "| Entropy, nats a token, sft → ppo | – → 4.00 |" in collect.tables([result])
+    assert "| Entropy, nats per token, sft → ppo | – → 4.00 |" in collect.tables([result])
 
 
 def test_runs_that_do_not_belong_together_are_refused(collect, tmp_path):

@@ -95,7 +95,7 @@ def test_ratios_are_to_the_best_peer():
     pairs = (("rlhfjax", 2.0), ("slow", 8.0), ("fast", 4.0))
     rows = figures.with_ratios([r for name, s in pairs for r in figures.rows_of(timed(name, [s]), peaks)])
     speeds = [find(rows, "tokens_per_second", name)["ratio_to_best_peer"] for name in ("rlhfjax", "slow", "fast")]
-    assert speeds == [2.0, 0.5, 1.0]  # 4, 1 and 2 tokens a second
+    assert speeds == [2.0, 0.5, 1.0]  # 4, 1 and 2 tokens per second
     assert find(rows, "step_seconds")["ratio_to_best_peer"] == 0.5
     assert find(rows, "steps")["ratio_to_best_peer"] is None
 

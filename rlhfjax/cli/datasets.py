@@ -60,7 +60,7 @@ def prepare(
         bool, typer.Option("--dialogue-filters", help="Drop exchanges that teach nothing; print how many and why.")
     ] = False,
     blocklist: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Offensive words for the filters, one a line.")
+        Path | None, typer.Option(metavar="FILE", help="Offensive words for the filters, one per line.")
     ] = None,
     data_dir: DataDir = None,
     cache_dir: Annotated[

@@ -81,7 +81,7 @@ def _token_stage(stage: Pretrain | Sft) -> str:
     batch, tokens = stage.batch, stage.batch.size * stage.batch.length
     total = f", {stage.steps * tokens:,} in all" if stage.steps else ""
     return (
-        f"{_duration(stage)} of {batch.size:,} sequences x {batch.length:,} = {tokens:,} tokens a step{total}; "
+        f"{_duration(stage)} of {batch.size:,} sequences x {batch.length:,} = {tokens:,} tokens per step{total}; "
         f"{_accumulation(batch.size, batch.micro)}; {_rate(stage.optimizer)}"
     )
 
@@ -90,7 +90,7 @@ def _rankings(stage: Reward | Dpo) -> str:
     batch, pairs = stage.batch, stage.batch.candidates * (stage.batch.candidates - 1) // 2
     return (
         f"{_duration(stage)} of {batch.size:,} prompts x up to {batch.candidates} responses of up to {batch.length:,} "
-        f"tokens = up to {batch.size * pairs:,} pairs a step; {_accumulation(batch.size, batch.micro)}; "
+        f"tokens = up to {batch.size * pairs:,} pairs per step; {_accumulation(batch.size, batch.micro)}; "
         f"{_rate(stage.optimizer)}"
     )
 
@@ -110,7 +110,7 @@ def _ppo(stage: Ppo) -> str:
 def _ptx(stage: Ppo) -> str:
     assert stage.ptx is not None
     sequences = int((stage.batch.minibatch or stage.batch.size) * stage.ptx.ratio)
-    return f"ptx: {sequences:,} sequences x {stage.ptx.length:,} = {sequences * stage.ptx.length:,} tokens an update"
+    return f"ptx: {sequences:,} sequences x {stage.ptx.length:,} = {sequences * stage.ptx.length:,} tokens per update"
 
 
 def _evaluate(stage: Evaluate) -> str:

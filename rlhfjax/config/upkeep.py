@@ -26,8 +26,8 @@ class Guards(Section):
     """What a run may not do for long. None: not watched.
 
     An update with a loss, gradient, score or KL that is no finite number is skipped; `non_finite` steps (PPO
-    iterations) in a row without any other are a divergence. So are KL above `kl_ceiling` (nats a response), entropy
-    below `entropy_floor` (nats a token), a share of responses without an end above `length_at_cap`, and a total loss
+    iterations) in a row without any other are a divergence. So are KL above `kl_ceiling` (nats per response), entropy
+    below `entropy_floor` (nats per token), a share of responses without an end above `length_at_cap`, and a total loss
     more than `loss_spike` standard deviations above the mean of its last `spike_window` values. A rollback goes to the
     last checkpoint that was good and leaves out the batches in between, at most `rollbacks` times.
     """

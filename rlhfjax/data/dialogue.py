@@ -187,7 +187,7 @@ def _listed(blocklist: Path) -> frozenset[str]:
     try:
         return frozenset(line.strip().lower() for line in blocklist.read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{blocklist}: expected a text file with one word a line, got {error}") from None
+        raise DataError(f"{blocklist}: expected a text file with one word per line, got {error}") from None
 
 
 def count_exchanges(messages: Sequence[Message]) -> int:

@@ -170,7 +170,7 @@ class Reader:
         counts = np.bincount(np.searchsorted(rows.groups, fits, side="right") - 1)
         if counts.max() > batch.candidates:
             raise DataError(
-                f"{entry.name} row {counts.argmax()}: expected at most {batch.candidates} responses a comparison "
+                f"{entry.name} row {counts.argmax()}: expected at most {batch.candidates} responses per comparison "
                 f"(batch.candidates), got {counts.max()}; raise batch.candidates"
             )
         kept, count = rows.select(fits), int((rows.prompt_lengths > 0).sum())

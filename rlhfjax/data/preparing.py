@@ -85,7 +85,7 @@ def prepare_files(
     edit_digest: str = "",
     reading: Reading = RECOGNISE,
 ) -> Path:
-    """Writes files as the dataset `name`, one or several a split, and returns its folder.
+    """Writes files as the dataset `name`, one or several per split, and returns its folder.
 
     `edit` may drop or change records; `edit_digest` names it. The same files under the same name are prepared once. A
     wrong row leaves nothing behind.

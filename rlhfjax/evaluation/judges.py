@@ -30,7 +30,7 @@ class Judge:
     score: Callable[[Sequence[str]], ArrayLike]
 
     def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "N"]:
-        """One score a text. Texts have the form of those the judge was fitted on (no instruction, no markers)."""
+        """One score per text. Texts have the form of those the judge was fitted on (no instruction, no markers)."""
         scores = np.asarray(self.score(texts), np.float64) if len(texts) else np.zeros(0)
         if scores.shape != (len(texts),):
             raise DataError(f"judge {self.name}: expected one score for each of {len(texts)} texts, got {scores.shape}")

@@ -48,7 +48,7 @@ class RatedTexts:
                 f"for {len(rows)} texts"
             )
         if min(row.size for row in rows) == 0:
-            raise DataError(f"expected at least one rating a text, got none for text {[r.size for r in rows].index(0)}")
+            raise DataError(f"expected a rating per text or more, got none for text {[r.size for r in rows].index(0)}")
         width = max(row.size for row in rows)
         padded, marks = np.full((len(rows), width), np.nan), np.zeros((len(rows), width), bool)
         for i, (row, flag) in enumerate(zip(rows, flags, strict=True)):

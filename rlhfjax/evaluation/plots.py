@@ -65,11 +65,11 @@ def metric_curve(steps: Float[np.ndarray, "S"], values: Float[np.ndarray, "S"], 
 def reward_against_kl(
     steps: Float[np.ndarray, "S"], kl: Float[np.ndarray, "S"], scores: Float[np.ndarray, "S"]
 ) -> Figure:
-    """Score against divergence from the reference, one point a step, from amber (first) to violet (last).
+    """Score against divergence from the reference, one point per step, from amber (first) to violet (last).
 
     Source: Gao et al. 2023, figure 1: what a policy pays in KL for its reward.
     """
-    figure, axes = _panel("reward model score", xlabel="KL from the reference, nats a response")
+    figure, axes = _panel("reward model score", xlabel="KL from the reference, nats per response")
     order = np.linspace(0.0, 1.0, len(steps))
     axes.plot(kl, scores, color=_INK, alpha=0.15, linewidth=0.8)
     axes.scatter(kl, scores, c=_TIME(order), s=16, linewidths=0, zorder=3)
@@ -81,7 +81,7 @@ def reward_against_kl(
 
 @matplotlib.rc_context(_STYLE)
 def accuracy_bars(rows: Sequence[AccuracyRow], measures: Mapping[str, str]) -> Figure:
-    """Share of pairs ordered right from chance (50 %) up: a group of bars a measure, a colour a row, 95 % whiskers."""
+    """Share of pairs ordered right from chance (50 %) up: a group of bars per measure, a colour per row."""
     height = 0.8 / len(rows)
     figure, axes = _bars_panel(
         len(measures) * (len(rows) + 1) * 0.19 + 0.7, [one_line(title) for title in measures.values()]
@@ -125,7 +125,7 @@ def heldout_loss_bars(losses: Mapping[str, Mapping[str, float]]) -> Figure:
     """Loss on held-out text after each stage, with the change from the stage before it."""
     sets = list(dict.fromkeys(name for by_set in losses.values() for name in by_set))
     height = 0.8 / len(losses)
-    figure, axes = _panel("", xlabel="nats a token", size=(4.6, len(sets) * (len(losses) + 1) * 0.22 + 0.7))
+    figure, axes = _panel("", xlabel="nats per token", size=(4.6, len(sets) * (len(losses) + 1) * 0.22 + 0.7))
     before: dict[str, float] = {}
     for i, (stage, by_set) in enumerate(losses.items()):
         places = np.array([sets.index(name) for name in by_set]) + (i - (len(losses) - 1) / 2) * height

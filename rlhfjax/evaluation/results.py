@@ -59,8 +59,8 @@ class WinRow:
 class PolicyRow:
     """What a policy's responses to the evaluation prompts look like.
 
-    `kl` is nats a response against the SFT policy, `entropy` nats a token, `length` tokens, `reward` the mean score of
-    the reward model, the others shares in [0, 1]. `prompts` counts the different ones;
+    `kl` is nats per response against the SFT policy, `entropy` nats per token, `length` tokens, `reward` the mean
+    score of the reward model, the others shares in [0, 1]. `prompts` counts the different ones;
     `intervals` has the 95 % interval of each figure by its name.
     """
 
@@ -96,7 +96,7 @@ class Sample:
 
 @dataclass(frozen=True, config=_CONFIG)
 class Evaluation:
-    """All results of one run. `heldout_losses[stage][set]` is nats a token, `stage_seconds` wall seconds,
+    """All results of one run. `heldout_losses[stage][set]` is nats per token, `stage_seconds` wall seconds,
     `exact_match[stage][set]` the share of demonstrations that are repeated to the letter.
 
     `judge_accuracy` is what the judges themselves reach on held-out human pairs: how far they are to be trusted.

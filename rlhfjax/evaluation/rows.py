@@ -105,7 +105,7 @@ def win_row(
 ) -> WinRow:
     """One judge's verdict on two policies; text i of both answers the same prompt.
 
-    With several responses a prompt, `prompts` names the prompt of each so that the interval draws prompts. Raises
+    With several responses per prompt, `prompts` names the prompt of each so that the interval draws prompts. Raises
     DataError when there are no texts or not equally many.
     """
     ours, theirs = judge(policy_texts), judge(baseline_texts)
@@ -128,7 +128,7 @@ def policy_row(
 ) -> PolicyRow:
     """Length of the responses in tokens, diversity, the share that ended by themselves (`ended`, bools), and intervals.
 
-    `kl`, `entropy` (both summed over a response, nats) and `reward` have one number a response. Diversity is counted
+    `kl`, `entropy` (both summed over a response, nats) and `reward` have one number per response. Diversity is counted
     over `words` where they are given, as Li et al. 2016 do. `prompts` says which responses answer the same prompt:
     intervals draw prompts. Raises DataError without responses or unless all have one element for each.
     """

@@ -17,8 +17,8 @@ STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
 
 @dataclass(frozen=True)
 class ReportData:
-    """A run as the report sees it; whatever did not run is empty. `metrics[stage]` is one dict a step, `served[stage]`
-    the step that a finished stage hands on."""
+    """A run as the report sees it; whatever did not run is empty. `metrics[stage]` is one dict per step,
+    `served[stage]` the step that a finished stage hands on."""
 
     name: str
     config: str = ""
@@ -98,8 +98,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _last_of_each_step(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a step. Rows that share a step are merged, the later value holding: training and evaluation of a step may
-    be logged apart, and a resumed run logs again what came after its checkpoint."""
+    """One row per step. Rows that share a step are merged, the later value holding: training and evaluation of a step
+    may be logged apart, and a resumed run logs again what came after its checkpoint."""
     merged: dict[Any, dict[str, Any]] = {}
     for i, row in enumerate(rows):
         key = row.get("step", f"line {i}")

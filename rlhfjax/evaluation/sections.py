@@ -19,7 +19,7 @@ from rlhfjax.evaluation.summary import summary_rows
 _LOSSES = {"train": ("loss/train", "train/rm/loss"), "held out": ("loss/validation", "eval/rm/loss")}
 _ONLINE = (  # metric, title, unit
     ("objective/scores", "Reward model score", "score"),
-    ("objective/kl", "KL from the reference", "nats a response"),
+    ("objective/kl", "KL from the reference", "nats per response"),
     ("objective/rlhf_reward", "Score less KL penalty", "reward"),
     ("objective/entropy", "Entropy of the policy", "nats"),
     ("objective/length", "Response length", "tokens"),
@@ -87,7 +87,7 @@ def _losses(run: ReportData) -> Section:
         series = {label: points for label, points in series.items() if points[0].size}
         if series:
             ranked = bool(run.series(stage, "train/rm/loss")[0].size)
-            figure = plots.loss_curves(series, "nats a pair" if ranked else "nats a token")
+            figure = plots.loss_curves(series, "nats per pair" if ranked else "nats per token")
             found.append(_plot(stage, figure, f"loss-{stage}", f"Loss of the {stage} stage over its steps"))
     note = (
         "Training loss by step (thin: as logged, thick: running mean) and loss on held-out data, of the weights that "
@@ -175,8 +175,8 @@ def _win_rates(evaluation: Evaluation) -> Section:
 def _policies(evaluation: Evaluation) -> Section:
     columns: dict[str, tuple[str, int | None]] = {  # figure, decimals (None: a share)
         "Reward": ("reward", 2),
-        "KL, nats a response": ("kl", 2),
-        "Entropy, nats a token": ("entropy", 2),
+        "KL, nats per response": ("kl", 2),
+        "Entropy, nats per token": ("entropy", 2),
         "Length, tokens": ("length", 1),
         "Distinct-1": ("distinct_1", 3),
         "Distinct-2": ("distinct_2", 3),

@@ -39,7 +39,7 @@ def _loss_figure(run: ReportData, stage: str) -> str:
     _, train = run.series(stage, "loss/train")
     if not train.size:
         return ""
-    figure = f"loss {number(train[0])} → {number(train[-1])} nats a token"
+    figure = f"loss {number(train[0])} → {number(train[-1])} nats per token"
     held_out = _of_served(run, stage, "loss/validation")
     return figure if held_out is None else f"{figure}, held out {number(held_out)}"
 
@@ -71,7 +71,7 @@ def _online_figure(run: ReportData, stage: str) -> str:
     """
     _, kl = run.series(stage, "objective/kl")
     _, scores = run.series(stage, "objective/scores")
-    figure = f"KL {number(kl[-1], 1)} nats a response"
+    figure = f"KL {number(kl[-1], 1)} nats per response"
     figure = f"score {number(scores[0])} → {number(scores[-1])}, {figure}" if scores.size else figure
     rows = run.evaluation.policies if run.evaluation else []
     served = next((row for row in rows if row.name == stage), None)

@@ -66,7 +66,7 @@ def _check_rope(config: DecoderConfig) -> None:
         )
     for key, factors in (("short_factor", config.rope_short_factors), ("long_factor", config.rope_long_factors)):
         if config.rope_scaling == "longrope" and len(factors) != size // 2:
-            raise ConfigError(f"config.json: expected {size // 2} numbers in {key}, one a pair, got {len(factors)}")
+            raise ConfigError(f"config.json: expected {size // 2} numbers in {key}, one per pair, got {len(factors)}")
 
 
 def hf_config(config: DecoderConfig, scalar: bool = False) -> dict[str, Any]:

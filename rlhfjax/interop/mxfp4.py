@@ -1,4 +1,4 @@
-"""Matrices in MXFP4, as the experts of gpt-oss are published: four bits a number, and a scale for 32 of them.
+"""Matrices in MXFP4, as the experts of gpt-oss are published: four bits per number, and a scale for 32 of them.
 
 A number is E2M1, a scale a power of two, both of the OCP Microscaling formats (Rouhani et al. 2023, table 1). A matrix
 [in, outputs] of each expert is two tensors, `NAME_blocks` [experts, outputs, in / 32, 16], the first of two numbers in

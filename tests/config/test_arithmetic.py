@@ -184,12 +184,12 @@ def test_description_shows_what_is_derived(load):
     text = describe(load())
     for part in (
         "data 1 x fsdp 1 x sequence 1 x tensor 1 x expert 1 = 1 device (the fewest that fit",
-        "20 steps of 16 sequences x 32 = 512 tokens a step, 10,240 in all; 2 micro batches of 8 accumulated",
-        "2 epochs of 8 sequences x 16 = 128 tokens a step; no accumulation",
-        "5 steps of 8 prompts x up to 4 responses of up to 16 tokens = up to 48 pairs a step",
-        "10 steps x 32 rollouts = 320 episodes; 2 epochs of 2 minibatches of 16 = 4 updates a step, 40 in all",
+        "20 steps of 16 sequences x 32 = 512 tokens per step, 10,240 in all; 2 micro batches of 8 accumulated",
+        "2 epochs of 8 sequences x 16 = 128 tokens per step; no accumulation",
+        "5 steps of 8 prompts x up to 4 responses of up to 16 tokens = up to 48 pairs per step",
+        "10 steps x 32 rollouts = 320 episodes; 2 epochs of 2 minibatches of 16 = 4 updates per step, 40 in all",
         "2 micro batches of 8 accumulated; up to 8 + 8 = 16 tokens",
-        "ptx: 32 sequences x 32 = 1,024 tokens an update",
+        "ptx: 32 sequences x 32 = 1,024 tokens per update",
         "512 samples in 32 batches of 16",
     ):
         assert part in text

@@ -283,7 +283,7 @@ def test_too_many_candidates_name_the_row(reader, tmp_path):
     with pytest.raises(DataError) as caught:
         reader().reader.comparisons(data, ranked_batch(candidates=3))
     assert str(caught.value).endswith(
-        "own.jsonl@train row 1: expected at most 3 responses a comparison (batch.candidates), got 4; "
+        "own.jsonl@train row 1: expected at most 3 responses per comparison (batch.candidates), got 4; "
         "raise batch.candidates"
     )
 

@@ -39,9 +39,10 @@ def test_summary_is_of_what_is_handed_on(run_dir, evaluation):
     (run_dir / "tokenizer").mkdir()
     (run_dir / "tokenizer" / "complete.json").write_text('{"vocab_size": 300}', "utf-8")
     figures = {row.stage: row.figure for row in summary_rows(read_run(run_dir))}
-    assert figures["sft"] == "loss 8.00 → 6.00 nats a token, held out 4.00"
-    assert figures["ppo"].endswith(" nats a response, in training; served: score 1.13, KL 3.6")
-    assert summary_rows(replace(read_run(run_dir), evaluation=None))[4].figure.endswith("nats a response, in training")
+    assert figures["sft"] == "loss 8.00 → 6.00 nats per token, held out 4.00"
+    assert figures["ppo"].endswith(" nats per response, in training; served: score 1.13, KL 3.6")
+    unjudged = summary_rows(replace(read_run(run_dir), evaluation=None))
+    assert unjudged[4].figure.endswith("nats per response, in training")
 
 
 def test_summary_of_a_run_that_did_nothing():

@@ -157,9 +157,8 @@ def test_what_is_too_long_is_named_by_its_row(refused, files, tmp_path, stage):
 
 def test_too_many_candidates(refused):
     message = refused(3, "stages.reward.batch.candidates=3")
-    assert (
-        "comparisons.jsonl@train row 2: expected at most 3 responses a comparison (batch.candidates), got 4" in message
-    )
+    assert "comparisons.jsonl@train row 2: expected at most 3 responses per comparison" in message
+    assert "(batch.candidates), got 4" in message
 
 
 def test_nothing_to_centre_the_scores_on(refused, tmp_path):

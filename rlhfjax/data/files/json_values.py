@@ -1,4 +1,4 @@
-"""JSON, strictly: one value a line, or values of any shape from a stream, in the memory of one of them.
+"""JSON, strictly: one value per line, or values of any shape from a stream, in the memory of one of them.
 
 A value that can be read to its end but is no JSON of ours (a key twice, NaN, 1e999) is given as the DataError to raise
 about it, so that whoever reads can go on and count.
@@ -53,7 +53,7 @@ class StrictDecoder:
 
 
 def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
-    """One value a line: (file:line, value), or the DataError for a line that is none; blank lines are skipped."""
+    """One value per line: (file:line, value), or the DataError for a line that is none; blank lines are skipped."""
     decoder = StrictDecoder()
     for where, line in byte_lines(file, path):
         if line.strip():
@@ -69,7 +69,7 @@ def byte_lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, bytes]]:
         if len(line) > most:
             raise DataError(
                 f"{where}: expected lines of at most {most >> 20} MiB, got a longer one; "
-                "write one object a line, and split long documents"
+                "write one object per line, and split long documents"
             )
         yield where, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
 
@@ -127,7 +127,7 @@ def read_values(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
             got = "something else" if text.peek() else "the end of the file: it is cut off"
             raise DataError(f"{text.where}: expected , or ] after the value that begins at {where}, got {got}")
     if text.peek():
-        raise DataError(f"{text.where}: expected the end of the file after the array, got more; write one array a file")
+        raise DataError(f"{text.where}: expected the end of the file after the array, got more; one array per file")
 
 
 class _Text:

@@ -87,7 +87,7 @@ def _ranking(answers: dict[str, Any], names: set[str]) -> dict[str, int]:
 
 
 def _ratings(answers: dict[str, Any], names: set[str]) -> dict[str, int]:
-    """Ranks from one rating a response, told by the number that the names of question and response end with."""
+    """Ranks from one rating per response, told by the number that the names of question and response end with."""
     scores = {}
     for question, value in answers.items():
         number = re.search(r"\d+$", question)
