@@ -1,4 +1,4 @@
-"""Turns finished runs into one small result file, and all result files into the tables of README.md.
+"""One small result file of finished runs, and the tables of docs/results.md and README.md of all result files.
 
     python -m benchmarks.collect RUN_DIR… --json benchmarks/results/NAME.json
     python -m benchmarks.collect --readme
@@ -18,7 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import Result, tables
+from benchmarks.blocks import write_block
+from benchmarks.tables import Result, summary, tables
 from rlhfjax.config import config_hash, load_config, shipped
 from rlhfjax.errors import ConfigError, DataError, RlhfjaxError
 from rlhfjax.evaluation.results import Evaluation, PolicyRow
@@ -27,7 +28,7 @@ from rlhfjax.evaluation.statistics import Interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+DOCUMENT = ROOT / "docs" / "results.md"
 KIND = "recipe runs"  # tells these files from results of another kind in the same folder
 _FREE = ("seed", "description", "data_dir")  # what the runs of one file may differ in
 _DIGITS = 5
@@ -163,19 +164,12 @@ def read_results(folder: Path) -> list[Result]:
     return found
 
 
-def with_block(text: str, block: str) -> str:
-    """The text with the block between the two markers. Raises DataError unless each is there once, in their order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise DataError(f"expected {BEGIN} and then {END}, once each; put them where the tables go")
-    return f"{text[: text.index(BEGIN)]}{BEGIN}\n{block}\n{text[text.index(END) :]}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.collect", description="Results of finished runs.")
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="*", type=Path, help="finished runs, one per seed")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results of these runs to FILE")
-    parser.add_argument("--readme", action="store_true", help="write the tables of all result files into README.md")
+    parser.add_argument("--readme", action="store_true", help="write the tables of all result files")
     given = parser.parse_args(arguments)
     if not given.run_dirs and (given.json or not given.readme):
         parser.error("expected RUN_DIR, or --readme")
@@ -187,7 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 given.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             print(tables([result]))
         if given.readme:
-            README.write_text(with_block(README.read_text("utf-8"), tables(read_results(RESULTS))), encoding="utf-8")
+            results = read_results(RESULTS)
+            write_block(DOCUMENT, "results", tables(results))
+            write_block(README, "results", summary(results))
     except RlhfjaxError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

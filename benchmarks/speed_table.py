@@ -1,8 +1,8 @@
-"""The speed tables of README.md, from the result files that are committed; nothing is measured here.
+"""The speed tables of docs/performance.md and the line in README.md, of the committed files; nothing is measured here.
 
     python -m benchmarks.speed_table
 
-writes them between the two markers.
+writes them between their markers.
 """
 
 import json
@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhfjax.errors import DataError
+from benchmarks.blocks import write_block
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
-BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+DOCUMENT = ROOT / "docs" / "performance.md"
 OURS = "rlhfjax"
+MAIN = {"sft/A", "reward/A", "generation/A", "ppo/A", "dpo/A", "grpo/A", "sft/B", "generation/B", "ppo/B"}
 Row = dict[str, Any]
 
 
@@ -45,7 +46,7 @@ def caption(rows: Sequence[Row], name: str) -> str:
     return (
         f"`{found['command']}` on {found['hardware']}, {found['date'][:10]}, {versions}{against}. Load average "
         f"{found['load_average']} at the start. Measured peaks: {', '.join(peaks)}. "
-        f"[All figures](benchmarks/results/{name}); medians, in brackets × as fast as that system."
+        f"[All figures](../benchmarks/results/{name}); medians, in brackets × as fast as that system."
     )
 
 
@@ -57,11 +58,7 @@ def _peak(metric: str, value: float) -> str:
 
 def speeds(rows: Sequence[Row]) -> str:
     """One line per workload: tokens per second of every system, and how often ours is as fast."""
-    table: dict[str, dict[str, dict[str, Row]]] = {}
-    for item in rows:
-        if item["workload"] != "environment":
-            table.setdefault(item["workload"], {}).setdefault(item["system"], {})[item["metric"]] = item
-    table = {name: found for name, found in table.items() if "tokens_per_second" in found.get(OURS, {})}
+    table = _by_workload(rows)
     peers = list(dict.fromkeys(system for found in table.values() for system in found if system != OURS))
     lines = [["tokens/s", OURS, "of peak", "memory", "steps", *peers], ["---"] * (5 + len(peers))]
     for name, found in table.items():
@@ -76,6 +73,15 @@ def speeds(rows: Sequence[Row]) -> str:
         ]
         lines.append(cells + [_against(speed["value"], found.get(peer, {})) for peer in peers])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _by_workload(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Row]]]:
+    """Rows by workload, system and metric, of the workloads whose speed was measured here."""
+    table: dict[str, dict[str, dict[str, Row]]] = {}
+    for item in rows:
+        if item["workload"] != "environment":
+            table.setdefault(item["workload"], {}).setdefault(item["system"], {})[item["metric"]] = item
+    return {name: found for name, found in table.items() if "tokens_per_second" in found.get(OURS, {})}
 
 
 def _against(own: float, peer: dict[str, Row]) -> str:
@@ -108,15 +114,27 @@ def others(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def between_markers(text: str, block: str) -> str:
-    """The text with the block between the markers. Raises DataError unless each is there once, in their order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise DataError(f"expected {BEGIN} and then {END}, once each; put them where the table goes")
-    return f"{text[: text.index(BEGIN)]}{BEGIN}\n{block}\n{text[text.index(END) :]}"
+def summary(folder: Path) -> str:
+    """One line: how often as fast as the fastest peer the main workloads are on a CPU, with that peer's name."""
+    said = {}
+    for path in sorted(folder.glob("speed_cpu*.json")):
+        table = _by_workload(json.loads(path.read_text("utf-8")))
+        for name in MAIN & table.keys():
+            value = table[name][OURS]["tokens_per_second"]["value"]
+            rates = {
+                system: found["tokens_per_second"]["value"]
+                for system, found in table[name].items()
+                if system != OURS and "tokens_per_second" in found
+            }
+            if rates:
+                fastest = max(rates, key=rates.__getitem__)
+                said[name] = f"`{name}` {value / rates[fastest]:.2f} × {fastest}"
+    return ", ".join(said[name] for name in sorted(said))
 
 
 def main() -> int:
-    README.write_text(between_markers(README.read_text("utf-8"), speed_tables(RESULTS)), encoding="utf-8")
+    write_block(DOCUMENT, "speed", speed_tables(RESULTS))
+    write_block(README, "speed", summary(RESULTS))
     return 0
 
 

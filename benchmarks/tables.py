@@ -26,6 +26,27 @@ def tables(results: Sequence[Result]) -> str:
     return "\n\n".join(parts).replace("\u00a0", " ") or "No results are committed yet."
 
 
+def summary(results: Sequence[Result]) -> str:
+    """Six figures of each configuration side by side; of several runs their mean, the lowest and the highest."""
+    shown = [result["runs"] for result in results if all(_summed_up(run) for run in result["runs"])]
+    if not shown:
+        return "No results are committed yet."
+    names = [result["config"] for result in results if result["runs"] in shown]
+    hardware = [runs[0]["hardware"] + (f", {len(runs)} runs" if len(runs) > 1 else "") for runs in shown]
+    head = ["", *(f"`{name}`, {where}" for name, where in zip(names, hardware, strict=True))]
+    body = [
+        [name, *(_range(get, show, runs) if len(runs) > 1 else show(get(runs[0])) for runs in shown)]
+        for name, get, show in (row for row in _FIGURES if row[0] in _SUMMARY)
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
+    return table.replace("\u00a0", " ")
+
+
+def _summed_up(run: Result) -> bool:
+    judges = {row["judge"] for row in run["win_rates"]}
+    return {"ridge judge", "VADER"} <= judges and "ppo" in run["policies"] and REWARD_MODEL in run["reward_accuracy"]
+
+
 def _caption(runs: list[Result]) -> str:
     def each(show: Callable[[Result], str]) -> str:
         return ", ".join(dict.fromkeys(show(run) for run in runs))
@@ -84,6 +105,7 @@ _FIGURES: tuple[tuple[str, Callable[[Result], float], Callable[[float], str]], .
     ("Distinct 2-grams, sft → ppo", lambda run: run["policies"]["ppo"]["distinct_2_change_from_sft"], _signed),
     ("Wall time, all stages", lambda run: sum(run["stage_seconds"].values()), duration),
 )
+_SUMMARY = [name for name, _, _ in _FIGURES if "over 0.5" not in name and "Distinct" not in name]
 
 
 def _rows(run: Result) -> Iterator[Row]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.blocks import with_block
 from rlhfjax.config import config_hash, load_config, resolved
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.evaluation.results import AccuracyRow, Evaluation, PolicyRow, WinRow
@@ -138,6 +139,11 @@ def test_many_runs_are_shown_as_one_and_what_all_span(collect, tmp_path):
         "| Length, sft → ppo | +0.0 % (−10.0 % to +10.0 %) | +0.0 % (+0.0 % to +0.0 %) |",
     ):
         assert row in text
+    summary = collect.summary([collect.collect(runs)]).splitlines()
+    assert len(summary) == 2 + 6
+    assert summary[0] == "|  | `quickstart`, 2 CPU cores, 5 runs |"
+    assert "| ppo preferred to sft by VADER | 72.4 % (70.0 % to 75.0 %) |" in summary  # (75 + 74 + 73 + 70 + 70) / 5
+    assert "| ppo preferred to sft by VADER | 75.0 % |" in collect.summary([collect.collect(runs[:1])]).splitlines()
     assert "|  | seed 2, jax 0.10.2 | seed 0, jax 0.12.0 |" in collect.tables([collect.collect(runs[2:4])])
     with pytest.raises(ConfigError, match=r"seed 0, jax 0\.12\.0"):
         collect.collect([*runs, runs[3]])
@@ -168,15 +174,18 @@ def test_runs_that_do_not_belong_together_are_refused(collect, tmp_path):
         collect.collect([first, unfinished])
 
 
-def test_the_readme_gets_the_tables_of_all_result_files(collect, tmp_path, monkeypatch, capsys):
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text("before <!-- results:begin -->old<!-- results:end --> after", encoding="utf-8")
+def test_the_documents_get_the_tables_of_all_result_files(collect, tmp_path, monkeypatch, capsys):
+    document, readme, results = tmp_path / "results.md", tmp_path / "README.md", tmp_path / "results"
+    for path in (document, readme):
+        path.write_text("before <!-- results:begin -->old<!-- results:end --> after", encoding="utf-8")
+    monkeypatch.setattr(collect, "DOCUMENT", document)
     monkeypatch.setattr(collect, "README", readme)
     monkeypatch.setattr(collect, "RESULTS", results)
     runs = [str(write_run(tmp_path / f"seed{seed}", seed)) for seed in (0, 1)]
     assert collect.main([*runs, "--json", str(results / "b.json"), "--readme"]) == 0
     table = capsys.readouterr().out.rstrip("\n")
-    assert readme.read_text("utf-8") == f"before <!-- results:begin -->\n{table}\n<!-- results:end --> after"
+    assert document.read_text("utf-8") == f"before <!-- results:begin -->\n{table}\n<!-- results:end --> after"
+    assert "No results are committed yet." in readme.read_text("utf-8")  # without the two judges nothing to sum up
 
     written = (results / "b.json").read_bytes()
     assert collect.main([*reversed(runs), "--json", str(results / "b.json")]) == 0
@@ -190,7 +199,7 @@ def test_errors_are_two_lines_at_most(collect, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: expected the directory of a run, got ")
     for text in ("", "<!-- results:end --><!-- results:begin -->"):
         with pytest.raises(DataError, match="once each"):
-            collect.with_block(text, "x")
+            with_block(text, "results", "x")
     (tmp_path / "x.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match="expected JSON"):
         collect.read_results(tmp_path)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import figures, flops, product, speed_table, standins, traces
+from benchmarks import blocks, figures, flops, product, speed_table, standins, traces
 from benchmarks.command import main
 from benchmarks.peers.worker import response_lengths
 from benchmarks.turns import System, Timed, interleaved
@@ -194,7 +194,7 @@ def committed(tmp_path):
     return tmp_path
 
 
-def test_the_readme_table_is_what_the_file_says(tmp_path):
+def test_the_table_is_what_the_file_says(tmp_path):
     text = speed_table.speed_tables(committed(tmp_path))
     assert "| sft/tiny | 8,192 | 200 % | 3.00 GB | 1 | 4,096 (2.00 ×) |" in text
     assert (
@@ -205,16 +205,25 @@ def test_the_readme_table_is_what_the_file_says(tmp_path):
 
 
 def test_the_block_goes_between_the_markers():
-    text = f"a\n{speed_table.BEGIN}\nold\n{speed_table.END}\nb"
-    assert speed_table.between_markers(text, "new") == f"a\n{speed_table.BEGIN}\nnew\n{speed_table.END}\nb"
+    text = "a\n<!-- speed:begin -->\nold\n<!-- speed:end -->\nb"
+    assert blocks.with_block(text, "speed", "new") == text.replace("old", "new")
     with pytest.raises(DataError, match="once each"):
-        speed_table.between_markers("nothing", "new")
+        blocks.with_block("nothing", "speed", "new")
 
 
-def test_readme_holds_the_committed_table():
-    block = speed_table.speed_tables(speed_table.RESULTS)
-    text = speed_table.README.read_text("utf-8")
-    assert speed_table.between_markers(text, block) == text
+def test_the_front_page_compares_with_the_fastest_peer(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_table, "MAIN", {"sft/tiny"})
+    assert speed_table.summary(committed(tmp_path)) == "`sft/tiny` 2.00 × trl"
+
+
+def test_documents_hold_the_committed_tables():
+    results = speed_table.RESULTS
+    for path, block in (
+        (speed_table.DOCUMENT, speed_table.speed_tables(results)),
+        (speed_table.README, speed_table.summary(results)),
+    ):
+        text = path.read_text("utf-8")
+        assert blocks.with_block(text, "speed", block) == text
 
 
 # --- machines without the packages for data and settings

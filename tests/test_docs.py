@@ -24,7 +24,10 @@ from rlhfjax.data.records import KINDS, parse_record
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-README, DATA = ROOT / "README.md", ROOT / "docs" / "data.md"
+README = ROOT / "README.md"
+BUGS, CONFIGURATION, DATA, PYTHON = (
+    ROOT / "docs" / f"{name}.md" for name in ("bugs", "configuration", "data", "python")
+)
 CHEAP = {"ls", "show", "validate", "schema", "metrics", "env", "cp"}
 
 
@@ -162,19 +165,21 @@ for words in json.loads(sys.argv[1]):
     except SystemExit as end:
         if end.code:
             sys.exit(f"exit code {end.code}")
-exec(compile(sys.argv[2], "README.md", "exec"))
+exec(compile(sys.argv[2], "documents", "exec"))
 print("shapes", logits.shape, scores.shape)
 """
 
 
 def test_own_data_from_start_to_end(with_configuration, pytestconfig):
-    """All commands of docs/data.md in their order, then the Python of the README on what they made."""
+    """All commands of docs/data.md in their order, then the Python of README and docs/python.md on what they made."""
     write_example_data(with_configuration / "data")
     (with_configuration / "runs").mkdir()
     (with_configuration / "runs" / "quickstart").symlink_to("my_run")
     shown = [words for words in commands(DATA) if words[1:] != ["data", "prepare", "movies"]]
     assert shown[:5] == commands(README)[-5:]
-    [loading] = [block.text for block in blocks(README, "python") if "rlhfjax.load" in block.text]
+    python = [*blocks(README, "python"), *blocks(PYTHON, "python")]
+    loading = "".join(block.text for block in python if "rlhfjax.load" in block.text)
+    assert loading.count("import rlhfjax") == 2
     cache = {"JAX_COMPILATION_CACHE_DIR": str(pytestconfig.cache.mkdir("jax"))}
     private = {"RLHFJAX_DATA_DIR": str(with_configuration / "prepared"), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
@@ -213,6 +218,19 @@ def test_python_compiles_and_equations_run(path):
             exec(code, {})
 
 
+def test_ppo_in_twenty_lines_learns_what_people_like():
+    """Each of the four places takes the liked token nearly always; with the KL penalty the other way it would not."""
+    [block] = [block for block in blocks(README, "python") if "rlhfjax.load" not in block.text]
+    assert len([line for line in block.text.splitlines() if line]) <= 20
+    found = {}
+    exec(compile(block.text, "README.md", "exec"), found)
+    assert float(found["jax"].nn.softmax(found["policy"])[:, 3].min()) > 0.9
+
+
+def test_the_front_page_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 220
+
+
 def test_the_configuration_shown_is_that_of_quickstart():
     def differences(shown, real, name):
         if isinstance(shown, dict) and isinstance(real, dict):
@@ -222,9 +240,9 @@ def test_the_configuration_shown_is_that_of_quickstart():
             for i, (one, other) in enumerate(zip(shown, real, strict=True)):
                 yield from differences(one, other, f"{name}.{i}")
         elif shown != real:
-            yield f"{name}: README has {shown}, the file {real}"
+            yield f"{name}: the document has {shown}, the file {real}"
 
-    [block] = blocks(README, "yaml")
+    [block] = blocks(CONFIGURATION, "yaml")
     assert list(differences(read_yaml(block.text)[0], resolved(load_config("quickstart")), "quickstart")) == []
 
 
@@ -260,7 +278,7 @@ def test_the_floors_are_those_that_the_import_contract_holds():
 
 
 def test_exit_codes_are_those_of_the_errors():
-    rows = dict(re.findall(r"^\| (\d+) \| (.*) \|$", README.read_text(encoding="utf-8"), re.MULTILINE))
+    rows = dict(re.findall(r"^\| (\d+) \| (.*) \|$", CONFIGURATION.read_text(encoding="utf-8"), re.MULTILINE))
     classes = (errors.ConfigError, errors.DataError, errors.IntegrityError, errors.Stopped)
     assert set(rows) == {"0", "1", "130", *(str(error.exit_code) for error in classes)}
 
@@ -268,10 +286,23 @@ def test_exit_codes_are_those_of_the_errors():
 def test_results_shown_are_those_committed(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks import collect
+    from benchmarks.blocks import with_block
 
-    text = README.read_text(encoding="utf-8")
-    remedy = "python -m benchmarks.collect --readme"
-    assert text == collect.with_block(text, collect.tables(collect.read_results(collect.RESULTS))), remedy
+    results, remedy = collect.read_results(collect.RESULTS), "python -m benchmarks.collect --readme"
+    for path, block in ((collect.DOCUMENT, collect.tables(results)), (README, collect.summary(results))):
+        text = path.read_text(encoding="utf-8")
+        assert text == with_block(text, "results", block), remedy
+
+
+def test_each_bug_is_held_out_by_a_test_that_is_there():
+    """Each row of docs/bugs.md names tests as `tests/FILE.py::NAME`, and each of them is defined in that file."""
+    rows = [line for line in BUGS.read_text(encoding="utf-8").splitlines() if re.match(r"\| [\w.-]+/[\w.-]+#\d+", line)]
+    assert rows
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for path, name in named:
+            assert re.search(rf"^ *def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), (path, name)
 
 
 def test_the_picture_is_plain_svg():
