@@ -45,7 +45,7 @@ def _model(run: Run) -> str:
 def _inside(shape: Shape) -> str:
     if not shape.experts:
         return f"{shape.mlp_width:,} inside"
-    return f"{shape.experts:,} experts with {shape.mlp_width:,} inside, {shape.experts_per_token:,} a token"
+    return f"{shape.experts:,} experts with {shape.mlp_width:,} inside, {shape.experts_per_token:,} per token"
 
 
 def _tokenizer(run: Run) -> str:
@@ -101,7 +101,7 @@ def _ppo(stage: Ppo) -> str:
     return (
         f"{stage.steps:,} steps x {batch.size:,} rollouts = {stage.steps * batch.size:,} episodes; "
         f"{_count(batch.epochs, 'epoch')} of {_count(batch.size // minibatch, 'minibatch')} of {minibatch:,} = "
-        f"{_count(updates, 'update')} a step, "
+        f"{_count(updates, 'update')} per step, "
         f"{stage.steps * updates:,} in all; {_accumulation(minibatch, batch.micro)}; up to "
         f"{batch.prompt_length:,} + {response:,} = {batch.prompt_length + response:,} tokens; {_rate(stage.optimizer)}"
     )

@@ -196,7 +196,7 @@ def test_description_shows_what_is_derived(load):
     assert "data 4 x fsdp 1 x sequence 1 x tensor 1 x expert 1 = 4 devices\n" in describe(load(), 4)
     mixture = describe(load("model.family=mixtral", "model.architecture.experts.count=4"))
     # three matrices of 16 x 32 an expert, in 2 layers, 2 of 4 at rest: 6,144 parameters fewer
-    assert "4 experts with 32 inside, 2 a token, context 32; 16,080 parameters, 9,936 active\n" in mixture
+    assert "4 experts with 32 inside, 2 per token, context 32; 16,080 parameters, 9,936 active\n" in mixture
     assert "from checkpoint runs/x" in describe(load("model={checkpoint: runs/x}", "tokenizer={}"))
 
 
