@@ -1,4 +1,4 @@
-"""How long saving keeps training waiting, on the model of quickstart.
+"""The time for which saving keeps training waiting, on the model of quickstart.
 
     JAX_PLATFORMS=cpu python -m benchmarks.checkpoints [key=value…]
 

@@ -1,4 +1,4 @@
-"""What is not a step that repeats: the memory of a loss, and the time from a command to its first step."""
+"""Measures that are no repeated step: the memory of a loss, and the time from a command to its first step."""
 
 import json
 import tempfile

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured: matrix products and reading memory. Shares are of these numbers.
+"""Peaks of this machine, measured: matrix products and reading memory. Shares are of these numbers.
 
 python -m benchmarks.peaks
 """

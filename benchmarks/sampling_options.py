@@ -1,9 +1,9 @@
-"""What int8 and guesses do to sampling: seconds, tokens per call, and the gap of log-probabilities.
+"""The effect of int8 and draft tokens on sampling: seconds, tokens per call, and the gap of log-probabilities.
 
     python -m benchmarks.sampling_options                    a Llama of random weights
     python -m benchmarks.sampling_options CKPT TEXTS.txt     a checkpoint that continues texts, one per line
 
-One JSON object per line. Random weights have nothing to guess: what a call with guesses costs is seen best with them.
+One JSON object per line. Random weights make every draft token wrong, which shows best what a call with them costs.
 On an accelerator they are 1.07 billion, elsewhere 14.7 million.
 """
 
@@ -76,7 +76,7 @@ def measured(model: LanguageModel, params: Any, prompts: PromptBatch, sampling: 
 
 
 def random_weights() -> None:
-    """Every precision at two batch sizes and two lengths of prompts, and calls with guesses that are never right."""
+    """Every precision at two batch sizes and two lengths of prompts, and calls whose draft tokens are never right."""
     small = jax.default_backend() == "cpu"
     shape = {"layers": 4, "width": 512, "heads": 8, "vocab_size": 4096} if small else {
         "layers": 16, "width": 2048, "heads": 32, "kv_heads": 8, "mlp_width": 8192, "vocab_size": 49152
@@ -98,7 +98,7 @@ def random_weights() -> None:
 
 
 def continued(checkpoint: str, texts: Path) -> None:
-    """Greedy and at temperature 1, 48 tokens: every precision with its gap, then guesses."""
+    """Greedy and at temperature 1, 48 tokens: every precision with its gap, then draft tokens."""
     import rlhfjax
 
     loaded = rlhfjax.load(checkpoint)

@@ -1,4 +1,4 @@
-"""Who takes part in what: this package, and the peers whose environments are installed."""
+"""The systems that are timed: this package, and the peers whose environments are installed."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where the time of a profiled step goes: a table from the trace that jax.profiler writes."""
+"""The time of a profiled step, operation by operation: a table from the trace that jax.profiler writes."""
 
 import gzip
 import json

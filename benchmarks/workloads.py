@@ -1,4 +1,4 @@
-"""What is timed: two model shapes and the steps of each method, as plain JSON that every system reads.
+"""Workloads: two model shapes and the steps of each method, as plain JSON that every system reads.
 
 The same numbers go to every system: shapes, batch sizes, optimizer settings, and for ragged work the length of every
 response. Tokens are random and weights are fresh: speed does not depend on what a text says.

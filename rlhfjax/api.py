@@ -38,7 +38,7 @@ class Completion:
     """One sampled response. `log_probs` are nats of each token, `finish_reason` is "stop" (it ended) or "length".
 
     `top_log_probs` has the likeliest ids of each position with theirs, likeliest first, where they were asked for.
-    `calls` counts how often the model was asked after the prompt, where it guessed ahead; else once per token.
+    `calls` counts how often the model was asked after the prompt, where it read draft tokens; else once per token.
     """
 
     text: str
@@ -92,9 +92,9 @@ class Model:
         "tools": […]}; conversations are written as the model was trained on them (`load`).
         The tokens `stop_ids` end a response as the tokenizer's own does. Log-probabilities are of the whole
         distribution at this temperature, whatever top_k, top_p and min_p leave of it. A model without a tokenizer takes
-        ids only, stops at `stop_ids` alone, and its completions have no text. `speculate` guesses so many tokens ahead,
-        by the model's own heads where it has as many, else by lookup in the text; responses stay what they are. Raises
-        ConfigError when a prompt and `max_new_tokens` do not fit the model's context, or the arguments make no sense.
+        ids only, stops at `stop_ids` alone, and its completions have no text. `speculate` is the number of
+        draft tokens per call, from the model's own heads where it has as many, else by lookup in the text; responses
+        stay what they are. Raises ConfigError when a prompt and `max_new_tokens` do not fit the model's context, or the arguments make no sense.
         """
         self._expect(scalar=False, what="generate")
         if n < 1 or max_new_tokens < 1 or not 0 <= temperature <= _HOTTEST or top_k < 0 or not 0 < top_p <= 1:

@@ -1,4 +1,4 @@
-"""What a bug report, and a run that shall be done again, need to know of this machine. Nothing personal."""
+"""Facts of this machine for a bug report, and for a run that shall be reproduced. Nothing personal."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""Where this user keeps things, and paths that begin with ~. A container's user may have neither a name nor a home."""
+"""Directories of this user, and paths that begin with ~. A container's user may have neither a name nor a home."""
 
 import os
 from pathlib import Path

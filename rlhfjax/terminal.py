@@ -1,4 +1,4 @@
-"""How the command line talks: exit codes, one-line errors, and text of models that cannot steer a terminal."""
+"""The voice of the command line: exit codes, one-line errors, and text of models that cannot steer a terminal."""
 
 import io
 import os

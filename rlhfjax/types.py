@@ -107,7 +107,7 @@ class Rollout:
     """Prompts with sampled responses; what `score` adds is None until then.
 
     `response_mask` includes the token that ended the response; `finished` says whether there was one. Speculative
-    decoding counts for each row the model's calls after the prompt's, guesses, and guesses that were right.
+    decoding counts for each row the model's calls after the prompt's, draft tokens, and those that were right.
     """
 
     prompt: Int[Array, "B P"]

@@ -1,4 +1,4 @@
-"""What a timed process says: standard library alone, because every peer runs it in an environment of its own.
+"""The words of a timed process: standard library alone, because every peer runs it in an environment of its own.
 
 A worker reads its workload as JSON from its only argument. It calls `lap()` after every step. The first `warmup` laps
 are its warm-up; then it says that it is ready, and before every further step it waits for a line on its input, so

@@ -181,7 +181,7 @@ def generate(
     prompt: PromptText = None,
     message: Messages = None,
     prompts: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Answer every prompt of a file or data set; writes JSON lines.")
+        str | None, typer.Option(metavar="FILE", help="Answer every prompt of a file or dataset; writes JSON lines.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest response, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")] = 1.0,
@@ -193,7 +193,7 @@ def generate(
     seed: Annotated[int, typer.Option(metavar="S", min=0, help="Equal seeds draw equal responses.")] = 0,
     n: Annotated[int, typer.Option("--n", metavar="N", min=1, help="Responses to draw.")] = 1,
     speculate: Annotated[
-        int, typer.Option(metavar="K", min=0, help="Guess K tokens ahead: the same answers, from fewer calls.")
+        int, typer.Option(metavar="K", min=0, help="K draft tokens per call: the same answers, from fewer calls.")
     ] = 0,
     beams: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Search for the best response, N open at a time.")

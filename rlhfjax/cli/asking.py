@@ -1,4 +1,4 @@
-"""What a model is asked, from the command line: texts, messages and files of records; and the verb `score`."""
+"""Questions to a model on the command line: texts, messages and files of records; and the verb `score`."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,7 +70,7 @@ def load(checkpoint: str, date: str | None, template: Sequence[str] | None, no_v
 
 
 def records_of(source: str, kind: str) -> list[dict[str, Any]]:
-    """The records of a file or a data set, SOURCE or SOURCE@SPLIT."""
+    """The records of a file or a dataset, SOURCE or SOURCE@SPLIT."""
     from rlhfjax.data.datasets import default_data_dir, open_source
 
     name, split = (source, "train") if Path(source).expanduser().is_file() else _split(source)
@@ -115,7 +115,7 @@ def score(
         list[str] | None, typer.Option(metavar="TEXT", help="A response to score; may be repeated.")
     ] = None,
     records: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Score every response of a file or data set; writes JSON lines.")
+        str | None, typer.Option(metavar="FILE", help="Score every response of a file or dataset; writes JSON lines.")
     ] = None,
     kind: Annotated[
         str, typer.Option(metavar="KIND", help="Of the records: comparison, demonstration or unpaired.")

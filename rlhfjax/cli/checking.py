@@ -20,7 +20,7 @@ NoVerify = Annotated[
 
 def verify(
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATH…", help="Checkpoints, stages, runs, exports, data sets or their names.")
+        list[str], typer.Argument(metavar="PATH…", help="Checkpoints, stages, runs, exports, datasets or their names.")
     ],
     data_dir: DataDir = None,
 ) -> None:
@@ -35,7 +35,7 @@ def verify(
         found = list(_directories(path, data_dir))
         if not found:
             raise ConfigError(
-                f"{path}: expected a checkpoint, stage, run, export or prepared data set, got nothing with a "
+                f"{path}: expected a checkpoint, stage, run, export or prepared dataset, got nothing with a "
                 f"{MANIFEST}; what an older version wrote has none"
             )
         bad += sum(_differences(directory) for directory in found)

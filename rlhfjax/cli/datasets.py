@@ -1,4 +1,4 @@
-"""The verbs of data sets, and what they share with the others."""
+"""The verbs of datasets, and what they share with the others."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.terminal import printable, say
 
 OPTIONS = {"pretty_exceptions_enable": False, "rich_markup_mode": None, "add_completion": False}
-data = typer.Typer(no_args_is_help=True, help="Prepare data sets and look at them.", **OPTIONS)
+data = typer.Typer(no_args_is_help=True, help="Prepare datasets and look at them.", **OPTIONS)
 
 
 def directory(text: str) -> Path:
@@ -26,7 +26,7 @@ def directory(text: str) -> Path:
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as stages.ppo.steps=200.")
 ]
-DataDir = Annotated[Path | None, typer.Option(metavar="DIR", parser=directory, help="Where prepared data sets are.")]
+DataDir = Annotated[Path | None, typer.Option(metavar="DIR", parser=directory, help="Where prepared datasets are.")]
 _KINDS = "document, demonstration, comparison, prompt, rating or unpaired"
 _SHOWN = 20_000  # characters of a record
 _FORMATS = "JSON, JSON lines, CSV, TSV, text, Parquet, also .gz and .zst"
@@ -166,7 +166,7 @@ def _files_of(splits: list[str]) -> dict[str, list[Path]]:
 @data.command()
 def inspect(
     target: Annotated[
-        str, typer.Argument(metavar="CONFIG|SOURCE[@SPLIT]", help="A configuration, a data set, or a file.")
+        str, typer.Argument(metavar="CONFIG|SOURCE[@SPLIT]", help="A configuration, a dataset, or a file.")
     ],
     stage: Annotated[str | None, typer.Argument(metavar="STAGE", help="The stage whose batch to show.")] = None,
     overrides: Overrides = None,
@@ -180,7 +180,7 @@ def inspect(
     mapping: Map = None,
     sample_by: SampleBy = "paragraph",
 ) -> None:
-    """Show what a batch really holds, or the records of a data set or a file.
+    """Show what a batch really holds, or the records of a dataset or a file.
 
     \b
     Examples:
@@ -188,7 +188,7 @@ def inspect(
       rlhfjax data inspect movies/comparisons@train
     """
     if stage is None and run_dir:
-        raise ConfigError("--run-dir: expected CONFIG STAGE with it; a data set has no tokenizer")
+        raise ConfigError("--run-dir: expected CONFIG STAGE with it; a dataset has no tokenizer")
     if stage and (data_dir or kind or layout or mapping):
         raise ConfigError(
             "--data-dir, --kind, --layout and --map: a configuration says them itself (data_dir, data); remove them"

@@ -196,7 +196,7 @@ class Model(Section):
 
 
 class Data(Section):
-    """One data set: a prepared name (`movies/chat`) or a file, pattern or folder, its split, its share of the tokens.
+    """One dataset: a prepared name (`movies/chat`) or a file, pattern or folder, its split, its share of the tokens.
 
     Of files the layout is recognised; `layout` names it, or `map` says which of their fields is which of ours.
     `sample_by` says what a document of a plain text is: between blank lines, a line, or (document) the whole file.

@@ -2,7 +2,7 @@
 
 The rules are those that DialoGPT's training data were made by (Zhang et al. 2020, section 3.1), applied to each
 exchange, that is a message and its answer. A conversation is cut at an exchange that is rejected: what was before it
-and what comes after it are conversations of their own, so that one bad line does not cost an hour of talk.
+and what comes after it are conversations of their own, so that one bad line does not discard the rest.
 """
 
 import hashlib

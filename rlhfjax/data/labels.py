@@ -1,4 +1,4 @@
-"""What people found of one answer: a boolean, or the word for it, which is all that a CSV file can hold."""
+"""Labels of one answer: a boolean, or the word for it, which is all that a CSV file can hold."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How each record kind is stored as TFDS features, and the way there and back.
+"""Record kinds as TFDS features: the way there and back.
 
 Fields that a record may leave out are stored empty and left out again on reading; no record may hold them empty.
 A dataset that was prepared before there was a field is read as one whose records leave it out.

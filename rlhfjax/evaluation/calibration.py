@@ -1,4 +1,4 @@
-"""Whether a reward model's differences mean what its loss says they mean: log-odds of what people prefer."""
+"""Calibration: a reward model's differences should be what its loss makes them, log-odds of what people prefer."""
 
 import numpy as np
 from numpy.typing import ArrayLike

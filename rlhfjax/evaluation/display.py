@@ -1,4 +1,4 @@
-"""How figures, times and foreign text are put before a reader, the same in the terminal and on the page."""
+"""Figures, times and foreign text as a reader sees them, the same in the terminal and on the page."""
 
 import math
 import unicodedata

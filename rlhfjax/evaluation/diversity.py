@@ -1,4 +1,4 @@
-"""How varied responses are: what shows a policy collapsing onto a stock phrase while its score still rises."""
+"""Diversity of responses, which falls when a policy collapses onto a stock phrase while its score still rises."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence

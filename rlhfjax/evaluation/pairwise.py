@@ -1,4 +1,4 @@
-"""How well scores order texts that people rated, and how well people order them for each other.
+"""Pairwise accuracy: how well scores order texts that people rated, and how well people order them for each other.
 
 A labeler who rated two texts differently has said which one is better. A scorer (a reward model, a judge, another
 labeler) agrees when it orders the two alike. Texts come in batches rated by the same few people, so a pair inside a

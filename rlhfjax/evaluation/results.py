@@ -1,6 +1,6 @@
 """The file `evaluate/evaluation.json`: every figure of an evaluation, typed, read back as it was written.
 
-Rows are lists (judges, policies, measures), so a data set without human ratings or with a third judge needs no new
+Rows are lists (judges, policies, measures), so a dataset without human ratings or with a third judge needs no new
 field. Numbers that are not finite are written as strings ("NaN"), which keeps the file plain JSON.
 """
 

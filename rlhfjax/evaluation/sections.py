@@ -1,4 +1,4 @@
-"""What the report says, section by section: each function turns a run into figures and tables, or into nothing.
+"""The sections of the report: each function turns a run into figures and tables, or into nothing.
 
 A section without figures, tables or samples is one that did not run, and the page says so.
 """

@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file say of a model, in the words of config.json."""
+"""The settings of a GGUF file's metadata, in the words of config.json."""
 
 from collections.abc import Callable
 from typing import Any

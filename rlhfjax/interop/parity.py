@@ -1,4 +1,4 @@
-"""What shows that an export is the model that it was made from: both compute the same on the same tokens.
+"""The proof that an export is the model that it was made from: both compute the same on the same tokens.
 
 The export is read back by the path that imports models, so names, shapes, transposes, types and configuration are in
 the comparison. How close numbers have to be follows from the type that the weights were rounded to.

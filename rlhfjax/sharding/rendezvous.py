@@ -1,6 +1,6 @@
-"""Where processes find each other before jax is started: who is missing, wrong or twice is said, and nobody hangs.
+"""A meeting of processes before jax is started: the one that is missing, wrong or twice is named, and nobody hangs.
 
-jax itself ends a process that waits in vain with an abort and a stack of its own, and takes no notice of processes
+jax itself aborts a process whose wait runs out, with a stack of its own, and takes no notice of processes
 that were told different numbers. The meeting is at the coordinator's address, which process 0 then gives to jax.
 """
 

@@ -1,4 +1,4 @@
-"""What a chat template writes of a conversation, as text in which special tokens have the names that no text has."""
+"""A conversation as its chat template writes it: text in which special tokens have names that no text has."""
 
 import datetime
 import json

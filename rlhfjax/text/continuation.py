@@ -38,7 +38,7 @@ def parts_of(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 
 def taking_prefix(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer.json whose decoder takes away the space that a BPE over bytes was told to put before a text."""
+    """tokenizer.json whose decoder takes away the space that a BPE over bytes puts before a text."""
     if not any(part.get("add_prefix_space") for part in parts_of(tokenizer.get("pre_tokenizer"))):
         return dict(tokenizer)
     steps = [step for step in (tokenizer.get("decoder"),) if step and step["type"] == "ByteLevel"]

@@ -1,4 +1,4 @@
-"""What of a text a tokenizer does not keep, in words: what it decodes is then another text than it was given."""
+"""The parts of a text that a tokenizer does not keep, in words: it then decodes another text than it was given."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

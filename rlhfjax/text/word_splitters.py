@@ -1,4 +1,4 @@
-"""How models with a BPE over bytes cut text before pairs are joined, by the names that GGUF files have for it.
+"""Word splitters: the cuts of a BPE over bytes before pairs are joined, by the names that GGUF files have for them.
 
 A name (tokenizer.ggml.pre) stands for what the published tokenizer.json of its models says: a row of cuts, each by a
 regular expression made on what the ones before have left, or by a part that the library `tokenizers` has. The names are

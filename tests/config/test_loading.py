@@ -247,7 +247,7 @@ def test_json_schema_describes_the_file():
 
 
 def sections(model: type[BaseModel], depth: int = 0):
-    """Every section with its depth below the file; a data set is a value, like the text that names it."""
+    """Every section with its depth below the file; a dataset is a value, like the text that names it."""
     yield model, depth
     for field in model.model_fields.values():
         for inner in models_in(field.annotation):

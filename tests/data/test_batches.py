@@ -25,7 +25,7 @@ def tokenizer():
 
 
 class Source(list):
-    """Records as a prepared data set gives them: several at once, by index."""
+    """Records as a prepared dataset gives them: several at once, by index."""
 
     def __getitems__(self, indices):
         return [self[i] for i in indices]

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes and then its suffix, and its rows."""
+"""Formats of files, recognised by the first bytes and then the suffix, and their rows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

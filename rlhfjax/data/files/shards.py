@@ -1,4 +1,4 @@
-"""Which files a path means: one file, a glob, a folder of shards; and which split each of them belongs to.
+"""The files that a path means: one file, a glob, a folder of shards; and the split that each belongs to.
 
 Splits are read from names as the hub does: `train`, `validation` (also valid, val, dev) and `test` (also eval) as a
 word of a file's name or of a folder's.

@@ -1,4 +1,4 @@
-"""What labelling tools export: Argilla's records, and Label Studio's tasks with annotations.
+"""Exports of labelling tools: Argilla's records, and Label Studio's tasks with annotations.
 
 Sources: Argilla, "Record" and "Response" (fields; responses by question, or by user with values); Label Studio, "Export
 annotations" and the tags Pairwise and Chat (data; annotations with results). Who annotated becomes `labeler_id`.

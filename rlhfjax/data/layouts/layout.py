@@ -1,4 +1,4 @@
-"""What a layout is: how the rows of somebody's file become our records, and what of them nobody reads.
+"""Layouts: how the rows of somebody's file become our records, and what of them nobody reads.
 
 A layout is told by the fields of a row and says, for each record kind it can give, in words and as a function, which
 field becomes what. It knows no files: rows come as decoded objects and leave as objects for `parse_record`.
