@@ -94,7 +94,8 @@ class Model:
         distribution at this temperature, whatever top_k, top_p and min_p leave of it. A model without a tokenizer takes
         ids only, stops at `stop_ids` alone, and its completions have no text. `speculate` is the number of
         draft tokens per call, from the model's own heads where it has as many, else by lookup in the text; responses
-        stay what they are. Raises ConfigError when a prompt and `max_new_tokens` do not fit the model's context, or the arguments make no sense.
+        stay what they are. Raises ConfigError when a prompt and `max_new_tokens` do not fit
+        the model's context, or the arguments make no sense.
         """
         self._expect(scalar=False, what="generate")
         if n < 1 or max_new_tokens < 1 or not 0 <= temperature <= _HOTTEST or top_k < 0 or not 0 < top_p <= 1:
