@@ -86,7 +86,7 @@ class RankedItems:
         }
         # An absent candidate keeps one unmasked token, so that every row has a last token to read a score at.
         out["token_mask"][:, 0] = True
-        # The prompt stands in the row of each candidate, though `packed_ranking` reads it once: models that cannot share
+        # Each candidate's row repeats the prompt, though `packed_ranking` reads it once: models that cannot share
         # a prompt take these rows as they are, and rows of one shape need no second program for either.
         first, last = self.rows.groups[i], self.rows.groups[i + 1]
         for slot, row in enumerate(range(first, last)):
