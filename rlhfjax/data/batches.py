@@ -29,7 +29,7 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
                 del spaces[place]
         bins[index].append(row)
         left = space - need
-        if 0 <= left < capacity:
+        if 0 <= left < capacity:  # a row longer than a bin gets one of its own, into which nothing else fits
             if not with_space.setdefault(left, []):
                 insort(spaces, left)
             with_space[left].append(index)

@@ -44,7 +44,7 @@ class RatedTexts:
         ids = np.asarray(batches)
         if not rows or not len(rows) == len(flags) == len(ids):
             raise DataError(
-                f"expected one batch and one row of held-out flags a text, got {len(ids)} and {len(flags)} "
+                f"expected one batch and one row of held-out flags per text, got {len(ids)} and {len(flags)} "
                 f"for {len(rows)} texts"
             )
         if min(row.size for row in rows) == 0:
@@ -132,7 +132,7 @@ def human_agreement(
     """
     ratings, members, others = texts.ratings, texts.members(), _others(texts)
     heldout, one_to_one = np.where(texts.heldout, ratings, np.nan), _Tally.zeros(len(members), "within")
-    for shift in range(1, ratings.shape[1]):
+    for shift in range(1, ratings.shape[1]):  # every labeler beside every other one, once
         one_to_one += _tally(np.roll(ratings, shift, axis=1), heldout, members, "within", 0.0)
     tallies = [
         one_to_one,
@@ -220,7 +220,7 @@ def _tally(
             wanted = reference[left][:, None] - reference[right][None]
             given = np.sign(predictor[left][:, None] - predictor[right][None])
             kept = np.abs(wanted) > min_difference  # false for NaN, where a labeler is absent
-            if pairs == "within":
+            if pairs == "within":  # a pair once, and no text with itself
                 kept &= np.triu(np.ones(kept.shape[:2], bool), 1)[:, :, None]
             kept = kept & ~np.isnan(given)  # where the predictor is a labeler who is absent
             agreement = np.where(kept, given * np.sign(wanted), 0.0)  # 0, which counts one half, where it ties

@@ -49,8 +49,8 @@ def bootstrap_interval(
 ) -> Interval:
     """The statistic of the values and its percentile bootstrap interval.
 
-    Draws the N values with replacement `resamples` times. With `groups` (one id a value) whole groups are drawn, which
-    keeps values of one group together and widens the interval when they are alike. Rows are drawn when `values` has
+    Draws the N values with replacement `resamples` times. With `groups` (one id per value) whole groups are drawn,
+    which keeps values of one group together and widens the interval when they are alike. Rows are drawn when `values` has
     more than one axis. Raises DataError on no values, or on groups of another length.
     Source: Efron 1979; Davison and Hinkley 1997, section 3.8 for groups.
     """
@@ -77,7 +77,7 @@ def ratio_interval(
 ) -> Interval:
     """`Σ numerators / Σ denominators` (a mean, without denominators) and its percentile bootstrap interval.
 
-    Draws whole `groups` (one id a value; each value by itself without them). Raises DataError on no values, or on
+    Draws whole `groups` (one id per value; each value by itself without them). Raises DataError on no values, or on
     groups of another length. Source: as `bootstrap_interval`.
     """
     above = np.asarray(numerators, np.float64)
@@ -86,6 +86,7 @@ def ratio_interval(
         raise DataError(f"expected values and as many denominators, got shapes {above.shape} and {below.shape}")
     members = _members(np.arange(above.size) if groups is None else np.asarray(groups), above.size)
     sums = np.array([[above[rows].sum(), below[rows].sum()] for rows in members])
+    # How often each group is drawn says as much as which: all resamples of a sum are then one matrix product.
     drawn = np.random.default_rng(seed).multinomial(len(members), np.full(len(members), 1 / len(members)), resamples)
     top, bottom = (drawn @ sums).T
     shares = np.divide(top, bottom, out=np.full(resamples, np.nan), where=bottom != 0)

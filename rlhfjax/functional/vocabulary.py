@@ -20,7 +20,7 @@ from rlhfjax.functional.logits import LEAST_TEMPERATURE
 
 
 class _Static(NamedTuple):
-    """What a program is compiled for."""
+    """Settings that a program is compiled for."""
 
     tied: bool
     softcap: float | None
@@ -267,7 +267,7 @@ def _chunked(static, hidden, tokens, mask, *more):
     count = -(-total // static.chunk)
     size = -(-total // count)
     order = jnp.argsort(~mask.reshape(-1), stable=True)  # targets first, in their order
-    place = jnp.argsort(order)
+    place = jnp.argsort(order)  # the inverse: where each token went
     parts = tuple(_split(x.reshape(1, total, *x.shape[2:])[:, order], count, size) for x in arrays)
     used = -(-mask.sum(dtype=jnp.int32) // size)
     return parts, used, lambda x: _joined(x, total)[0, place].reshape(batch, length, *x.shape[3:])
