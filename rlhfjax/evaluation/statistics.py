@@ -50,8 +50,8 @@ def bootstrap_interval(
     """The statistic of the values and its percentile bootstrap interval.
 
     Draws the N values with replacement `resamples` times. With `groups` (one id per value) whole groups are drawn,
-    which keeps values of one group together and widens the interval when they are alike. Rows are drawn when `values` has
-    more than one axis. Raises DataError on no values, or on groups of another length.
+    which keeps values of one group together and widens the interval when they are alike. Rows are drawn when
+    `values` has more than one axis. Raises DataError on no values, or on groups of another length.
     Source: Efron 1979; Davison and Hinkley 1997, section 3.8 for groups.
     """
     array = np.asarray(values)
