@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from rlhfjax.config import load_config
-from rlhfjax.stages import ppo, run_recipe
+from rlhfjax.stages import online, run_recipe
 
 LORA = {"rank": 8, "alpha": 16.0, "targets": ["attention", "mlp"]}
 
@@ -34,7 +34,7 @@ def measured(folder: Path, lora: dict | None) -> tuple[int, int]:
     folder.mkdir()
     path = folder / "run.yaml"
     path.write_text(json.dumps(recipe(folder, lora)), encoding="utf-8")
-    live, loop = [], ppo.train_online
+    live, loop = [], online.train_online
 
     def watched(steps, state, *args, **kwargs):
         def rollout(*inputs):
@@ -44,9 +44,9 @@ def measured(folder: Path, lora: dict | None) -> tuple[int, int]:
 
         return loop(type(steps)(**vars(steps) | {"rollout": rollout}), state, *args, **kwargs)
 
-    ppo.train_online = watched
+    online.train_online = watched
     run_recipe(load_config(str(path), sys.argv[1:]), folder / "run")
-    ppo.train_online = loop
+    online.train_online = loop
     facts = json.loads((folder / "run" / "pretrain" / "complete.json").read_text(encoding="utf-8"))
     return facts["parameters"], live[1]
 

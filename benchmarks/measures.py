@@ -50,7 +50,7 @@ def loss_memory(quick: bool, _: bool) -> list[Row]:
     import jax
 
     from benchmarks.product import model_of, random_tokens
-    from rlhfjax.stages.losses import training_loss
+    from rlhfjax.stages.objectives import training_loss
     from rlhfjax.types import TokenBatch
 
     vocabulary, rows, length = (4096, 2, 64) if quick else (131_072, 8, 512)

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.lora_memory import recipe
 from rlhfjax.config import load_config
-from rlhfjax.stages import ppo, run_recipe
+from rlhfjax.stages import online, run_recipe
 
 RESULTS = Path(__file__).with_name("results")
 ITERATIONS = 300
@@ -42,7 +42,7 @@ def main() -> None:
 
 def watched(overrides: list[str], path: Path, run_dir: Path) -> list[float]:
     """Megabytes resident when each iteration begins."""
-    sizes, loop = [], ppo.train_online
+    sizes, loop = [], online.train_online
 
     def counted(steps, *args, **kwargs):
         def rollout(*inputs):
@@ -51,11 +51,11 @@ def watched(overrides: list[str], path: Path, run_dir: Path) -> list[float]:
 
         return loop(replace(steps, rollout=rollout), *args, **kwargs)
 
-    ppo.train_online = counted
+    online.train_online = counted
     try:
         run_recipe(load_config(str(path), overrides), run_dir)
     finally:
-        ppo.train_online = loop
+        online.train_online = loop
     return sizes
 
 

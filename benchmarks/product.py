@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rlhfjax.algorithms import restrict
 from rlhfjax.algorithms.dpo import Dpo
 from rlhfjax.algorithms.grpo import Grpo
 from rlhfjax.algorithms.likelihood import token_log_probs
-from rlhfjax.algorithms.restriction import restrict
 from rlhfjax.config import schema
 from rlhfjax.config.sections import Optimizer, RolloutBatch, Sampling
 from rlhfjax.config.sections import RankedBatch as RankedSection
@@ -25,10 +25,9 @@ from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.heads import init_head, with_head
 from rlhfjax.sharding import batch_sharding, make_mesh, place_batch, state_shardings
 from rlhfjax.stages.compilation import Ahead, training_options
-from rlhfjax.stages.dpo import preference_optimisation
-from rlhfjax.stages.losses import reward_modelling, training_loss
+from rlhfjax.stages.objectives import ppo_objective, preference_optimisation, reward_modelling, training_loss
+from rlhfjax.stages.online import OnlineLearner, build, optimizer_of
 from rlhfjax.stages.parts import ranking_packer
-from rlhfjax.stages.ppo import compiled_steps, ppo_algorithm, ppo_optimizer
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.state import init_state, place
 from rlhfjax.training.update import Pack, offline_step
@@ -202,7 +201,7 @@ def lengths_of(made: Rollout) -> list[int]:
 
 
 class PpoLoop:
-    """One iteration after the other: the four compiled steps of `rlhfjax.stages.ppo`, compiled ahead as the stage does.
+    """One iteration after the other: the four steps of `rlhfjax.stages.online`, compiled ahead as the stage does.
 
     Policy, value, reference and reward model have the same shape; the value model starts from the reward model. With a
     shared trunk a head on the policy's own takes its place.
@@ -213,15 +212,16 @@ class PpoLoop:
         model, c = model_of(work), ppo_section(work)
         policy, judge = policy_of(work, self._mesh, model), fresh(self._mesh, model, work["seed"] + 1)
         reward = with_head(judge, init_head(jax.random.key(1), model.config.width))
-        algorithm, optimizer = ppo_algorithm(c, model, model), ppo_optimizer(c, model.config.width)
+        optimizer = optimizer_of(c, model.config.width)
         value = reward if c.value.trunk == "own" else {"head": reward["head"]}
-        train = init_state(self._mesh, {"policy": policy, "value": value}, optimizer)
+        params, models = {"policy": policy, "value": value}, {"policy": model, "value": model}
+        train = init_state(self._mesh, params, optimizer)
         state = OnlineState(train, jnp.float32(c.kl.coef), jnp.int32(0))
         self._state = jax.device_put(state, state_shardings(self._mesh, state))
         self._frozen = {"reference": policy, "reward": reward}
-        job: Any = SimpleNamespace(config=c, mesh=self._mesh, stage="ppo", shared={}, report=print)
-        steps = compiled_steps(job, self._state, algorithm, optimizer, model, model, sampling_of(work))
-        ahead, prompts = Ahead(job), place_batch(self._mesh, prompts_of(work, 0))
+        learner = OnlineLearner(ppo_objective(c, model, model), models, params, model, self._frozen, optimizer)
+        steps = build(c, self._mesh, learner, self._state, sampling_of(work))
+        ahead, prompts = Ahead("ppo"), place_batch(self._mesh, prompts_of(work, 0))
         self._steps, self._first = ahead.online(steps, self._state, self._frozen, prompts, None), ahead.first_step
 
     def __call__(self, number: int) -> dict[str, Any]:
@@ -265,7 +265,7 @@ class GrpoLoop:
         model, c = model_of(work), ppo_section(work, "rollout")
 
         def log_probs(params: Params, rows: Any) -> tuple[jax.Array, jax.Array]:
-            return token_log_probs(model, params["policy"], rows.batch)
+            return token_log_probs(model, params["policy"], rows)
 
         algorithm: Any = Grpo(log_probs, work["per_prompt"], missing_eos="keep")
         optimizer = optax.partition({"policy": make_optimizer(optimizer_section(work), STEPS)}, {"policy": "policy"})
@@ -273,9 +273,9 @@ class GrpoLoop:
         state = OnlineState(init_state(self._mesh, {"policy": policy}, optimizer), jnp.float32(0), jnp.int32(0))
         self._state = jax.device_put(state, state_shardings(self._mesh, state))
         self._frozen = {"reference": reference, "reward": {"decoder": {}}}
-        job: Any = SimpleNamespace(config=c, mesh=self._mesh)
         judge: Any = Counted()
-        self._steps = compiled_steps(job, self._state, algorithm, optimizer, model, judge, sampling_of(work))
+        learner = OnlineLearner(algorithm, {"policy": model}, {"policy": policy}, judge, self._frozen, optimizer)
+        self._steps = build(c, self._mesh, learner, self._state, sampling_of(work))
         sampling = {"sampling": sampling_of(work), "samples": work["per_prompt"]}
         self._sample = jax.jit(partial(rollout, model, **sampling), out_shardings=batch_sharding(self._mesh))
 

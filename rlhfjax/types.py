@@ -139,6 +139,11 @@ class Experience:
     returns: Float[Array, "B R"]
 
     @property
+    def rows(self) -> Rollout:
+        """What functions of a model read of it."""
+        return self.rollout
+
+    @property
     def mask(self) -> Bool[Array, "B R"]:
         return self.rollout.response_mask
 
@@ -166,6 +171,11 @@ class TokenExperience:
     values: Float[Array, "*N T"]
     advantages: Float[Array, "*N T"]
     returns: Float[Array, "*N T"]
+
+    @property
+    def rows(self) -> TokenBatch:
+        """What functions of a model read of it."""
+        return self.batch
 
     @property
     def mask(self) -> Bool[Array, "*N T"]:

@@ -7,7 +7,6 @@ equations by themselves are tested with the algorithms, what a sample depends on
 
 from dataclasses import dataclass, replace
 from itertools import repeat
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -32,7 +31,9 @@ from rlhfjax.algorithms import Mix
 from rlhfjax.functional import token_log_probs
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.sharding import make_mesh, place_batch, state_shardings
-from rlhfjax.stages.ppo import compiled_steps, ppo_algorithm, ppo_optimizer, updates_of
+from rlhfjax.stages.objectives import ppo_objective
+from rlhfjax.stages.online import OnlineLearner, build, optimizer_of, passes_of
+from rlhfjax.training.loop import Beside
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.metrics_catalogue import metric_of
 from rlhfjax.training.online import OnlineSteps, train_online
@@ -74,15 +75,16 @@ def prompts(rows: int, iteration: int) -> PromptBatch:
 def record(directory, config, style, mesh) -> Recorded:
     policy, reward = tiny(style), tiny("gpt2")
     frozen = {"reference": params_of(policy, std=0.15), "reward": scalar_params_of(reward, seed=2)}
-    algorithm = ppo_algorithm(config, policy, reward, gather=mesh.size == 1)
-    optimizer = lenient(ppo_optimizer(config))
-    train = init_state(mesh, {"policy": frozen["reference"], "value": frozen["reward"]}, optimizer)
+    algorithm = ppo_objective(config, policy, reward, gather=mesh.size == 1)
+    optimizer = lenient(optimizer_of(config))
+    params = {"policy": frozen["reference"], "value": frozen["reward"]}
+    train = init_state(mesh, params, optimizer)
     state = OnlineState(train, jnp.float32(config.kl.coef), jnp.int32(0))
     state = jax.device_put(state, state_shardings(mesh, state))
     frozen = jax.device_put(frozen, state_shardings(mesh, frozen))
     sampling = SamplingParams(RESPONSE, STOP, PAD, config.sampling.temperature)
-    job = SimpleNamespace(config=config, mesh=mesh)
-    steps = compiled_steps(job, state, algorithm, optimizer, policy, reward, sampling)
+    learner = OnlineLearner(algorithm, {"policy": policy, "value": reward}, params, reward, frozen, optimizer)
+    steps = build(config, mesh, learner, state, sampling)
     params, rollouts, experiences, metrics = [], [], [], []
 
     def score(current, *rest):
@@ -111,15 +113,9 @@ def record(directory, config, style, mesh) -> Recorded:
         pretraining,
         iterations=ITERATIONS,
         key=jax.random.key(0),
-        stage="ppo",
-        writer=writer,
-        learning_rate=lambda step: config.optimizer.lr,
-        updates=updates_of(config),
-        episodes=rows,
-        samples=lambda rollout: [],
-        samples_every=ITERATIONS,
-        save=lambda state, iteration: None,
-        save_every=ITERATIONS,
+        beside=Beside("ppo", writer, lambda step: config.optimizer.lr),
+        sampled=lambda iteration, rollout: None,
+        keep=lambda state, iteration, stop: None,
     )
     writer.close()
     return Recorded(config, policy, reward, frozen, algorithm, steps, state, params, rollouts, experiences, metrics)
@@ -312,7 +308,7 @@ def test_the_state_keeps_its_layout_and_counts(run):
     wanted = state_shardings(mesh, run.state)
     for leaf, sharding in zip(jax.tree.leaves(run.state), jax.tree.leaves(wanted), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    updates = ITERATIONS * updates_of(run.config)
+    updates = ITERATIONS * passes_of(run.config).steps
     assert (int(run.state.iteration), int(run.state.train.step)) == (ITERATIONS, updates)
     assert all(metrics["policy/epochs_run"] == run.config.batch.epochs for metrics in run.metrics)
     assert [metrics["episode"] for metrics in run.metrics] == [run.config.batch.size * i for i in (1, 2, 3)]

@@ -180,9 +180,9 @@ def experience(rows: int, prompt: int, response: int, seed: int = 0) -> Experien
 def log_probs_from(logits, temperature: float = 1.0):
     """What PPO reads of a policy whose [B, R, V] logits are `logits(params, rollout)`."""
 
-    def log_probs(params, experience):
-        z = logits(params, experience.rollout)
-        return token_log_probs(z, experience.rollout.response, temperature), entropy(z, temperature)
+    def log_probs(params, rollout):
+        z = logits(params, rollout)
+        return token_log_probs(z, rollout.response, temperature), entropy(z, temperature)
 
     return log_probs
 

@@ -1,16 +1,13 @@
 """Algorithms: frozen dataclasses over functions of (parameters, arrays). They know no model class, mesh or loop.
 
-An offline algorithm has `weight(batch)`, the global count that normalises its loss, and
-`loss(params, batch, weight, key) -> (loss, metrics)`, which adds up over the parts of a batch when `weight` is that of
-the whole. An online one adds `estimate(rollout, kl_coef) -> (Experience, metrics)`.
+What loops ask of them is in `objective`: `Objective` for batches, `OnlineAlgorithm` for what the policy samples.
 """
 
 from rlhfjax.algorithms.dpo import Dpo
 from rlhfjax.algorithms.grpo import Grpo
 from rlhfjax.algorithms.language_modelling import LanguageModelling, RoutedLanguageModelling
-from rlhfjax.algorithms.mix import Mix
+from rlhfjax.algorithms.objective import Mix, Objective, OnlineAlgorithm, online_part, restrict
 from rlhfjax.algorithms.ppo import Ppo
-from rlhfjax.algorithms.restriction import restrict
 from rlhfjax.algorithms.reward_modelling import RewardModelling
 from rlhfjax.algorithms.rloo import Rloo
 
@@ -19,9 +16,12 @@ __all__ = [
     "Grpo",
     "LanguageModelling",
     "Mix",
+    "Objective",
+    "OnlineAlgorithm",
     "Ppo",
     "RewardModelling",
     "Rloo",
     "RoutedLanguageModelling",
+    "online_part",
     "restrict",
 ]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rlhfjax.algorithms.objective import Objective
 from rlhfjax.algorithms.reward_modelling import ranked_counts
 from rlhfjax.functional import dpo_loss, masked_mean, pairwise_accuracy
 from rlhfjax.functional.preference import better, mean_of_pairs
@@ -14,7 +15,7 @@ from rlhfjax.types import Params, RankedBatch, TokenRanking
 
 
 @dataclass(frozen=True)
-class Dpo:
+class Dpo(Objective):
     """Mean over prompts of 1/C(K,2) Σ_{w≻l} ℓ(h_w − h_l), h = log π(y|x) − log π_ref(y|x); ties drop out.
 
     ℓ is that of `dpo_loss`; two candidates and `sigmoid` make it the loss of Rafailov et al. 2023, eq. 7. Weighing the

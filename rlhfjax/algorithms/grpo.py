@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rlhfjax.algorithms.groups import differing
-from rlhfjax.algorithms.objective import final_scores, measured
+from rlhfjax.algorithms.objective import OnlineAlgorithm
 from rlhfjax.algorithms.responses import response_counts, response_sums, update_metrics
+from rlhfjax.algorithms.scored_rollouts import final_scores, measured
 from rlhfjax.functional import (
     group_relative,
     importance_ratio,
@@ -26,7 +27,7 @@ AVERAGES = ("sequence", "token", "constant")
 
 
 @dataclass(frozen=True)
-class Grpo:
+class Grpo(OnlineAlgorithm):
     """GRPO of Shao et al. 2024, eq. 3 and 4: each token of a response has the advantage of the response in its group.
 
     Rows come in groups of `group` next to each other, responses to one prompt. `log_probs` is that of `Ppo`; `params`
@@ -108,7 +109,7 @@ class Grpo:
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """Clipped surrogate + beta x KL to the reference, where each token counts as `average` says."""
         old, mask = experience.log_probs, experience.mask
-        log_probs, entropies = self.log_probs(params, experience)
+        log_probs, entropies = self.log_probs(params, experience.rows)
         share = self._shares(experience, weight)
 
         ratio = importance_ratio(log_probs, old, mask)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from rlhfjax.algorithms.objective import Objective
 from rlhfjax.functional import (
     load_balancing_loss,
     max_load,
@@ -22,7 +23,7 @@ def predicted(batch: TokenBatch) -> Bool[Array, "B T-1"]:
 
 
 @dataclass(frozen=True)
-class LanguageModelling:
+class LanguageModelling(Objective):
     """-Σ log p(token | its document so far) / number of targets, nats per token (Radford et al. 2018, eq. 1).
 
     `cross_entropy(params, batch, key)` gives the sum; `key` is for dropout and may be None.
@@ -42,7 +43,7 @@ class LanguageModelling:
 
 
 @dataclass(frozen=True)
-class RoutedLanguageModelling:
+class RoutedLanguageModelling(Objective):
     """The same for a mixture of experts, + load_balancing_coef · balancing loss + router_z_coef · z-loss.
 
     `cross_entropy` also gives what the routers did. The balancing loss is a product of two means, of which one has a

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.algorithms.likelihood import chunk_tokens
+from rlhfjax.algorithms.objective import Objective
 from rlhfjax.functional.vocabulary import over_targets, vocabulary_cross_entropy
 from rlhfjax.types import Params, TokenBatch
 
@@ -52,7 +53,7 @@ class Sums(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MultiTokenPrediction:
+class MultiTokenPrediction(Objective):
     """Loss of the next token + coef · mean over heads n of -log p_n(token n + 1 ahead | the document so far).
 
     Each term is normalised by the number of its own targets, nats per token (Gloeckle et al. 2024, eq. 2, who take coef

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhfjax.algorithms.objective import final_scores, measured
+from rlhfjax.algorithms.objective import OnlineAlgorithm
+from rlhfjax.algorithms.scored_rollouts import final_scores, measured
 from rlhfjax.functional import (
     approx_kl,
     clip_fraction,
@@ -25,11 +26,11 @@ from rlhfjax.types import Experience, Params, Rollout, TokenExperience
 
 
 @dataclass(frozen=True)
-class Ppo:
+class Ppo(OnlineAlgorithm):
     """PPO of Schulman et al. 2017 as InstructGPT uses it (Ouyang et al. 2022, appendix C.4).
 
-    `log_probs(params, experience)` gives the policy's log-probability of each response token and the entropy of the
-    distribution it is drawn from, at the temperature of the rollouts; `values(params, experience)` its state values.
+    `log_probs(params, rows)` gives the policy's log-probability of each response token and the entropy of the
+    distribution it is drawn from, at the temperature of the rollouts; `values(params, rows)` its state values.
     `params` is {"policy": …, "value": …}. Rewards and losses are float32, KL and entropy in nats.
     """
 
@@ -46,6 +47,7 @@ class Ppo:
     whiten_rewards: bool = False
     missing_eos: str = "replace"  # replace | subtract | keep
     missing_eos_value: float = -1.0
+    group = 1
 
     def estimate(self, rollout: Rollout, kl_coef: Float[Array, ""]) -> tuple[Experience, dict[str, Array]]:
         """Scores and KL to rewards, advantages and returns, over the whole batch."""
@@ -83,7 +85,7 @@ class Ppo:
         Sums over tokens, so that it does not matter how they lie in rows.
         """
         old, mask = experience.log_probs, experience.mask
-        log_probs, entropies, values = self.predict(params, experience)
+        log_probs, entropies, values = self.predict(params, experience.rows)
         spread = masked_sum(entropies, mask) / weight
         policy = clipped_surrogate(log_probs, old, experience.advantages, mask, self.clip, normalizer=weight)
         value = clipped_value_loss(

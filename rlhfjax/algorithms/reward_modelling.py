@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rlhfjax.algorithms.objective import Objective
 from rlhfjax.functional import pairwise_accuracy, ranked_pairs, ranked_prompts, ranking_loss
 from rlhfjax.types import Params, RankedBatch, TokenRanking
 
@@ -21,7 +22,7 @@ def ranked_counts(batch: RankedBatch | TokenRanking) -> dict[str, Array]:
 
 
 @dataclass(frozen=True)
-class RewardModelling:
+class RewardModelling(Objective):
     """Mean over prompts of 1/C(K,2) Σ over ordered pairs of -log σ(r_w - r_l) (Ouyang et al. 2022, eq. 1).
 
     `scores(params, batch, key)` gives [B, K], read at the last token of each response.

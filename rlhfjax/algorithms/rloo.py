@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rlhfjax.algorithms.groups import differing
-from rlhfjax.algorithms.objective import final_scores, measured
+from rlhfjax.algorithms.objective import OnlineAlgorithm
 from rlhfjax.algorithms.responses import first_tokens, response_counts, response_sums, update_metrics
+from rlhfjax.algorithms.scored_rollouts import final_scores, measured
 from rlhfjax.functional import leave_one_out, masked_sum, sequence_kl, surrogates
 from rlhfjax.types import Experience, Params, Rollout, TokenExperience
 
 
 @dataclass(frozen=True)
-class Rloo:
+class Rloo(OnlineAlgorithm):
     """RLOO of Ahmadian et al. 2024, eq. 9: the gradient is that of the mean over responses of (R_i − b_i) log π(y_i).
 
     R = score − kl_coef · log(π(y) / π_ref(y)), and b_i is the mean of R over the other responses to the prompt. Rows
@@ -73,7 +74,7 @@ class Rloo:
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """Mean over responses of −A ρ, bounded by the clip; with `token`, of the sum over the tokens of each."""
-        log_probs, entropies = self.log_probs(params, experience)
+        log_probs, entropies = self.log_probs(params, experience.rows)
         log_ratio = jnp.where(experience.mask, log_probs - experience.log_probs, 0.0)
         if self.ratio == "sequence":  # the same at every token of a response, which counts at its first one
             log_ratio, counted, count = response_sums(experience, log_ratio), first_tokens(experience), "responses"

@@ -7,13 +7,13 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 
 from rlhfjax.sharding import processes
-from rlhfjax.stages.job import Job
 from rlhfjax.training.online import OnlineSteps
 from rlhfjax.xla_flags import refused
 
@@ -65,8 +65,10 @@ class Program:
 class Ahead:
     """Compiles the programs of a stage in threads of its own while the stage goes on, and says how long it took."""
 
-    def __init__(self, job: Job):
-        self._job, self._began = job, time.monotonic()
+    def __init__(self, stage: str, began: float | None = None):
+        """`began` is when the stage did, by `time.monotonic`."""
+        self._stage, self._began = stage, time.monotonic()
+        self._stage_began = self._began if began is None else began
         # Two traces at once only take the interpreter from each other, more programs than cores their memory.
         self._tracer = ThreadPoolExecutor(1, thread_name_prefix="trace")
         cores = os.cpu_count() if jax.default_backend() == "cpu" else None
@@ -98,7 +100,8 @@ class Ahead:
             experience, measured = estimate.shapes()
             return state, experience, pretraining, measured, key
 
-        return OnlineSteps(rollout, score, estimate, self._later(steps.update, learned), reshard)
+        update = self._later(steps.update, learned)
+        return replace(steps, rollout=rollout, score=score, estimate=estimate, update=update, reshard=reshard)
 
     def _later(self, function: Any, arguments: Callable[[], tuple]) -> Program:
         self._programs.append(Program(self._tracer, self._compiler, function, arguments))
@@ -108,11 +111,11 @@ class Ahead:
         """Called when the first step is done: keeps how long that took as facts of the stage, and says it."""
         now = time.monotonic()
         compiled = max((program.ready.result() for program in self._programs), default=now) - self._began
-        first = now - self._job.shared.get("began", self._began)
+        first = now - self._stage_began
         # On a CPU the compiler would take the cores from the steps.
         for function, arguments in self._afterwards if jax.default_backend() != "cpu" else ():
             Program(self._tracer, self._compiler, function, lambda arguments=arguments: arguments)
         self._tracer.shutdown(wait=False)
         self._compiler.shutdown(wait=False)
         self.facts = {"timing/compile_s": round(compiled, 2), "timing/first_step_s": round(first, 2)}
-        return f"{self._job.stage}: compiled in {compiled:.1f} s, first step after {first:.1f} s"
+        return f"{self._stage}: compiled in {compiled:.1f} s, first step after {first:.1f} s"

@@ -36,9 +36,10 @@ from rlhfjax.sharding.sampling import split_caches
 from rlhfjax.stages.compilation import training_options
 from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.exact_match import exact_match
-from rlhfjax.stages.job import Job, sampler_of, sampling_params
+from rlhfjax.stages.job import Job
+from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.meters import loss_meter
-from rlhfjax.stages.offline import Facts
+from rlhfjax.stages.models import sampler_of, sampling_params
 from rlhfjax.stages.parts import rows_at_a_time
 from rlhfjax.stages.run_directory import saved_or_stopped, write_text
 from rlhfjax.text.chat import beginning

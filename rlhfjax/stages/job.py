@@ -1,4 +1,4 @@
-"""One stage of one run, and how the parts of a configuration become objects."""
+"""One stage of one run: its place, its data, and the models that it starts from."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -10,12 +10,11 @@ import jax
 
 from rlhfjax.config import schema
 from rlhfjax.data.pipeline import Reader
-from rlhfjax.errors import ConfigError
-from rlhfjax.generation import SamplingParams, Speculation
-from rlhfjax.models import LanguageModel, SequenceModel, compute_dtype, decoder_config, model_of
+from rlhfjax.models import SequenceModel
 from rlhfjax.models.lora import has_adapters, init_lora, join, merge
 from rlhfjax.sharding import local_rows, place_share, processes
 from rlhfjax.stages.chat_settings import settings_of, variables_of_checkpoint
+from rlhfjax.stages.models import new_model
 from rlhfjax.text.loading import AnyTokenizer, load_tokenizer
 from rlhfjax.training.checkpoint import (
     Bases,
@@ -153,71 +152,3 @@ class Job:
             return {}
         base_dir = find_checkpoint(self.run_dir / ("pretrain" if self.run.stages.pretrain else "base"))
         return {"lora": lora.model_dump(), "base": reference_to(base_dir, self.dir)}
-
-
-def new_model(settings: schema.Model, vocab_size: int, start_id: int = 0) -> SequenceModel:
-    """The model that the `model` section describes; `start_id` begins the responses of an encoder–decoder."""
-    if settings.family == "transformer_2017":
-        described = settings.model_dump(include={"family", "layers", "width", "heads", "context", "remat"})
-        sizes = {"mlp_width": settings.mlp_width or 4 * settings.width, "vocab_size": vocab_size}
-        return model_of(described | sizes | {"start_id": start_id, "dtype": compute_dtype(settings.dtype)})
-    shape = settings.model_dump(exclude={"checkpoint", "architecture", "dtype", "lora"})
-    style = settings.architecture.style()
-    experts = settings.architecture.experts.model_dump()
-    style |= {"experts": experts.pop("count"), "experts_per_token": experts.pop("per_token")} | experts
-    config = decoder_config(**shape, **style, vocab_size=vocab_size, dtype=compute_dtype(settings.dtype))
-    return LanguageModel(config)
-
-
-def sampling_params(sampling: schema.Sampling, tokenizer: AnyTokenizer) -> SamplingParams:
-    """The sampler's settings: a response ends with any id that ends one in the tokenizer, or with `stop` alone.
-
-    Raises ConfigError when `stop` is not a single token.
-    """
-    stop = list(tokenizer.end_ids) if sampling.stop is None else tokenizer.encode_continuation(sampling.stop)
-    if sampling.stop is not None and len(stop) != 1:
-        raise ConfigError(
-            f"sampling.stop: expected text of one token, got {sampling.stop!r}, which is {len(stop)}; give a shorter "
-            "text, or leave it out to stop at EOS"
-        )
-    speculation = None
-    if sampling.speculate != "none":
-        speculation = Speculation(sampling.speculate, sampling.speculate_tokens, sampling.speculate_ngram)
-    return SamplingParams(
-        max_new_tokens=sampling.max_new_tokens,
-        stop_id=stop[0],
-        pad_id=tokenizer.pad_id,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        stop_after=sampling.stop_after,
-        speculation=speculation,
-        min_p=sampling.min_p,
-        stop_ids=tuple(stop[1:]),
-        slots=default_slots(),
-    )
-
-
-def plain_sampling(new_tokens: int, tokenizer: AnyTokenizer) -> SamplingParams:
-    """The policy as it is, at temperature 1, up to any id that ends a response."""
-    stop, *others = tokenizer.end_ids
-    return SamplingParams(new_tokens, stop, tokenizer.pad_id, stop_ids=tuple(others), slots=default_slots())
-
-
-def default_slots() -> int:
-    """Rows that decode at a time. A step costs a CPU as much as it has rows; on accelerators more are almost free."""
-    return (16 if jax.default_backend() == "cpu" else 256) * jax.device_count()
-
-
-def sampler_of(model: SequenceModel, sampling: schema.Sampling) -> SequenceModel:
-    """The model at the precision of sampling; raises ConfigError when it has not the heads that shall guess."""
-    if isinstance(model, LanguageModel):
-        if sampling.speculate == "heads" and model.config.mtp_heads < sampling.speculate_tokens:
-            raise ConfigError(
-                f"sampling.speculate_tokens {sampling.speculate_tokens}: expected as many heads, got a model with "
-                f"{model.config.mtp_heads}; guess fewer tokens, or by ngram"
-            )
-        return replace(model, precision=sampling.precision)
-    if (sampling.precision, sampling.speculate) != ("full", "none"):
-        raise ConfigError("sampling: precision and speculate are for decoders, got an encoder–decoder; remove them")
-    return model

@@ -33,7 +33,8 @@ from rlhfjax.sharding.per_device import by_rows_and_heads
 from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.dpo import dpo
 from rlhfjax.stages.exact_match import pairs_of
-from rlhfjax.stages.job import Job, sampling_params
+from rlhfjax.stages.job import Job
+from rlhfjax.stages.models import sampling_params
 from rlhfjax.stages.parents import checkpoint_digest
 from rlhfjax.stages.policy import pretrain, sft
 from rlhfjax.stages.ppo import ppo

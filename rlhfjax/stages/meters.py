@@ -15,7 +15,7 @@ from rlhfjax.data.pipeline import Batches
 from rlhfjax.models import SequenceModel
 from rlhfjax.sharding import place_share
 from rlhfjax.stages.job import Job
-from rlhfjax.stages.losses import language_modelling
+from rlhfjax.stages.objectives import language_modelling
 from rlhfjax.stages.responses import draws_of
 from rlhfjax.training.checkpoint import find_checkpoint, load_model
 from rlhfjax.training.state import abstract

@@ -5,9 +5,10 @@ from rlhfjax.models import SequenceModel
 from rlhfjax.models.lora import split
 from rlhfjax.stages.data import held_out
 from rlhfjax.stages.job import Job
-from rlhfjax.stages.losses import training_loss
+from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.meters import loss_meter, named, reward_meter
-from rlhfjax.stages.offline import Facts, train_stage
+from rlhfjax.stages.objectives import training_loss
+from rlhfjax.stages.offline import OfflineLearner, learn_offline
 from rlhfjax.types import Params
 
 
@@ -34,19 +35,20 @@ def _train_policy(job: Job, model: SequenceModel, params: Params) -> Facts:
     reward_score = None
     if getattr(job.config, "select_by", "last") == "reward_score":
         reward_score = reward_meter(job, model)
-    return train_stage(
-        job,
-        training_loss(
-            model,
-            job.config.dropout,
-            label_smoothing=smoothing,
-            gather=job.mesh.size == 1,
-            ahead="mtp_heads" in split(params)[1],  # adapters leave the heads of their base as they are
-        ),
+    objective = training_loss(
         model,
-        params,
+        job.config.dropout,
+        label_smoothing=smoothing,
+        gather=job.mesh.size == 1,
+        ahead="mtp_heads" in split(params)[1],  # adapters leave the heads of their base as they are
+    )
+    learner = OfflineLearner(
         role="policy",
+        model=model,
+        params=params,
+        objective=objective,
         meter=measure,
         validate=validate,
         shown=("loss/train", "loss/validation", "perf/train_tokens_per_s", "perf/mfu"),
     )
+    return learn_offline(job, learner)

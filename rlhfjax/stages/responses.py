@@ -11,7 +11,8 @@ from jaxtyping import Array, Int
 from rlhfjax.data.batches import left_padded
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models import SequenceModel
-from rlhfjax.stages.job import Job, plain_sampling, sampling_params
+from rlhfjax.stages.job import Job
+from rlhfjax.stages.models import plain_sampling, sampling_params
 from rlhfjax.types import Params, PromptBatch, Rollout
 
 

@@ -14,9 +14,10 @@ from rlhfjax.models.heads import init_head, rescale_head, with_head
 from rlhfjax.sharding import processes
 from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.job import Job
-from rlhfjax.stages.losses import reward_modelling
+from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.meters import accuracy_meter, named
-from rlhfjax.stages.offline import Facts, train_stage
+from rlhfjax.stages.objectives import reward_modelling
+from rlhfjax.stages.offline import OfflineLearner, learn_offline
 from rlhfjax.stages.parts import ranking_packer
 from rlhfjax.stages.responses import draws_of
 from rlhfjax.types import Params
@@ -33,18 +34,18 @@ def reward(job: Job) -> Facts:
     def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:
         return named("eval/rm/accuracy", {name: measure(params, data) for name, data in held_out(opened).items()})
 
-    return train_stage(
-        job,
-        reward_modelling(model, c.loss, c.dropout),
-        model,
-        params,
+    learner = OfflineLearner(
         role="reward",
+        model=model,
+        params=params,
+        objective=reward_modelling(model, c.loss, c.dropout),
         meter=measure,
         validate=validate,
         pack=pack,
         finish=partial(normalize_scores, job, model),
         shown=("train/rm/loss", "train/rm/accuracy", "eval/rm/accuracy", "perf/mfu"),
     )
+    return learn_offline(job, learner)
 
 
 def normalize_scores(job: Job, model: SequenceModel, params: Params) -> tuple[Params, Facts]:

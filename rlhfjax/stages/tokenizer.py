@@ -7,7 +7,7 @@ from rlhfjax.data.datasets import open_source
 from rlhfjax.errors import ConfigError
 from rlhfjax.sharding import processes
 from rlhfjax.stages.job import Job
-from rlhfjax.stages.offline import Facts
+from rlhfjax.stages.learning import Facts
 from rlhfjax.text.loading import AnyTokenizer, load_tokenizer
 from rlhfjax.text.tokenizer import Tokenizer
 from rlhfjax.training.checkpoint import find_checkpoint, read_meta, tokenizer_of

@@ -1,6 +1,8 @@
 """The moving average of parameters that a stage hands on in their place."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,6 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.types import Params, TrainState
+
+
+@dataclass(frozen=True)
+class Average:
+    """The moving average that a stage keeps: its decay, and of which part of what is trained it is."""
+
+    decay: float
+    of: Callable[[Params], Params] = lambda params: params
 
 
 def newest_weight(decay: float, count: Int[Array, ""] | int) -> Float[Array, ""]:

@@ -10,7 +10,7 @@ from tiny import experience
 
 from rlhfjax.algorithms.packing import packed_experience
 from rlhfjax.functional import token_log_probs
-from rlhfjax.types import Experience, TokenExperience
+from rlhfjax.types import Experience, Rollout, TokenExperience
 
 ROWS, WIDTH, GROUP = 12, 5, 4
 _MADE = experience(ROWS, 3, WIDTH).rollout
@@ -45,9 +45,10 @@ def loss_and_gradient(algorithm, made, params=None):
     return float(loss), metrics, np.asarray(gradient["policy"])
 
 
-def moved(shift, made):
-    """Log-probabilities that the update has moved by `shift` times a number of each token, and entropies."""
-    return made.log_probs + shift * made.ref_log_probs, made.log_probs
+def moved(shift, rows):
+    """Log-probabilities after an update that moves those of each token by `shift` times a number, and entropies."""
+    ids = (rows.response if isinstance(rows, Rollout) else rows.tokens).astype(jnp.float32)
+    return shift * jnp.cos(ids) - 2.7, jnp.sin(ids)
 
 
 def packings(made: Experience) -> list[TokenExperience]:
@@ -76,5 +77,6 @@ def float64(made: Experience, shift: float):
     """(log p after `moved`, before, of the reference, advantage) of the tokens of each response."""
     arrays = made.rollout.log_probs, made.rollout.ref_log_probs, made.advantages
     old, ref, advantages = (np.asarray(x, np.float64) for x in arrays)
+    new = shift * np.cos(np.asarray(made.rollout.response, np.float64)) - 2.7
     rows = [np.flatnonzero(row) for row in np.asarray(made.mask)]
-    return [(old[i, t] + shift * ref[i, t], old[i, t], ref[i, t], advantages[i, t]) for i, t in enumerate(rows)]
+    return [(new[i, t], old[i, t], ref[i, t], advantages[i, t]) for i, t in enumerate(rows)]

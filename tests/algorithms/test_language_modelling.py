@@ -9,7 +9,7 @@ from tiny import VOCAB, cross_entropy_from, params_of, tiny, token_batch
 
 from rlhfjax.algorithms import LanguageModelling
 from rlhfjax.algorithms.language_modelling import RoutedLanguageModelling, predicted
-from rlhfjax.stages.losses import language_modelling
+from rlhfjax.stages.objectives import language_modelling
 from rlhfjax.types import Routing, TokenBatch
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from tiny import params_of, tiny, token_batch
 
 from rlhfjax.algorithms.multi_token import MultiTokenPrediction, Sums, targets_ahead
-from rlhfjax.stages.losses import training_loss
+from rlhfjax.stages.objectives import training_loss
 from rlhfjax.types import TokenBatch
 
 # two documents of 4 and 3 tokens, and padding; the first token of each is no target

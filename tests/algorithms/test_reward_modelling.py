@@ -12,7 +12,7 @@ from tiny import random_tokens, ranked_batch, scalar_params_of, tiny
 from rlhfjax.config import schema
 from rlhfjax.models import LanguageModel
 from rlhfjax.models.heads import apply_head
-from rlhfjax.stages.losses import reward_modelling
+from rlhfjax.stages.objectives import reward_modelling
 from rlhfjax.stages.reward import normalize_scores
 
 MODEL = tiny("gpt2")

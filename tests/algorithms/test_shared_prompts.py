@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 from tiny import experience, one_prompt_each, params_of, ranked_batch, scalar_params_of, tiny
 
-from rlhfjax.algorithms import Grpo
+from rlhfjax.algorithms import Grpo, OnlineAlgorithm
 from rlhfjax.algorithms.likelihood import token_log_probs, token_scores, token_values
 from rlhfjax.algorithms.packing import on_packed, pack, packed_experience, packed_ranking, row_width
 from rlhfjax.algorithms.reward_modelling import RewardModelling
 from rlhfjax.config import schema
 from rlhfjax.functional import token_log_probs as log_probs_of
-from rlhfjax.stages.dpo import preference_optimisation
-from rlhfjax.stages.losses import reward_modelling
-from rlhfjax.training.update import gradients, online_update
+from rlhfjax.stages.objectives import preference_optimisation, reward_modelling
+from rlhfjax.training.update import Passes, gradients, online_update
 from rlhfjax.types import RankedBatch, TrainState
 
 ROWS, PROMPT, RESPONSE, GROUP = 12, 5, 6, 3
@@ -93,7 +92,7 @@ def test_what_models_say_of_responses_is_what_they_say_of_rows_of_their_own(laye
 def test_an_update_learns_the_same_from_groups_that_share_their_prompt(average):
     # fails when responses of a row count as one, which changes the share of each token: seen
     def log_probs(params, rows):
-        return token_log_probs(MODEL, params["policy"], rows.batch)
+        return token_log_probs(MODEL, params["policy"], rows)
 
     algorithm = Grpo(log_probs, GROUP, beta=0.2, average=average)
     params = {"policy": params_of(MODEL, std=0.2)}
@@ -112,7 +111,7 @@ def test_minibatches_keep_groups_together():
     # fails when rows are shuffled one by one: seen
     seen = []
 
-    class Watching:
+    class Watching(OnlineAlgorithm):
         def weight(self, rows):
             return jnp.float32(1.0)
 
@@ -126,9 +125,7 @@ def test_minibatches_keep_groups_together():
     number = jnp.broadcast_to(jnp.arange(ROWS, dtype=jnp.int32)[:, None], ROLLOUT.prompt.shape)
     made = replace(MADE, rollout=replace(ROLLOUT, prompt=number))
     state = TrainState(params, (), jnp.int32(0))
-    done = online_update(
-        Watching(), optimizer, state, made, None, jax.random.key(1), epochs=2, minibatches=2, group=GROUP
-    )
+    done = online_update(Watching(), optimizer, state, made, None, jax.random.key(1), Passes(2, 2), group=GROUP)
     jax.block_until_ready(done)
     jax.effects_barrier()
     orders = [batch[:, 0].tolist() for batch in seen]

@@ -10,7 +10,7 @@ from rlhfjax.config.sections import Architecture, Attention, Embedding, Experts,
 from rlhfjax.config.shape import active_count, linears, model_shape, parameter_count
 from rlhfjax.models import LanguageModel, lora
 from rlhfjax.models.decoder import FAMILIES
-from rlhfjax.stages.job import new_model
+from rlhfjax.stages.models import new_model
 
 MODELS = [
     Model(layers=2, width=24, heads=4, context=10),

@@ -16,7 +16,7 @@ from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.generation.sampling import Speculation
 from rlhfjax.generation.speculative import speculate, verify
 from rlhfjax.models import LanguageModel
-from rlhfjax.stages.losses import training_loss
+from rlhfjax.stages.objectives import training_loss
 from rlhfjax.types import PromptBatch, TokenBatch
 
 STOP, PAD = 5, 0

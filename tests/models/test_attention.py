@@ -198,7 +198,7 @@ def test_devices_compute_their_own_rows_and_heads(program, axes):
 def test_the_configuration_chooses_the_program_also_of_a_published_model(tmp_path):
     # imported here: a machine with a GPU may have no more than what the tests of kernels need
     from rlhfjax.config import schema
-    from rlhfjax.stages.job import new_model
+    from rlhfjax.stages.models import new_model
     from rlhfjax.training.checkpoint import load_model, meta_of, save_model
 
     chosen = {"architecture": {"attention": {"implementation": "xla"}}}

@@ -14,7 +14,7 @@ from rlhfjax.errors import ConfigError
 from rlhfjax.models.lora import has_adapters, init_lora, join, linears, merge, split
 from rlhfjax.sharding import make_mesh, state_shardings
 from rlhfjax.sharding.rules import path_name
-from rlhfjax.stages.job import new_model
+from rlhfjax.stages.models import new_model
 
 RANK, ALPHA = 3, 6.0
 TOKENS, MASK = random_tokens(3, 9), right_mask([9, 4, 7], 9)

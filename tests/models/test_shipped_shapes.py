@@ -5,7 +5,7 @@ import pytest
 
 from rlhfjax.config import load_config
 from rlhfjax.sharding import make_mesh, state_shardings
-from rlhfjax.stages.job import new_model
+from rlhfjax.stages.models import new_model
 
 
 # Brown et al. 2020, table 2.1, prints 1.3, 6.7 and 175.0 billion; 1.3B and 175B count within a percent and a half.

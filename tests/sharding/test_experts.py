@@ -10,7 +10,7 @@ from tiny import SHAPE, assert_equal_gradients, params_of, token_batch
 
 from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.sharding import make_mesh, place_batch, state_shardings
-from rlhfjax.stages.losses import training_loss
+from rlhfjax.stages.objectives import training_loss
 from rlhfjax.training.update import gradients
 
 

@@ -21,12 +21,11 @@ from tiny import (
     token_batch,
 )
 
-from rlhfjax.algorithms.mix import MixedBatch
+from rlhfjax.algorithms.objective import MixedBatch
 from rlhfjax.algorithms.packing import packed_experience
 from rlhfjax.config import schema
 from rlhfjax.sharding import batch_sharding, constrain_parts, make_mesh, place_batch, state_shardings
-from rlhfjax.stages.losses import language_modelling, reward_modelling
-from rlhfjax.stages.ppo import ppo_algorithm
+from rlhfjax.stages.objectives import language_modelling, ppo_objective, reward_modelling
 from rlhfjax.training.update import gradients
 
 ROWS, COEF = 16, 2.5
@@ -39,7 +38,7 @@ def algorithms_for(gather: bool) -> dict:
     return {
         "language_modelling": language_modelling(POLICY, gather=gather),
         "reward_modelling": reward_modelling(SCALAR, schema.RankingLoss()),
-        "ppo_ptx": ppo_algorithm(CONFIG, POLICY, SCALAR, gather),
+        "ppo_ptx": ppo_objective(CONFIG, POLICY, SCALAR, gather),
     }
 
 

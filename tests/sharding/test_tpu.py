@@ -13,7 +13,7 @@ from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.attention import attend, spread_by
 from rlhfjax.sharding import make_mesh, state_shardings
 from rlhfjax.sharding.per_device import by_rows_and_heads
-from rlhfjax.stages.losses import training_loss
+from rlhfjax.stages.objectives import training_loss
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.update import offline_step
 from rlhfjax.types import TokenBatch, TrainState

@@ -10,7 +10,7 @@ from rlhfjax.training.online import OnlineSteps
 
 
 def parts_of(steps):
-    return {name: step for name, step in vars(steps).items() if step is not None}
+    return {name: step for name, step in vars(steps).items() if callable(step)}
 
 
 def unbound(program):
@@ -22,11 +22,11 @@ def keeping(made: dict):
 
     class Keeping(Ahead):
         def program(self, function, *arguments):
-            made[self._job.stage] = unbound(function)
+            made[self._stage] = unbound(function)
             return super().program(function, *arguments)
 
         def online(self, steps, *arguments):
-            made[self._job.stage] = {name: unbound(step) for name, step in parts_of(steps).items()}
+            made[self._stage] = {name: unbound(step) for name, step in parts_of(steps).items()}
             return super().online(steps, *arguments)
 
     return Keeping
@@ -36,8 +36,8 @@ def once(made: dict):
     """In the place of `Ahead`: what is in `made` for a stage serves it; what is not is put there by the first run."""
 
     class Once:
-        def __init__(self, job):
-            self._stage, self.facts = job.stage, {"compiled": 0.0}
+        def __init__(self, stage, *_):
+            self._stage, self.facts = stage, {"compiled": 0.0}
 
         def program(self, function, *_):
             return bound(made.setdefault(self._stage, unbound(function)), function)

@@ -1,7 +1,5 @@
 """Programs are compiled in threads for what they will be called with, and never twice."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -25,15 +23,11 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def job():
-    return SimpleNamespace(stage="ppo", shared={})
-
-
 def test_a_program_made_ahead_is_the_one_that_is_called(compiled):
     double = jax.jit(lambda scale, x: scale * x, donate_argnums=1)
     shape = jax.ShapeDtypeStruct((3,), jnp.float32)
     inputs = jnp.ones(3), jnp.ones(3), jnp.ones(4), jnp.float32(2.0)
-    ahead = Ahead(job())
+    ahead = Ahead("ppo")
     program = ahead.program(jax.tree_util.Partial(double, inputs[3]), shape)
     assert program.shapes() == shape
     program.ready.result()
@@ -47,7 +41,7 @@ def test_a_program_made_ahead_is_the_one_that_is_called(compiled):
 
 
 def test_an_error_of_a_program_comes_from_its_call():
-    program = Ahead(job()).program(jax.jit(lambda x: x @ jnp.ones((4, 4))), jnp.ones(3))
+    program = Ahead("ppo").program(jax.jit(lambda x: x @ jnp.ones((4, 4))), jnp.ones(3))
     with pytest.raises(TypeError, match="dot_general"):
         program(jnp.ones(3))
 
@@ -62,7 +56,7 @@ def test_each_step_of_an_iteration_is_made_for_what_the_one_before_gives(compile
         update=jax.jit(lambda state, learned, extra, measured, key: (state, measured | {"n": learned.sum()})),
         reshard=jax.jit(lambda params: params),
     )
-    made = Ahead(job()).online(steps, state, jnp.ones((3, 5)), prompts, ones)
+    made = Ahead("ppo").online(steps, state, jnp.ones((3, 5)), prompts, ones)
     for step in (made.reshard, made.rollout, made.score, made.estimate, made.update):
         step.ready.result()
     frozen = jnp.ones((3, 5))

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from rlhfjax.config import load_config
-from rlhfjax.stages import offline, ppo, run_recipe
+from rlhfjax.stages import offline, online, run_recipe
 from rlhfjax.training.checkpoint import Checkpoints
 from stages.conftest import assert_same_bits, rows_of, saved
 from stages.once import keeping, once
@@ -31,7 +31,7 @@ def programs():
 def sharded(config, programs, tmp_path_factory):
     """A run on the mesh up to PPO: its directory; how much was compiled as each PPO iteration began and at the end."""
     run_dir = tmp_path_factory.mktemp("sharded") / "run"
-    compiled, counts, loop = [], [], ppo.train_online
+    compiled, counts, loop = [], [], online.train_online
 
     def listen(event, seconds, **_):
         if event.endswith("backend_compile_duration"):
@@ -48,8 +48,8 @@ def sharded(config, programs, tmp_path_factory):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "train_online", counted)
-        for module in (offline, ppo):
+        patch.setattr(online, "train_online", counted)
+        for module in (offline, online):
             patch.setattr(module, "Ahead", keeping(programs))
         run_recipe(load_config(config, [*MESH, PROFILE, "stages.evaluate=null"]), run_dir)
     jax.monitoring.unregister_event_duration_listener(listen)
@@ -125,7 +125,7 @@ def test_interrupted_in_every_stage_it_ends_the_same(sharded, programs, config, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "save", interrupted)
-        for module in (offline, ppo):
+        for module in (offline, online):
             patch.setattr(module, "Ahead", once(programs))
         for _ in TRAINED:
             with pytest.raises(KeyboardInterrupt):

@@ -6,7 +6,7 @@ import pytest
 
 from rlhfjax.config import schema
 from rlhfjax.errors import ConfigError
-from rlhfjax.stages.job import plain_sampling, sampling_params
+from rlhfjax.stages.models import plain_sampling, sampling_params
 from rlhfjax.text.loading import load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizers"

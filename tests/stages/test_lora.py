@@ -23,9 +23,9 @@ from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.models.lora import init_lora, join, linears, split
 from rlhfjax.sharding import make_mesh
 from rlhfjax.sharding.rules import path_name
-from rlhfjax.stages import offline, ppo, run_recipe
+from rlhfjax.stages import offline, online, run_recipe
 from rlhfjax.stages.job import Job
-from rlhfjax.stages.losses import language_modelling
+from rlhfjax.stages.objectives import language_modelling
 from rlhfjax.training.checkpoint import find_checkpoint, load_model, read_meta
 from rlhfjax.training.update import offline_step
 from rlhfjax.types import TokenBatch, TrainState
@@ -64,7 +64,7 @@ def sharded(files, adapted, tmp_path_factory):
     run = load_config(str(folder / "lora.yaml"), MESH)
     held = jax.live_arrays()  # kept, so that no other array gets the id of one of them
     before = {id(array) for array in held}
-    live, loop, programs = [], ppo.train_online, {}
+    live, loop, programs = [], online.train_online, {}
 
     def watched(steps, state, *args, **kwargs):
         def rollout(*inputs):
@@ -75,8 +75,8 @@ def sharded(files, adapted, tmp_path_factory):
         return loop(watching, state, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "train_online", watched)
-        for module in (offline, ppo):
+        patch.setattr(online, "train_online", watched)
+        for module in (offline, online):
             patch.setattr(module, "Ahead", keeping(programs))
         run_recipe(run, folder / "run")
         buffers = {a.addressable_data(0).unsafe_buffer_pointer(): a for a in live[-1] if not a.is_deleted()}
@@ -185,7 +185,7 @@ def _others(name):
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_a_run_that_stopped_ends_the_same(sharded, monkeypatch, tmp_path, stage):
-    for module in (offline, ppo):
+    for module in (offline, online):
         monkeypatch.setattr(module, "Ahead", once(sharded.programs))
     run_dir = tmp_path / "run"
     shutil.copytree(sharded.dir, run_dir)

@@ -16,9 +16,10 @@ import pytest
 from rlhfjax.config import load_config
 from rlhfjax.data.pipeline import Batches
 from rlhfjax.sharding import make_mesh
-from rlhfjax.stages import offline, ppo
+from rlhfjax.stages import offline, online
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.jobs import execute
+from rlhfjax.stages.learning import Learning
 from rlhfjax.training.checkpoint import stored_digests
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.types import PromptBatch, TokenBatch
@@ -62,20 +63,20 @@ COUNTED = r"(\.train)?\.skipped"
 @pytest.fixture(scope="module")
 def run_stage(config):
     """Runs one stage in a directory, on one device; `forget` maps the restored state and a fresh one to another."""
-    shared, module, programs = {}, {"sft": offline, "ppo": ppo}, once({})
+    shared, module, programs = {}, {"sft": offline, "ppo": online}, once({})
 
     def ran(run_dir, stage, forget=None, overrides=()):
         run = load_config(config, [*OVERRIDES[stage], *overrides])
         mesh = make_mesh(devices=jax.devices()[:1])
         job = Job(run, stage, run_dir, Path(run.data_dir), mesh, lambda _: None, shared)
-        restore = module[stage]._restore
+        restored = Learning._restored
 
-        def forgetful(checkpoints, fresh, *more):
-            state, *rest = restore(checkpoints, fresh, *more)
-            return forget(state, fresh) if forget else state, *rest
+        def forgetful(self):
+            state, *rest = restored(self)
+            return forget(state, self._fresh()) if forget else state, *rest
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module[stage], "_restore", forgetful)
+            patch.setattr(Learning, "_restored", forgetful)
             patch.setattr(module[stage], "Ahead", programs)
             return execute(job)
 

@@ -17,9 +17,10 @@ from tiny import lenient, params_of, ppo_config, random_tokens, scalar_params_of
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.integrity import unverified
 from rlhfjax.sharding import make_mesh, state_shardings
-from rlhfjax.stages.ppo import ppo_optimizer
+from rlhfjax.stages.online import optimizer_of
 from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.text.tokenizer import Tokenizer
+from rlhfjax.training.averaging import Average
 from rlhfjax.training.checkpoint import Checkpoints, find_checkpoint, load_model, meta_of, read_meta, tokenizer_of
 from rlhfjax.training.state import abstract, init_state, place
 from rlhfjax.training.update import apply_gradients
@@ -43,11 +44,12 @@ def mesh():
 @pytest.fixture(scope="module")
 def state(mesh):
     """A state on eight devices after one step, so that moments and average are their own numbers."""
-    optimizer = lenient(ppo_optimizer(ppo_config()))
+    optimizer = lenient(optimizer_of(ppo_config()))
     params = {"policy": params_of(MODEL), "value": scalar_params_of(MODEL, seed=1)}
     fresh = init_state(mesh, params, optimizer, lambda params: params["policy"])
     layout = state_shardings(mesh, fresh)
-    moved = jax.jit(lambda s, g: apply_gradients(optimizer, s, g, 0.9), out_shardings=layout)
+    average = Average(0.9, lambda params: params["policy"])
+    moved = jax.jit(lambda s, g: apply_gradients(optimizer, s, g, average), out_shardings=layout)
     return moved(fresh, {"policy": params_of(MODEL, seed=2), "value": scalar_params_of(MODEL, seed=3)})
 
 
@@ -79,7 +81,7 @@ def assert_same(got, wanted):
 
 
 def test_a_fresh_state_has_the_layout_of_the_rules(mesh):
-    optimizer = ppo_optimizer(ppo_config())
+    optimizer = optimizer_of(ppo_config())
     params = place(mesh, {"policy": params_of(MODEL), "value": scalar_params_of(MODEL)})
     fresh = init_state(mesh, params, optimizer)
     assert fresh.average is None

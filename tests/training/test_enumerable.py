@@ -30,9 +30,10 @@ from tiny import lenient, log_probs_from
 from rlhfjax.algorithms import Ppo
 from rlhfjax.functional import token_log_probs
 from rlhfjax.generation import SamplingParams, generate
+from rlhfjax.training.loop import Beside
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.online import OnlineSteps, train_online
-from rlhfjax.training.update import online_update
+from rlhfjax.training.update import Passes, online_update
 from rlhfjax.types import OnlineState, PromptBatch, TrainState
 
 ITERATIONS, ROWS, EPOCHS, MINIBATCHES = 120, 2048, 2, 4
@@ -45,7 +46,7 @@ def make_steps(rewards, optimizer, **settings) -> OnlineSteps:
     by_node = jnp.asarray(by_node)
     algorithm = Ppo(
         log_probs_from(lambda params, rollout: params["policy"][states(rollout)], TEMPERATURE),
-        lambda params, made: params["value"][states(made.rollout)],
+        lambda params, made: params["value"][states(made)],
         value_coef=0.5,
         value_clip=10.0,
         missing_eos="keep",
@@ -65,7 +66,7 @@ def make_steps(rewards, optimizer, **settings) -> OnlineSteps:
 
     def update(state, experience, pretraining, measured, key):
         train, metrics = online_update(
-            algorithm, optimizer, state.train, experience, pretraining, key, epochs=EPOCHS, minibatches=MINIBATCHES
+            algorithm, optimizer, state.train, experience, pretraining, key, Passes(EPOCHS, MINIBATCHES)
         )
         return OnlineState(train, state.kl_coef, state.iteration + 1), metrics
 
@@ -102,15 +103,9 @@ def train(directory, **settings):
         itertools.repeat(None),
         iterations=ITERATIONS,
         key=jax.random.key(0),
-        stage="ppo",
-        writer=writer,
-        learning_rate=lambda step: 0.0,
-        updates=EPOCHS * MINIBATCHES,
-        episodes=ROWS,
-        samples=lambda rollout: [],
-        samples_every=ITERATIONS,
-        save=lambda state, iteration: None,
-        save_every=ITERATIONS,
+        beside=Beside("ppo", writer, lambda step: 0.0),
+        sampled=lambda iteration, rollout: None,
+        keep=lambda state, iteration, stop: None,
     )
     writer.close()
     return steps, state, rows

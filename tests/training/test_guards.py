@@ -13,9 +13,11 @@ import optax
 import pytest
 from tiny import lenient
 
+from rlhfjax.algorithms import Objective
 from rlhfjax.config.upkeep import Guards
 from rlhfjax.errors import Diverged
 from rlhfjax.training.guards import Guard, Memory, RollBack, good_before, judge, memory_of, remember, with_rollbacks
+from rlhfjax.training.loop import Beside
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.offline import train_offline
 from rlhfjax.training.update import offline_step
@@ -102,7 +104,7 @@ def test_the_batches_that_rollbacks_pass_over_add_up(tmp_path):
     assert guard.memory.rollbacks == 2
 
 
-class Line:
+class Line(Objective):
     """Half the squared distance to a batch's number."""
 
     def weight(self, batch):
@@ -174,13 +176,9 @@ class Run:
                 self.batches(int(state.step) + guard.memory.left_out),
                 steps=stop_after or self.steps,
                 key=jax.random.key(0),
-                stage="sft",
-                writer=writer,
-                learning_rate=lambda step: step,
-                shown=(),
+                beside=Beside("sft", writer, lambda step: step, guard=guard),
                 measure=lambda state, step: {},
                 keep=keep,
-                guard=guard,
                 rows=lambda step: range(10 * step, 10 * step + 2),
             )
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from rlhfjax.training.loop import Beside
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.offline import train_offline
 from rlhfjax.training.online import OnlineSteps, train_online
@@ -50,10 +51,7 @@ def run_offline(directory, start, steps):
         itertools.count(start),
         steps=steps,
         key=jax.random.key(1),
-        stage="sft",
-        writer=writer,
-        learning_rate=lambda step: 0.1 * (step + 1),
-        shown=("loss/train",),
+        beside=Beside("sft", writer, lambda step: 0.1 * (step + 1), shown=("loss/train",)),
         measure=measure,
         keep=keep,
     )
@@ -103,26 +101,24 @@ def run_online(directory, start, iterations):
     def update(state, experience, pretraining, measured, key):
         log.append(("update", experience, pretraining, float(measured["objective/kl"]), key_data(key)))
         state = OnlineState(state.train, state.kl_coef + 1, state.iteration + 1)
-        return state, {"policy/epochs_run": jnp.float32(2), "loss/ptx": jnp.float32(0)}
+        updates = {"policy/epochs_run": jnp.float32(2), "updates": 4 * (state.iteration - 1)}
+        return state, updates | {"loss/ptx": jnp.float32(0)}
+
+    def keep(state, iteration, stop):
+        return (lambda: saved.append((iteration, int(state.iteration)))) if iteration % 2 == 0 else None
 
     writer = MetricsWriter(directory, start, tensorboard=False)
     state = train_online(
-        OnlineSteps(rollout, score, estimate, update),
+        OnlineSteps(rollout, score, estimate, update, episodes=8),
         OnlineState(state_at(start), jnp.float32(start), jnp.int32(start)),
         "frozen",
         itertools.count(start),
         itertools.count(100 + start),
         iterations=iterations,
         key=jax.random.key(1),
-        stage="ppo",
-        writer=writer,
-        learning_rate=lambda step: step / 10,
-        updates=4,
-        episodes=8,
-        samples=lambda rollout: [{"prompt": rollout}],
-        samples_every=2,
-        save=lambda state, iteration: saved.append((iteration, int(state.iteration))),
-        save_every=2,
+        beside=Beside("ppo", writer, lambda step: step / 10),
+        sampled=lambda iteration, rollout: writer.write_samples(iteration, [{"prompt": rollout}]),
+        keep=keep,
     )
     writer.close()
     return log, saved, state
@@ -146,7 +142,7 @@ def test_online_calls_the_four_steps_in_order(tmp_path):
     for name in ("rollout", "score", "estimate", "update"):
         assert all(row[f"timing/{name}_s"] >= 0 for row in written)
     assert "tokens" not in written[0]
-    assert [row["step"] for row in rows(tmp_path / "samples.jsonl")] == [1, 2, 4]
+    assert [row["step"] for row in rows(tmp_path / "samples.jsonl")] == [1, 2, 3, 4]
 
 
 def test_online_continues_as_an_unbroken_run(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from tiny import lenient, params_of, ppo_config, scalar_params_of, tiny
 
 from rlhfjax.config.schema import Optimizer
-from rlhfjax.stages.ppo import ppo_optimizer
+from rlhfjax.stages.online import optimizer_of
 from rlhfjax.training.optimizer import learning_rate, make_optimizer
 
 PEAK = 2e-3
@@ -125,7 +125,7 @@ def test_policy_and_value_have_their_own_rate_and_clipping():
         "policy": jax.tree.map(lambda x: jnp.full_like(x, 1e-3), params["policy"]),
         "value": jax.tree.map(lambda x: jnp.full_like(x, 1e3), params["value"]),
     }
-    got = stepped(ppo_optimizer(config), params, [gradients])
+    got = stepped(optimizer_of(config), params, [gradients])
     moved = jax.tree.map(lambda a, b: np.asarray(a - b, np.float64).mean(), params, got)
     for leaf in jax.tree.leaves(moved["policy"]):  # not clipped: lr · g / (g + ε)
         assert leaf == pytest.approx(0.01 * 1e-3 / (1e-3 + 1), rel=0.02)

@@ -12,7 +12,7 @@ from rlhfjax.config.schema import Optimizer
 from rlhfjax.models.lora import init_lora
 from rlhfjax.sharding import make_mesh, state_shardings
 from rlhfjax.sharding.rules import path_name
-from rlhfjax.stages.ppo import ppo_optimizer
+from rlhfjax.stages.online import optimizer_of
 from rlhfjax.training.checkpoint import Checkpoints
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.state import abstract, init_state
@@ -168,7 +168,7 @@ def mesh():
 
 
 def start_of(mesh, kind):
-    optimizer = lenient(ppo_optimizer(ppo_config(optimizer={"lr": LR, "kind": kind})))
+    optimizer = lenient(optimizer_of(ppo_config(optimizer={"lr": LR, "kind": kind})))
     params = {"policy": params_of(WIDE, std=0.1), "value": scalar_params_of(WIDE, std=0.1)}
     state = init_state(mesh, params, optimizer)
     moved = jax.jit(lambda s, g: apply_gradients(optimizer, s, g), out_shardings=state_shardings(mesh, state))
@@ -200,7 +200,7 @@ def test_state_lies_by_the_rules_and_a_restart_goes_on_to_the_bit(mesh, kind, tm
 def test_one_device_and_eight_take_the_same_muon_step(mesh):
     state, moved, (first, *_) = start_of(mesh, "muon")
     params = {"policy": params_of(WIDE, std=0.1), "value": scalar_params_of(WIDE, std=0.1)}
-    optimizer = lenient(ppo_optimizer(ppo_config(optimizer={"lr": LR, "kind": "muon"})))
+    optimizer = lenient(optimizer_of(ppo_config(optimizer={"lr": LR, "kind": "muon"})))
     change, _ = jax.jit(optimizer.update)(first, optimizer.init(params), params)
     wanted = optax.apply_updates(params, change)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), moved(state, first).params, wanted)

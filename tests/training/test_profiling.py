@@ -10,6 +10,7 @@ import pytest
 
 from rlhfjax.config.upkeep import Profile
 from rlhfjax.training import profiling
+from rlhfjax.training.loop import Beside
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.metrics_catalogue import metric_of
 from rlhfjax.training.offline import train_offline
@@ -63,13 +64,9 @@ def test_a_trace_of_an_offline_stage_names_its_steps(tmp_path):
         itertools.count(1.0),
         steps=5,
         key=jax.random.key(0),
-        stage="sft",
-        writer=writer,
-        learning_rate=lambda step: 0.1,
-        shown=(),
+        beside=Beside("sft", writer, lambda step: 0.1, trace=Trace(tmp_path, Profile(start=2, steps=2), "sft")),
         measure=lambda state, step: {},
         keep=lambda state, step, measured, stop: None,
-        trace=Trace(tmp_path, Profile(start=2, steps=2), "sft"),
     )
     writer.close()
     assert steps_traced(tmp_path / "profile", "sft") == ["2", "3"]

@@ -9,9 +9,10 @@ import optax
 import pytest
 from tiny import VOCAB, cross_entropy_from, experience, lenient, log_probs_from, ppo_config, token_batch
 
-from rlhfjax.algorithms import LanguageModelling, Mix, Ppo
-from rlhfjax.stages.ppo import ppo_optimizer
-from rlhfjax.training.update import all_finite, apply_gradients, offline_step, online_update
+from rlhfjax.algorithms import LanguageModelling, Mix, Objective, OnlineAlgorithm, Ppo
+from rlhfjax.stages.online import optimizer_of
+from rlhfjax.training.averaging import Average
+from rlhfjax.training.update import Passes, all_finite, apply_gradients, offline_step, online_update
 from rlhfjax.types import Skipped, TrainState
 
 ROWS, COEF = 8, 3.0
@@ -25,7 +26,7 @@ def by_last_token(params, rollout):
 
 PPO = Ppo(
     log_probs_from(lambda params, rollout: by_last_token(params["policy"]["embedding"], rollout)),
-    lambda params, made: by_last_token(params["value"]["bias"], made.rollout),
+    lambda params, made: by_last_token(params["value"]["bias"], made),
     value_coef=0.3,
     entropy_coef=0.02,
 )
@@ -40,15 +41,16 @@ def start(average: bool = False) -> TrainState:
         "policy": {"embedding": jnp.asarray(rng.normal(0, 0.5, (VOCAB, VOCAB)), jnp.float32)},
         "value": {"bias": jnp.asarray(rng.normal(0, 0.5, VOCAB), jnp.float32)},
     }
-    optimizer = ppo_optimizer(ppo_config(optimizer=OPTIMIZER))
+    optimizer = optimizer_of(ppo_config(optimizer=OPTIMIZER))
     return TrainState(params, optimizer.init(params), jnp.int32(0), params["policy"] if average else None)
 
 
 def updater(algorithm, *, optimizer=None, **settings):
     """`online_update`, compiled; one epoch and one minibatch if not said otherwise."""
-    optimizer = optimizer or lenient(ppo_optimizer(ppo_config(optimizer=OPTIMIZER)))
-    settings = {"epochs": 1, "minibatches": 1} | settings
-    run = jax.jit(lambda s, e, x, k: online_update(algorithm, optimizer, s, e, x, k, **settings))
+    optimizer = optimizer or lenient(optimizer_of(ppo_config(optimizer=OPTIMIZER)))
+    average = Average(settings.pop("ema_decay"), lambda params: params["policy"]) if "ema_decay" in settings else None
+    passes = Passes(**{"epochs": 1, "minibatches": 1} | settings)
+    run = jax.jit(lambda s, e, x, k: online_update(algorithm, optimizer, s, e, x, k, passes, kept=average))
 
     def update(state, made=MADE, text=None, seed=0):
         return run(state, made, text, jax.random.key(seed))
@@ -65,7 +67,7 @@ def test_ppo_ptx_is_one_adam_step_on_the_sum_of_both_gradients(parts):
     state = start()
     ppo = jax.grad(lambda p: PPO.loss(p, MADE, PPO.weight(MADE))[0])(state.params)
     language = jax.grad(lambda p: LANGUAGE.loss(p, TEXT, LANGUAGE.weight(TEXT))[0])(state.params)["policy"]
-    got, metrics = updater(Mix(PPO, COEF, LANGUAGE), parts=parts)(state, text=TEXT)
+    got, metrics = updater(Mix(PPO, COEF, LANGUAGE, lambda params: params["policy"]), parts=parts)(state, text=TEXT)
     both = {
         "policy": np.asarray(ppo["policy"]["embedding"]) + COEF * np.asarray(language["embedding"]),
         "value": np.asarray(ppo["value"]["bias"]),
@@ -112,7 +114,7 @@ def test_each_step_has_its_own_share_of_the_pretraining_text():
 
 
 @dataclass(frozen=True)
-class Visits:
+class Visits(OnlineAlgorithm):
     """A loss whose gradient writes down which rows a step saw, and when: `clock` counts the steps."""
 
     def weight(self, rows):
@@ -197,7 +199,7 @@ def test_the_average_of_an_offline_model_is_of_all_of_it():
     state = TrainState(params, sgd.init(params), jnp.int32(4), params)
     gradient = jax.tree.map(jnp.ones_like, params)
     # Step 5, two of the four before having been skipped, is the third update: it weighs 1 / (1 + 3/4 + 9/16) = 16/37.
-    moved = apply_gradients(sgd, replace(state, skipped=Skipped(jnp.int32(2), jnp.int32(0))), gradient, ema_decay=0.75)
+    moved = apply_gradients(sgd, replace(state, skipped=Skipped(jnp.int32(2), jnp.int32(0))), gradient, Average(0.75))
     assert moved.step == 5
     for name in params:
         np.testing.assert_allclose(moved.params[name], 0.0)
@@ -220,7 +222,7 @@ def test_offline_step_reports_its_gradient_and_its_tokens():
 
 
 @dataclass(frozen=True)
-class Offset:
+class Offset(Objective):
     """A loss that is beyond all numbers where the batch says so, and whose gradient is an ordinary one all the same."""
 
     def weight(self, batch):
@@ -246,7 +248,7 @@ def pulled():
     """State and metrics after some batches: where they pull to, offset of the loss, factor of the gradient."""
     rising = optax.scale_by_schedule(lambda count: -0.01 * (count + 1).astype(jnp.float32))
     optimizer = lenient(optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), rising))
-    step = jax.jit(lambda s, b, p: offline_step(Offset(), optimizer, s, b, jax.random.key(0), 1, 0.9, p))
+    step = jax.jit(lambda s, b, p: offline_step(Offset(), optimizer, s, b, jax.random.key(0), 1, Average(0.9), p))
 
     def run(*batches):
         params = {"kernel": jnp.asarray([0.3, -0.7, 1.1], jnp.float32)}

@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from rlhfjax.algorithms import LanguageModelling, Mix
-from rlhfjax.algorithms.restriction import restrict
+from rlhfjax.algorithms import LanguageModelling, Mix, restrict
 
 
 def test_both_parts_of_a_mix_see_the_whole():

@@ -1,0 +1,149 @@
+"""What stands around the loop of a stage that learns, offline and online alike.
+
+A stage goes on from its newest checkpoint, saves with what its guards know, goes back where a guard wants it, and
+closes what it opened, whatever happens.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import jax
+import numpy as np
+
+from rlhfjax.models import SequenceModel
+from rlhfjax.stages.compilation import Ahead
+from rlhfjax.stages.job import Job
+from rlhfjax.training.checkpoint import Checkpoints, meta_of
+from rlhfjax.training.guards import Guard, Memory, RollBack, good_before, memory_of, with_rollbacks
+from rlhfjax.training.loop import Beside, Counts
+from rlhfjax.training.metrics import MetricsWriter
+from rlhfjax.training.optimizer import learning_rate
+from rlhfjax.training.profiling import Trace
+from rlhfjax.training.state import abstract
+from rlhfjax.training.stopping import held
+from rlhfjax.types import Params, Skipped
+
+State = TypeVar("State")
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stored(Generic[State]):
+    """How a state lies in a checkpoint: its models by item, and the rest of it.
+
+    `whole(fresh, models, training, skipped)` is the state again, in the form of a fresh one.
+    """
+
+    models: Callable[[State], dict[str, Params]]
+    training: Callable[[State], tuple]
+    whole: Callable[[State, dict[str, Params], tuple, Skipped], State]
+    skipped: Callable[[State], Skipped]
+    step: Callable[[State], int]
+
+
+class Learning(Generic[State]):
+    """A stage between its checkpoints and its loop. `fresh()` is the state that it begins with.
+
+    `state` is that of the newest checkpoint, `finished` what the stage said of itself when that was its last one.
+    """
+
+    def __init__(
+        self, job: Job, checkpoints: Checkpoints, stored: Stored[State], fresh: Callable[[], State], meta: Facts
+    ):
+        self._job, self.checkpoints, self._stored, self._fresh, self._meta = job, checkpoints, stored, fresh, meta
+        self.state, memory, self.finished = self._restored()
+        self.guard = Guard(job.run.reliability.guards, job.dir, job.stage, memory)
+
+    def _restored(self) -> tuple[State, Memory, Facts | None]:
+        fresh = self._fresh()
+        shapes = abstract(self._stored.models(fresh)), abstract(self._stored.training(fresh))
+        restored = self.checkpoints.restore_newest(*shapes)
+        if restored is None:
+            return fresh, Memory(), None
+        models, training, meta = restored
+        memory = memory_of(meta)
+        skipped = _restored_counts(self._stored.skipped(fresh), memory)
+        return self._stored.whole(fresh, models, training, skipped), memory, meta.get("facts")
+
+    def place(self, state: State) -> int:
+        """The batch that comes after a state: rollbacks pass over some."""
+        return self._stored.step(state) + self.guard.memory.left_out
+
+    def save(self, state: State, facts: Facts | None = None, score: float | None = None) -> None:
+        """A checkpoint; with `facts` the last one of the stage, `score` is what the best is chosen by."""
+        told = self._meta | {"facts": facts, "guards": self.guard.memory.saved()}
+        models, training = self._stored.models(state), self._stored.training(state)
+        self.checkpoints.save(self._stored.step(state), models, training, told, score, self.writer.latest)
+
+    def batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Batches on the mesh, between which failed saves show."""
+        return self.checkpoints.watched(self._job.put(batches))
+
+    def beside(
+        self,
+        ahead: Ahead,
+        rate: Callable[[int], Any],
+        shown: tuple[str, ...],
+        flops: Callable[[Counts], float] | None,
+    ) -> Beside:
+        """The companions of the loop. After a rollback all is compiled."""
+        job = self._job
+        return Beside(
+            stage=job.stage,
+            writer=self.writer,
+            learning_rate=rate,
+            shown=shown,
+            flops=flops,
+            watch=self.watch,
+            guard=self.guard,
+            trace=Trace(job.dir, job.run.profile, job.stage),
+            first_step=None if ahead.facts else ahead.first_step,
+        )
+
+    def run(self, train: Callable[[State], State], finish: Callable[[State], Facts]) -> Facts:
+        """`finish` of what `train` makes of the state. A stage that is asked to stop ends the save that is under way.
+
+        Raises ConfigError where metrics cannot be written, and what the loop raises.
+        """
+        self.writer = MetricsWriter(self._job.dir, self._stored.step(self.state), self._job.run.logging.tensorboard)
+        self.watch = self._job.watch()
+        with held(), closing(self.checkpoints), closing(self.writer), closing(self.watch):
+            return finish(with_rollbacks(train, self.state, self._back))
+
+    def facts(self) -> Facts:
+        """What there is to say of the way: how long a stop would have taken, rows not written, what guards did."""
+        return self.watch.facts() | self.writer.gaps() | self.guard.memory.told()
+
+    def _back(self, rollback: RollBack) -> State:
+        """The state of the newest checkpoint that was good, or of the start of the stage where there is none.
+
+        Checkpoints after it are deleted: a run that is killed now must not go on from them.
+        """
+        self.checkpoints.forget_after(good_before(self.checkpoints.steps(), rollback.since) or 0)
+        state, memory, _ = self._restored()
+        step = self._stored.step(state)
+        self.guard.rolled_back(rollback, step, memory)
+        self.writer.back_to(step)
+        self._job.report(
+            f"{self._job.stage}: rolled back from step {rollback.step} to {step}; the batches in between are left out"
+        )
+        return state
+
+
+def meta_for(job: Job, role: str, model: SequenceModel, averaged: bool) -> Facts:
+    """What a checkpoint of a stage says of its model."""
+    return meta_of(role, model, job.tokenizer, averaged=averaged, stage=job.stage, **job.lineage())
+
+
+def rate_of(optimizer: Any, steps: int, model: SequenceModel) -> Callable[[int], Any]:
+    """The learning rate after so many updates."""
+    return learning_rate(optimizer, steps, width=model.config.width)
+
+
+def _restored_counts(skipped: Skipped, memory: Memory) -> Skipped:
+    """What a checkpoint's meta counts, in the place of `skipped`."""
+    counts = {"total": np.int32(memory.skipped), "in_a_row": np.int32(memory.in_a_row)}
+    placed = {name: jax.device_put(count, getattr(skipped, name).sharding) for name, count in counts.items()}
+    return Skipped(**placed)
