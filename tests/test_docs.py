@@ -227,8 +227,15 @@ def test_ppo_in_twenty_lines_learns_what_people_like():
     assert float(found["jax"].nn.softmax(found["policy"])[:, 3].min()) > 0.9
 
 
-def test_the_front_page_is_short():
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 220
+@pytest.mark.parametrize(("path", "most"), [(README, 220), (ROOT / "ARCHITECTURE.md", 80)], ids=["README", "design"])
+def test_a_page_stays_a_page(path, most):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= most
+
+
+def test_the_picture_of_the_report_is_a_small_png():
+    picture = (ROOT / "docs" / "images" / "report.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n")
+    assert len(picture) < 200_000
 
 
 def test_the_configuration_shown_is_that_of_quickstart():
