@@ -21,9 +21,10 @@ from typing import Any
 from benchmarks.blocks import write_block
 from benchmarks.tables import Result, summary, tables
 from rlhfjax.config import config_hash, load_config, shipped
+from rlhfjax.config.recipe import NAMES, SUPERVISED
 from rlhfjax.errors import ConfigError, DataError, RlhfjaxError
 from rlhfjax.evaluation.results import Evaluation, PolicyRow
-from rlhfjax.evaluation.run_data import STAGES, read_run
+from rlhfjax.evaluation.run_data import read_run
 from rlhfjax.evaluation.statistics import Interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,15 +77,15 @@ def _commit(git: dict[str, Any] | None) -> str | None:
 
 
 def _stage_seconds(run_dir: Path) -> dict[str, float]:
-    paths = {stage: run_dir / stage / "complete.json" for stage in STAGES}
+    paths = {stage: run_dir / stage / "complete.json" for stage in NAMES}
     return {stage: json.loads(path.read_text("utf-8"))["seconds"] for stage, path in paths.items() if path.is_file()}
 
 
 def _figures(found: Evaluation) -> Result:
-    sft = {policy.name: policy for policy in found.policies}.get("sft")
-    sft_losses = found.heldout_losses.get("sft", {})
+    sft = {policy.name: policy for policy in found.policies}.get(SUPERVISED)
+    sft_losses = found.heldout_losses.get(SUPERVISED, {})
     losses = {
-        stage: {name: _loss(loss, sft_losses.get(name) if stage != "sft" else None) for name, loss in sets.items()}
+        stage: {name: _loss(loss, sft_losses.get(name) if stage != SUPERVISED else None) for name, loss in sets.items()}
         for stage, sets in found.heldout_losses.items()
     }
     wins = ("judge", "policy", "baseline", "win", "policy_mean", "baseline_mean")

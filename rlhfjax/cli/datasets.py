@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from rlhfjax import config as configuration
+from rlhfjax.config.recipe import stages_of
 from rlhfjax.errors import ConfigError
 from rlhfjax.terminal import printable, say
 
@@ -98,7 +99,7 @@ def prepare(
 
 
 def _reading(layout: str | None, mapping: list[str] | None, sample_by: str) -> Any:
-    from rlhfjax.data.reading import reading_of
+    from rlhfjax.record_kinds import reading_of
 
     fields: dict[str, str] = {}
     for text in mapping or []:
@@ -235,6 +236,6 @@ def pairs(overrides: list[str] | None) -> list[str]:
 
 def known_stage(option: str, stage: str | None, loaded: configuration.Run) -> None:
     """Raises ConfigError unless the recipe has the stage that an option names, if it names one."""
-    given = ["tokenizer", *(name for name, section in loaded.stages if section is not None)]
+    given = stages_of(loaded)
     if stage is not None and stage not in given:
         raise ConfigError(f"{option} {stage}: expected a stage of {loaded.name}: {', '.join(given)}")

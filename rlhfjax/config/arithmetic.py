@@ -3,8 +3,8 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
+from rlhfjax.config.recipe import FACTS, SUPERVISED, offline, online, sampling, section_of, stages_of
 from rlhfjax.config.schema import Mesh, Optimizer, RolloutBatch, Run, Sampling
 from rlhfjax.config.shape import Shape, linears, model_shape
 from rlhfjax.config.unread import unread
@@ -70,10 +70,10 @@ def _batch_sizes(run: Run) -> Iterator[tuple[str, float]]:
         for key in ("size", "minibatch", "micro"):
             if section and (size := getattr(section.batch, key, None)):
                 yield f"stages.{stage}.batch.{key}", size
-    if run.stages.ppo and run.stages.ppo.ptx:
-        batch, ratio = run.stages.ppo.batch, run.stages.ppo.ptx.ratio
-        micro = batch.micro or batch.minibatch or batch.size
-        yield f"stages.ppo.ptx.ratio {ratio:g} x micro batch {micro} =", micro * ratio
+    for stage, section in online(run):
+        if section.ptx:
+            micro = section.batch.micro or section.batch.minibatch or section.batch.size
+            yield f"stages.{stage}.ptx.ratio {section.ptx.ratio:g} x micro batch {micro} =", micro * section.ptx.ratio
 
 
 def _lengths(run: Run, mesh: dict[str, int]) -> Iterator[str]:
@@ -87,21 +87,15 @@ def _lengths(run: Run, mesh: dict[str, int]) -> Iterator[str]:
 
 def sequence_lengths(run: Run) -> Iterator[tuple[str, int]]:
     """Every length in tokens that the model's context must hold, with the name of its key."""
-    stages = run.stages
-    for name, section in _offline(run):
-        if section:
-            yield f"stages.{name}.batch.length", section.batch.length
-    for name, section in (("ppo", stages.ppo), ("evaluate", stages.evaluate)):
-        if section:
-            yield _rollout_length(name, section.batch, section.sampling)
-    if stages.ppo and stages.ppo.ptx:
-        yield "stages.ppo.ptx.length", stages.ppo.ptx.length
-    if stages.evaluate and stages.evaluate.losses and not run.model.checkpoint:
+    for name, section in offline(run):
+        yield f"stages.{name}.batch.length", section.batch.length
+    for name, section in sampling(run):
+        yield _rollout_length(name, section.batch, section.sampling)
+    for name, section in online(run):
+        if section.ptx:
+            yield f"stages.{name}.ptx.length", section.ptx.length
+    if run.stages.evaluate and run.stages.evaluate.losses and not run.model.checkpoint:
         yield "model.context (the length of stages.evaluate.losses)", run.model.context
-
-
-def _offline(run: Run) -> list[tuple[str, Any]]:
-    return [(name, getattr(run.stages, name)) for name in ("pretrain", "sft", "reward", "dpo")]
 
 
 def _rollout_length(stage: str, batch: RolloutBatch, sampling: Sampling) -> tuple[str, int]:
@@ -147,8 +141,8 @@ def _heads(run: Run, shape: Shape) -> Iterator[str]:
 
 def guessing_heads(run: Run, heads: int) -> Iterator[str]:
     """What is wrong with stages that shall guess by the heads of a model that has so many."""
-    for name, section in (("ppo", run.stages.ppo), ("evaluate", run.stages.evaluate)):
-        if section and section.sampling.speculate == "heads" and section.sampling.speculate_tokens > heads:
+    for name, section in sampling(run):
+        if section.sampling.speculate == "heads" and section.sampling.speculate_tokens > heads:
             yield (
                 f"stages.{name}.sampling.speculate_tokens {section.sampling.speculate_tokens} is more than "
                 f"model.architecture.embedding.mtp_heads {heads}; guess fewer, or by ngram"
@@ -190,12 +184,13 @@ def needs_documents(run: Run) -> Iterator[str]:
         yield f"stages.sft.pretraining reads documents; {remedy}"
     if stages.sft and stages.sft.loss.train_on == "all":
         yield "stages.sft.loss.train_on: all is for decoders; an encoder–decoder writes one response to a prompt"
-    if stages.ppo and stages.ppo.ptx:
-        yield f"stages.ppo.ptx reads documents; {remedy}"
+    for name, section in online(run):
+        if section.ptx:
+            yield f"stages.{name}.ptx reads documents; {remedy}"
     if stages.evaluate and stages.evaluate.losses:
         yield f"stages.evaluate.losses reads documents; {remedy}"
-    for name, section in (("ppo", stages.ppo), ("evaluate", stages.evaluate)):
-        if section and (section.sampling.precision, section.sampling.speculate) != ("full", "none"):
+    for name, section in sampling(run):
+        if (section.sampling.precision, section.sampling.speculate) != ("full", "none"):
             yield f"stages.{name}.sampling: precision and speculate are for decoders; remove them"
 
 
@@ -214,27 +209,26 @@ def _inputs(run: Run) -> Iterator[str]:
         yield "stages.reward starts from pretrain; add stages.pretrain or model.checkpoint"
     if stages.reward and stages.reward.normalize.on == "samples" and not start:
         yield "stages.reward.normalize.on: samples needs a policy to sample; add stages.sft or model.checkpoint"
-    if stages.dpo and not start:
-        yield "stages.dpo needs a policy to start from; add stages.sft or model.checkpoint"
-    if stages.ppo and not start:
-        yield "stages.ppo needs a policy to start from; add stages.sft or model.checkpoint"
-    if stages.ppo and not stages.reward:
-        yield "stages.ppo needs a reward model; add stages.reward"
-    if stages.evaluate and not (stages.pretrain or stages.ppo or start):
+    for name, section in stages:
+        if section and FACTS[name].aligns and not start:
+            yield f"stages.{name} needs a policy to start from; add stages.{SUPERVISED} or model.checkpoint"
+        for need in FACTS[name].needs if section else ():
+            if not section_of(run, need):
+                yield f"stages.{name} needs a {FACTS[need].role} model; add stages.{need}"
+    if stages.evaluate and not (checkpoint or any(FACTS[name].role == "policy" for name in stages_of(run))):
         yield "stages.evaluate needs a model; add a training stage or model.checkpoint"
     if stages.evaluate and stages.evaluate.comparisons and not stages.reward:
         yield "stages.evaluate.comparisons measures the reward model; add stages.reward"
 
 
 def _schedules(run: Run) -> Iterator[str]:
-    stages = run.stages
-    for name, section in _offline(run):
-        if section and section.steps:
+    for name, section in offline(run):
+        if section.steps:
             yield from _warmup(name, section.optimizer, section.steps)
-    if stages.ppo:
-        yield from _warmup("ppo", stages.ppo.optimizer, stages.ppo.steps * updates_per_step(stages.ppo.batch))
-    for name, section in (("ppo", stages.ppo), ("evaluate", stages.evaluate)):
-        if section and section.sampling.stop_after >= section.sampling.max_new_tokens:
+    for name, section in online(run):
+        yield from _warmup(name, section.optimizer, section.steps * updates_per_step(section.batch))
+    for name, section in sampling(run):
+        if section.sampling.stop_after >= section.sampling.max_new_tokens:
             yield (
                 f"stages.{name}.sampling.stop_after {section.sampling.stop_after} must be below max_new_tokens "
                 f"{section.sampling.max_new_tokens}"
@@ -242,20 +236,24 @@ def _schedules(run: Run) -> Iterator[str]:
 
 
 def _controller(run: Run) -> Iterator[str]:
-    if not run.stages.ppo or run.stages.ppo.kl.controller != "adaptive":
-        return
-    kl, size = run.stages.ppo.kl, run.stages.ppo.batch.size
-    if kl.coef == 0:
-        yield "stages.ppo.kl: controller adaptive multiplies coef and 0 stays 0; give coef above 0, or controller fixed"
-    if size >= 5 * kl.horizon:  # 1 - 0.2 size / horizon, the factor below the target, is 0 or negative
-        yield (
-            f"stages.ppo.kl.horizon {kl.horizon:g} is in episodes, and one step has {size} (batch.size): coef would "
-            f"lose all of itself at once; give more than {size / 5:g} (Ziegler et al. 2019 take 10,000)"
-        )
+    for name, section in online(run):
+        kl, size = section.kl, section.batch.size
+        if kl.controller != "adaptive":
+            continue
+        if kl.coef == 0:
+            yield (
+                f"stages.{name}.kl: controller adaptive multiplies coef and 0 stays 0; give coef above 0, or "
+                "controller fixed"
+            )
+        if size >= 5 * kl.horizon:  # 1 - 0.2 size / horizon, the factor below the target, is 0 or negative
+            yield (
+                f"stages.{name}.kl.horizon {kl.horizon:g} is in episodes, and one step has {size} (batch.size): coef "
+                f"would lose all of itself at once; give more than {size / 5:g} (Ziegler et al. 2019 take 10,000)"
+            )
 
 
 def updates_per_step(batch: RolloutBatch) -> int:
-    """Optimizer updates of one PPO step: epochs x minibatches."""
+    """Optimizer updates of one step of an online stage: epochs x minibatches."""
     return batch.epochs * (batch.size // (batch.minibatch or batch.size))
 
 

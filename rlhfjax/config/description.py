@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from rlhfjax.config.arithmetic import least_devices, mesh_shape, updates_per_step
-from rlhfjax.config.schema import Dpo, Evaluate, Optimizer, Ppo, Pretrain, Reward, Run, Sft
+from rlhfjax.config.schema import Batch, Evaluate, Offline, Online, Optimizer, Ptx, RankedBatch, Run, Sft
 from rlhfjax.config.shape import Shape, active_count, adapter_count, model_shape, parameter_count
 
 
@@ -59,26 +59,27 @@ def _tokenizer(run: Run) -> str:
 
 
 def _stages(run: Run) -> Iterator[tuple[str, str]]:
-    stages = run.stages
-    if stages.pretrain:
-        yield "pretrain", _token_stage(stages.pretrain)
-    if stages.sft:
-        mix = stages.sft.pretraining
-        yield "sft", _token_stage(stages.sft) + (f"; {mix.fraction:.0%} pretraining sequences mixed in" if mix else "")
-    if stages.reward:
-        yield "reward", _rankings(stages.reward)
-    if stages.dpo:
-        yield "dpo", _rankings(stages.dpo)
-    if stages.ppo:
-        yield "ppo", _ppo(stages.ppo)
-        if stages.ppo.ptx:
-            yield "", _ptx(stages.ppo)
-    if stages.evaluate:
-        yield "evaluate", _evaluate(stages.evaluate)
+    for name, section in run.stages:
+        match section:
+            case Offline(batch=Batch() as batch):
+                yield name, _token_stage(section, batch) + _mixed_in(section)
+            case Offline(batch=RankedBatch() as batch):
+                yield name, _rankings(section, batch)
+            case Online():
+                yield name, _online(section)
+                if section.ptx:
+                    yield "", _ptx(section, section.ptx)
+            case Evaluate():
+                yield name, _evaluate(section)
 
 
-def _token_stage(stage: Pretrain | Sft) -> str:
-    batch, tokens = stage.batch, stage.batch.size * stage.batch.length
+def _mixed_in(stage: Offline) -> str:
+    mix = stage.pretraining if isinstance(stage, Sft) else None
+    return f"; {mix.fraction:.0%} pretraining sequences mixed in" if mix else ""
+
+
+def _token_stage(stage: Offline, batch: Batch) -> str:
+    tokens = batch.size * batch.length
     total = f", {stage.steps * tokens:,} in all" if stage.steps else ""
     return (
         f"{_duration(stage)} of {batch.size:,} sequences x {batch.length:,} = {tokens:,} tokens per step{total}; "
@@ -86,8 +87,8 @@ def _token_stage(stage: Pretrain | Sft) -> str:
     )
 
 
-def _rankings(stage: Reward | Dpo) -> str:
-    batch, pairs = stage.batch, stage.batch.candidates * (stage.batch.candidates - 1) // 2
+def _rankings(stage: Offline, batch: RankedBatch) -> str:
+    pairs = batch.candidates * (batch.candidates - 1) // 2
     return (
         f"{_duration(stage)} of {batch.size:,} prompts x up to {batch.candidates} responses of up to {batch.length:,} "
         f"tokens = up to {batch.size * pairs:,} pairs per step; {_accumulation(batch.size, batch.micro)}; "
@@ -95,7 +96,7 @@ def _rankings(stage: Reward | Dpo) -> str:
     )
 
 
-def _ppo(stage: Ppo) -> str:
+def _online(stage: Online) -> str:
     batch, response = stage.batch, stage.sampling.max_new_tokens
     minibatch, updates = batch.minibatch or batch.size, updates_per_step(batch)
     return (
@@ -107,10 +108,9 @@ def _ppo(stage: Ppo) -> str:
     )
 
 
-def _ptx(stage: Ppo) -> str:
-    assert stage.ptx is not None
-    sequences = int((stage.batch.minibatch or stage.batch.size) * stage.ptx.ratio)
-    return f"ptx: {sequences:,} sequences x {stage.ptx.length:,} = {sequences * stage.ptx.length:,} tokens per update"
+def _ptx(stage: Online, ptx: Ptx) -> str:
+    sequences = int((stage.batch.minibatch or stage.batch.size) * ptx.ratio)
+    return f"ptx: {sequences:,} sequences x {ptx.length:,} = {sequences * ptx.length:,} tokens per update"
 
 
 def _evaluate(stage: Evaluate) -> str:
@@ -118,7 +118,7 @@ def _evaluate(stage: Evaluate) -> str:
     return f"{stage.samples:,} samples in {_count(batches, 'batch')} of {stage.batch.size:,}"
 
 
-def _duration(stage: Pretrain | Sft | Reward | Dpo) -> str:
+def _duration(stage: Offline) -> str:
     return f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epoch{'' if stage.epochs == 1 else 's'}"
 
 

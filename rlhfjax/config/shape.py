@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from rlhfjax.config.sections import Lora, Model
+from rlhfjax.config.model import Lora, Model
 
 # What a family chooses where `model.architecture` says nothing (Radford et al. 2019; Touvron et al. 2023).
 _LLAMA = {"norm": "rms", "positions": "rope", "activation": "swiglu", "biases": False, "tied": True}

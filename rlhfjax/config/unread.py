@@ -7,11 +7,11 @@ that is off. A value that is its default counts as not given: a resolved configu
 from collections.abc import Iterator
 from typing import Any
 
-from rlhfjax.config.schema import Data, Optimizer, Run, Section, Stages
+from rlhfjax.config.recipe import FACTS, STAGES, held_at, offline, online, section_of, stages_of
+from rlhfjax.config.schema import Optimizer, Run, Section
 from rlhfjax.config.shape import model_shape
 
 _WINDOWLESS = ("gpt1", "gpt2", "llama", "qwen2", "qwen3", "mixtral", "qwen3_moe")  # unless attention.window is given
-_OFFLINE = ("pretrain", "sft", "reward", "dpo")
 
 
 def unread(run: Run) -> Iterator[str]:
@@ -19,9 +19,8 @@ def unread(run: Run) -> Iterator[str]:
     stages = run.stages
     yield from _tokenizer(run)
     yield from _positions(run)
-    for name in (*_OFFLINE, "ppo"):
-        if section := getattr(stages, name):
-            yield from _optimizer(f"stages.{name}.optimizer", section.optimizer)
+    for name, section in [*offline(run), *online(run)]:
+        yield from _optimizer(f"stages.{name}.optimizer", section.optimizer)
     if stages.pretrain:
         why = "documents always fill rows and go on in the next one"
         yield from _named("stages.pretrain.batch", stages.pretrain.batch, ("pack", "overlong"), why)
@@ -32,7 +31,7 @@ def unread(run: Run) -> Iterator[str]:
         why = "an evaluation has no old policy"
         yield from _named("stages.evaluate.sampling", stages.evaluate.sampling, ("old_log_probs",), why)
     yield from _weights(run)
-    if run.model.lora and not any(getattr(stages, name) for name in ("sft", "reward", "dpo", "ppo")):
+    if run.model.lora and not any(FACTS[name].adapts for name in stages_of(run)):
         yield "model.lora: no stage of this recipe trains adapters; remove it, or add stages.sft"
     yield from _profile(run)
 
@@ -70,26 +69,18 @@ def _optimizer(key: str, optimizer: Optimizer) -> Iterator[str]:
 
 def _weights(run: Run) -> Iterator[str]:
     """Shares are of what a stage mixes; other lists of data are read one after the other, each by itself."""
-    stages: Stages = run.stages
-    lists: dict[str, list[Data]] = {"tokenizer.data": run.tokenizer.data}
-    lists |= {
-        f"stages.{name}.validation": section.validation for name in _OFFLINE if (section := getattr(stages, name))
-    }
-    if stages.reward:
-        lists["stages.reward.normalize.data"] = stages.reward.normalize.data
-    if evaluate := stages.evaluate:
-        lists |= {"stages.evaluate.losses": evaluate.losses, "stages.evaluate.comparisons": evaluate.comparisons}
-        if evaluate.exact_match:
-            lists["stages.evaluate.exact_match.data"] = evaluate.exact_match.data
-        for name in ("judge", "baseline", "test") if evaluate.ratings else ():
-            lists[f"stages.evaluate.ratings.{name}"] = [getattr(evaluate.ratings, name)]
-    for key, entries in lists.items():
-        if any(entry.weight != 1.0 for entry in entries):
-            yield f"{key}: weight is a share of what is mixed, and these are read one after the other; remove weight"
+    for facts in STAGES:
+        section = section_of(run, facts.name)
+        for reads in facts.reads:
+            if not reads.mixed and any(entry.weight != 1.0 for entry in held_at(section, reads.key)):
+                yield (
+                    f"{facts.place}.{reads.key}: weight is a share of what is mixed, and these are read one after the "
+                    "other; remove weight"
+                )
 
 
 def _profile(run: Run) -> Iterator[str]:
-    lengths = [getattr(section, "steps", None) for name, section in run.stages if section and name != "evaluate"]
+    lengths = [section.steps for _, section in [*offline(run), *online(run)]]
     if run.profile and lengths and all(steps and steps < run.profile.start for steps in lengths):
         yield f"profile.start {run.profile.start}: no stage has more than {max(filter(None, lengths))} steps; lower it"
 

@@ -12,14 +12,18 @@ from typing import Any
 import grain
 import numpy as np
 
+from rlhfjax import types
+from rlhfjax.config.schema import Batch, Data, PretrainingMix, RankedBatch, RolloutBatch
 from rlhfjax.data import batches, token_rows
-from rlhfjax.data.datasets import open_source
+from rlhfjax.data.datasets import RandomAccess, open_source
 from rlhfjax.errors import DataError
 from rlhfjax.text.chat import Untrained, encode_demonstration
 from rlhfjax.text.loading import AnyTokenizer
-from rlhfjax.types import PromptBatch, RankedBatch, TokenBatch
 
 Report = Callable[[str], None]
+Pair = tuple[list[int], list[int]]  # prompt ids and response ids
+AnyBatch = Batch | RankedBatch | RolloutBatch
+Rows = batches.PackedRows | batches.RankedItems | batches.PromptItems
 _ROWS = 2**44
 
 
@@ -106,26 +110,28 @@ class Reader:
             self._rows[key] = make()
         return self._rows[key]
 
-    def _rules(self, entry, batch, train_on: str = "last") -> token_rows.Rules:
+    def _rules(self, entry: Data, batch: AnyBatch, train_on: str = "last") -> token_rows.Rules:
         return token_rows.Rules(entry.name, batch.refused, self.report, train_on)
 
-    def open(self, data, kind: str):
+    def open(self, data: Data, kind: str) -> RandomAccess:
         """The records of one data entry of the configuration."""
         return open_source(data.source, data.split, self.data_dir, kind, data.reading)
 
-    def documents(self, data: Sequence, batch, shuffle: bool = True) -> Batches:
+    def documents(self, data: Sequence[Data], batch: Batch, shuffle: bool = True) -> Batches:
         """Packed documents, each source with its share of the rows."""
         sources = [self._document_source(entry, batch.length, True) for entry in data]
-        return self._batches(sources, [entry.weight for entry in data], batch.size, TokenBatch, shuffle)
+        return self._batches(sources, [entry.weight for entry in data], batch.size, types.TokenBatch, shuffle)
 
-    def _document_source(self, entry, length: int, packed: bool):
-        def make():
+    def _document_source(self, entry: Data, length: int, packed: bool) -> batches.PackedRows:
+        def make() -> batches.PackedRows:
             rows = token_rows.document_rows(self.open(entry, "document"), self.tokenizer, length)
             return batches.PackedRows(rows, length, packed=packed, pad_id=self.tokenizer.pad_id)
 
         return self._once(("documents", entry.name, length, packed), make)
 
-    def demonstrations(self, data: Sequence, batch, train_on: str, mix=None, shuffle: bool = True) -> Batches:
+    def demonstrations(
+        self, data: Sequence[Data], batch: Batch, train_on: str, mix: PretrainingMix | None = None, shuffle: bool = True
+    ) -> Batches:
         """Packed demonstrations, with pretraining documents as `mix.fraction` of the rows where a mix is given."""
         sources = [self._demonstration_source(entry, batch, train_on) for entry in data]
         weights = [entry.weight for entry in data]
@@ -135,12 +141,12 @@ class Reader:
             total = sum(entry.weight for entry in mix.data)
             sources += [self._document_source(entry, batch.length, batch.pack) for entry in mix.data]
             weights += [share * entry.weight / total for entry in mix.data]
-        made = self._batches(sources, weights, batch.size, TokenBatch, shuffle)
+        made = self._batches(sources, weights, batch.size, types.TokenBatch, shuffle)
         # An epoch is one pass over the demonstrations, whatever is mixed in.
         return replace(made, rows=round(own / (1 - mix.fraction)) if mix else own)
 
-    def _demonstration_source(self, entry, batch, train_on: str):
-        def make():
+    def _demonstration_source(self, entry: Data, batch: Batch, train_on: str) -> batches.PackedRows:
+        def make() -> batches.PackedRows:
             rules = self._rules(entry, batch, train_on)
             rows = token_rows.demonstration_rows(self.open(entry, "demonstration"), self.tokenizer, rules)
             fits = token_rows.within(entry.name, rows.tokens.lengths, batch.length, batch.overlong, self.report)
@@ -150,16 +156,16 @@ class Reader:
 
         return self._once(("demonstrations", entry.name, repr(batch), train_on), make)
 
-    def comparisons(self, data: Sequence, batch, shuffle: bool = True) -> Batches:
+    def comparisons(self, data: Sequence[Data], batch: RankedBatch, shuffle: bool = True) -> Batches:
         """Ranked candidates; `overlong: drop` leaves out candidates that are too long, and comparisons without two."""
         sources = [self._ranked_source(entry, batch) for entry in data]
-        made = self._batches(sources, [entry.weight for entry in data], batch.size, RankedBatch, shuffle)
+        made = self._batches(sources, [entry.weight for entry in data], batch.size, types.RankedBatch, shuffle)
         return replace(made, longest=max(source.longest for source in sources))
 
-    def _ranked_source(self, entry, batch):
+    def _ranked_source(self, entry: Data, batch: RankedBatch) -> batches.RankedItems:
         return self._once(("comparisons", entry.name, repr(batch)), lambda: self._ranked_items(entry, batch))
 
-    def _ranked_items(self, entry, batch):
+    def _ranked_items(self, entry: Data, batch: RankedBatch) -> batches.RankedItems:
         rules = self._rules(entry, batch)
         rows = token_rows.ranked_rows(self.open(entry, "comparison"), self.tokenizer, rules)
         if batch.overlong == "error":  # a comparison is as long as its longest response: the row to name
@@ -184,14 +190,14 @@ class Reader:
             )
         return batches.RankedItems(kept, batch.candidates, batch.length, self.tokenizer.pad_id)
 
-    def prompts(self, data: Sequence, batch, shuffle: bool = True) -> Batches:
+    def prompts(self, data: Sequence[Data], batch: RolloutBatch, shuffle: bool = True) -> Batches:
         """Left-padded prompts, whose `uid` is their place in the order."""
         sources = [self._prompt_source(entry, batch) for entry in data]
-        made = self._batches(sources, [entry.weight for entry in data], batch.size, PromptBatch, shuffle)
+        made = self._batches(sources, [entry.weight for entry in data], batch.size, types.PromptBatch, shuffle)
         return replace(made, dataset=_Placed(made.dataset))
 
-    def _prompt_source(self, entry, batch):
-        def make():
+    def _prompt_source(self, entry: Data, batch: RolloutBatch) -> batches.PromptItems:
+        def make() -> batches.PromptItems:
             rules, limit = self._rules(entry, batch), batch.prompt_length
             rows = token_rows.prompt_rows(self.open(entry, "prompt"), self.tokenizer, rules)
             setting = "batch.prompt_length"
@@ -201,9 +207,7 @@ class Reader:
 
         return self._once(("prompts", entry.name, batch.prompt_length, batch.overlong, batch.refused), make)
 
-    def demonstration_ids(
-        self, data: Sequence, length: int, count: int, refused: str = "error"
-    ) -> list[tuple[list[int], list[int]]]:
+    def demonstration_ids(self, data: Sequence[Data], length: int, count: int, refused: str = "error") -> list[Pair]:
         """Prompt ids and response ids of `count` demonstrations of at most `length` tokens, the same for a seed.
 
         Every data entry gives an equal share. Raises DataError when no demonstration is that short, and on one that
@@ -218,7 +222,7 @@ class Reader:
             raise DataError(f"{names}: expected demonstrations of at most {length} tokens, got none")
         return pairs[:count]
 
-    def _some_demonstrations(self, entry, length: int, count: int, refused: str) -> list[tuple[list[int], list[int]]]:
+    def _some_demonstrations(self, entry: Data, length: int, count: int, refused: str) -> list[Pair]:
         fit, over = [], 0
         for prompt, response in self._encoded(entry, refused):
             if len(prompt) + len(response) > length:
@@ -234,7 +238,7 @@ class Reader:
             )
         return fit
 
-    def _encoded(self, entry, refused: str) -> Iterator[tuple[list[int], list[int]]]:
+    def _encoded(self, entry: Data, refused: str) -> Iterator[Pair]:
         source = self.open(entry, "demonstration")
         for row in np.random.default_rng(self.seed).permutation(len(source)).tolist():
             try:
@@ -245,18 +249,20 @@ class Reader:
                 if refused == "error":
                     raise DataError(f"{entry.name} row {row}: {error}") from error
 
-    def comparison_ids(self, data: Sequence, batch) -> list[token_rows.Ranked]:
+    def comparison_ids(self, data: Sequence[Data], batch: AnyBatch) -> list[token_rows.Ranked]:
         """Every comparison as prompt ids, the whole ids of each response, and ranks; `batch.refused` as for prompts."""
         return [compared for entry in data for compared in self._comparisons(entry, batch)]
 
-    def _comparisons(self, entry, batch) -> list[token_rows.Ranked]:
+    def _comparisons(self, entry: Data, batch: AnyBatch) -> list[token_rows.Ranked]:
         def make():
             rules = self._rules(entry, batch)
             return list(token_rows.comparisons(self.open(entry, "comparison"), self.tokenizer, rules))
 
         return self._once(("comparison ids", entry.name, batch.refused), make)
 
-    def _batches(self, sources, weights, size: int, make, shuffle: bool) -> Batches:
+    def _batches(
+        self, sources: Sequence[Rows], weights: Sequence[float], size: int, make: Callable[..., Any], shuffle: bool
+    ) -> Batches:
         datasets = [grain.MapDataset.source(source).seed(self.seed) for source in sources]
         # Without end for any run; the length of a mixture of truly endless ones does not fit an index.
         datasets = [(data.shuffle() if shuffle else data).repeat(_ROWS // len(data) + 1) for data in datasets]

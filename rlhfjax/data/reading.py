@@ -1,46 +1,21 @@
 """Files to canonical records: the layout is recognised from the fields, and every wrong row is counted."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rlhfjax.data import layouts
-from rlhfjax.data.files import SAMPLE_BY, FileFormat, format_of, rows_of
+from rlhfjax.data.files import FileFormat, format_of, rows_of
 from rlhfjax.data.records import Record, check_kind, parse_record
-from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.errors import DataError
+from rlhfjax.record_kinds import Reading
 
 OWN = "rlhfjax"
 _SAMPLE = 100
 _COUNTED = 100_000  # rows that are looked at after a wrong one
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How files shall be read: a layout by its name, or our fields from theirs; neither recognises the layout.
-
-    `sample_by` says what a document of a plain text is: paragraph, line or document (the file). Raises ConfigError for
-    both of layout and map, and for what there is not.
-    """
-
-    layout: str | None = None
-    map: tuple[tuple[str, str], ...] = ()
-    sample_by: str = "paragraph"
-
-    def __post_init__(self) -> None:
-        if self.layout and self.map:
-            raise ConfigError("expected either a layout or a map of fields, got both; keep the one that is meant")
-        if self.sample_by not in SAMPLE_BY:
-            raise ConfigError(f"sample_by: expected one of {', '.join(SAMPLE_BY)}, got {self.sample_by!r}")
-        self.chosen()
-
-    def chosen(self) -> layouts.Layout | None:
-        """The layout that is asked for, if one is."""
-        if self.map:
-            return layouts.mapped(dict(self.map))
-        return layouts.named(self.layout) if self.layout else None
 
 
 RECOGNISE = Reading()
@@ -154,7 +129,7 @@ def data_file(path: str | Path, kind: str | None, reading: Reading = RECOGNISE) 
         check_kind(kind)
     path = Path(path)
     found = format_of(path)
-    layout = reading.chosen() or _recognised(path, found, kind, reading)
+    layout = _chosen(reading) or _recognised(path, found, kind, reading)
     if kind is None:
         kind = layout.kinds[0]
     elif kind not in layout.kinds:
@@ -163,6 +138,13 @@ def data_file(path: str | Path, kind: str | None, reading: Reading = RECOGNISE) 
             "choose another kind or layout"
         )
     return DataFile(path, kind, found, layout, reading)
+
+
+def _chosen(reading: Reading) -> layouts.Layout | None:
+    """The layout that is asked for, if one is."""
+    if reading.map:
+        return layouts.mapped(dict(reading.map))
+    return layouts.named(reading.layout) if reading.layout else None
 
 
 def _recognised(path: Path, found: FileFormat, kind: str | None, reading: Reading) -> layouts.Layout:
@@ -184,8 +166,3 @@ def _recognised(path: Path, found: FileFormat, kind: str | None, reading: Readin
 def read_records(path: str | Path, kind: str, reading: Reading = RECOGNISE) -> Iterator[Record]:
     """The canonical records of one file, in the memory of a row where its format allows that. Raises as `DataFile`."""
     yield from data_file(path, kind, reading).records(Tally())
-
-
-def reading_of(layout: str | None, mapping: Mapping[str, str], sample_by: str = "paragraph") -> Reading:
-    """The same from plain values."""
-    return Reading(layout, tuple(sorted(mapping.items())), sample_by)

@@ -59,9 +59,9 @@ class WinRow:
 class PolicyRow:
     """What a policy's responses to the evaluation prompts look like.
 
-    `kl` is nats per response against the SFT policy, `entropy` nats per token, `length` tokens, `reward` the mean
-    score of the reward model, the others shares in [0, 1]. `prompts` counts the different ones;
-    `intervals` has the 95 % interval of each figure by its name.
+    `kl` is nats per response against the first of the policies, `entropy` nats per token, `length` tokens, `reward`
+    the mean score of the reward model, the others shares in [0, 1]. `prompts` counts the different ones; `intervals`
+    has the 95 % interval of each figure by its name.
     """
 
     name: str

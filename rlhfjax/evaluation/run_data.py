@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from rlhfjax.config.recipe import FACTS, NAMES, TOKENIZER
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.evaluation.results import Evaluation
 from rlhfjax.plain_json import number
-
-STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,21 @@ class ReportData:
 
     @property
     def stages(self) -> list[str]:
-        """The stages of the recipe, then any other stage that left metrics."""
-        return [*STAGES, *(stage for stage in self.metrics if stage not in STAGES)]
+        """The stages of the recipe and all that left metrics or were timed, in the recipe's order; unknown ones last.
+
+        Of a run that does not say its recipe these are all stages that there are.
+        """
+        seconds = self.evaluation.stage_seconds if self.evaluation else {}
+        there = {*self.recipe, *self.metrics, *seconds} if self.recipe else {*NAMES, *self.metrics, *seconds}
+        return [*(name for name in NAMES if name in there), *sorted(there.difference(NAMES))]
+
+    @property
+    def recipe(self) -> list[str]:
+        """The stages of the configuration that the last attempt ran with; none where no attempt says it."""
+        told = self.attempts[-1].get("config") if self.attempts else None
+        stages = told.get("stages") if isinstance(told, dict) else None
+        wanted = [name for name, section in stages.items() if section] if isinstance(stages, dict) else []
+        return [TOKENIZER, *wanted] if wanted else []
 
     def series(self, stage: str, *names: str) -> tuple[Float[np.ndarray, "S"], Float[np.ndarray, "S"]]:
         """The steps and values of the first of these metrics that the stage logged; two empty arrays if none."""
@@ -50,6 +62,11 @@ class ReportData:
     def online_stages(self) -> list[str]:
         """The stages that sampled from a policy and measured its divergence from the reference."""
         return [stage for stage in self.stages if self.series(stage, "objective/kl")[0].size]
+
+
+def unit_of(stage: str) -> str:
+    """The unit of a stage's loss; "loss" of a stage that is not of the recipe."""
+    return FACTS[stage].unit if stage in FACTS else "loss"
 
 
 def read_run(run_dir: str | Path) -> ReportData:

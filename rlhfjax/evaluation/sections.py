@@ -9,11 +9,12 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from rlhfjax.config.recipe import FACTS
 from rlhfjax.evaluation import plots
 from rlhfjax.evaluation.display import NONE, number, number_interval, percent, percent_interval
 from rlhfjax.evaluation.results import AccuracyRow, Evaluation, PolicyRow, Sample
 from rlhfjax.evaluation.rows import MEASURES
-from rlhfjax.evaluation.run_data import ReportData
+from rlhfjax.evaluation.run_data import ReportData, unit_of
 from rlhfjax.evaluation.summary import summary_rows
 
 _LOSSES = {"train": ("loss/train", "train/rm/loss"), "held out": ("loss/validation", "eval/rm/loss")}
@@ -61,11 +62,13 @@ class Section:
 def sections(run: ReportData) -> list[Section]:
     """All sections of the report in the order of the recipe."""
     evaluation = run.evaluation or Evaluation(seed=0, date="", hardware="")
+    planned = [stage for stage in run.stages if stage in FACTS and FACTS[stage].online]
+    online = run.online_stages or (planned if run.recipe else planned[-1:])
     return [
         _summary(run),
         _losses(run),
-        *[_online(run, stage) for stage in run.online_stages or ["ppo"]],
-        *[_frontier(run, stage) for stage in run.online_stages or ["ppo"]],
+        *[_online(run, stage) for stage in online],
+        *[_frontier(run, stage) for stage in online],
         _reward_accuracy(evaluation),
         _win_rates(evaluation),
         _policies(evaluation),
@@ -86,8 +89,7 @@ def _losses(run: ReportData) -> Section:
         series = {label: run.series(stage, *names) for label, names in _LOSSES.items()}
         series = {label: points for label, points in series.items() if points[0].size}
         if series:
-            ranked = bool(run.series(stage, "train/rm/loss")[0].size)
-            figure = plots.loss_curves(series, "nats per pair" if ranked else "nats per token")
+            figure = plots.loss_curves(series, unit_of(stage))
             found.append(_plot(stage, figure, f"loss-{stage}", f"Loss of the {stage} stage over its steps"))
     note = (
         "Training loss by step (thin: as logged, thick: running mean) and loss on held-out data, of the weights that "

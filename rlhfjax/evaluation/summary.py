@@ -1,10 +1,10 @@
-"""The run in six lines: what each stage took, and the one figure that says how it went."""
+"""The run in a line per stage: what it took, and the one figure that says how it went."""
 
 from dataclasses import dataclass
 
 from rlhfjax.evaluation.display import NOT_RUN, duration, number, percent, percent_interval
 from rlhfjax.evaluation.rows import REWARD_MODEL
-from rlhfjax.evaluation.run_data import ReportData
+from rlhfjax.evaluation.run_data import ReportData, unit_of
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,8 @@ class SummaryRow:
 def summary_rows(run: ReportData) -> list[SummaryRow]:
     """One row for each stage of the recipe and each further stage of the run."""
     seconds = run.evaluation.stage_seconds if run.evaluation else {}
-    extra = [stage for stage in seconds if stage not in run.stages]
     return [
-        SummaryRow(stage, duration(seconds.get(stage)), _figure(run, stage, stage in seconds))
-        for stage in [*run.stages, *extra]
+        SummaryRow(stage, duration(seconds.get(stage)), _figure(run, stage, stage in seconds)) for stage in run.stages
     ]
 
 
@@ -39,9 +37,11 @@ def _loss_figure(run: ReportData, stage: str) -> str:
     _, train = run.series(stage, "loss/train")
     if not train.size:
         return ""
-    figure = f"loss {number(train[0])} → {number(train[-1])} nats per token"
-    held_out = _of_served(run, stage, "loss/validation")
-    return figure if held_out is None else f"{figure}, held out {number(held_out)}"
+    figure = f"loss {number(train[0])} → {number(train[-1])} {unit_of(stage)}"
+    if (held_out := _of_served(run, stage, "loss/validation")) is not None:
+        return f"{figure}, held out {number(held_out)}"
+    ordered = _of_served(run, stage, f"eval/{stage}/accuracy")
+    return figure if ordered is None else f"{figure}, orders {percent(ordered)} of held-out pairs right"
 
 
 def _of_served(run: ReportData, stage: str, metric: str) -> float | None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from rlhfjax.config import schema
+from rlhfjax.config.recipe import FACTS
 from rlhfjax.data.pipeline import Batches
 from rlhfjax.stages.job import Job
 
@@ -12,45 +13,33 @@ def open_batches(job: Job) -> dict[str, Batches]:
 
     Raises DataError for records that are wrong, missing or too long, before anything is compiled.
     """
-    kinds = {
-        "pretrain": _pretrain,
-        "sft": _sft,
-        "reward": _rankings,
-        "dpo": _rankings,
-        "ppo": _ppo,
-        "evaluate": _evaluate,
-    }
-    return kinds[job.stage](job)
-
-
-def _pretrain(job: Job) -> dict[str, Batches]:
-    c: schema.Pretrain = job.config
-    held_out = {name: job.reader.documents([entry], c.batch, shuffle=False) for name, entry in _named(c.validation)}
-    return {"train": job.reader.documents(c.data, c.batch)} | held_out
-
-
-def _sft(job: Job) -> dict[str, Batches]:
-    c: schema.Sft = job.config
-    held_out = {
-        name: job.reader.demonstrations([entry], c.batch, c.loss.train_on, shuffle=False)
-        for name, entry in _named(c.validation)
-    }
-    return {"train": job.reader.demonstrations(c.data, c.batch, c.loss.train_on, c.pretraining)} | held_out
-
-
-def _rankings(job: Job) -> dict[str, Batches]:
-    c: schema.Reward | schema.Dpo = job.config
-    held_out = {name: job.reader.comparisons([entry], c.batch, shuffle=False) for name, entry in _named(c.validation)}
-    return {"train": job.reader.comparisons(c.data, c.batch)} | held_out
-
-
-def _ppo(job: Job) -> dict[str, Batches]:
-    c: schema.Ppo = job.config
-    opened = {"train": job.reader.prompts(c.data, c.batch)}
-    if c.ptx:
+    if FACTS[job.stage].measures:
+        return _evaluate(job)
+    c = job.config
+    opened = {"train": _opened(job, c.data, train=True)}
+    for name, entry in _named(getattr(c, "validation", [])):
+        opened[name] = _opened(job, [entry], train=False)
+    if getattr(c, "ptx", None):
         mix = schema.Batch(size=int(c.batch.size * c.batch.epochs * c.ptx.ratio), length=c.ptx.length)
         opened["ptx"] = job.reader.documents(c.ptx.data, mix)
     return opened
+
+
+def _opened(job: Job, data: list[schema.Data], train: bool) -> Batches:
+    """Batches of the records that the stage trains on, in their order where it does not train on these."""
+    c, reader = job.config, job.reader
+    match FACTS[job.stage].reads[0].kind:
+        case "document":
+            return reader.documents(data, c.batch, shuffle=train)
+        case "demonstration":
+            mix = c.pretraining if train else None
+            return reader.demonstrations(data, c.batch, c.loss.train_on, mix, shuffle=train)
+        case "comparison":
+            return reader.comparisons(data, c.batch, shuffle=train)
+        case "prompt":
+            return reader.prompts(data, c.batch, shuffle=train)
+        case kind:
+            raise NotImplementedError(f"batches of {kind} records")
 
 
 def _evaluate(job: Job) -> dict[str, Batches]:

@@ -1,4 +1,4 @@
-"""The evaluation: held-out losses by stage, reward-model accuracy, PPO against SFT by judges, samples, the report."""
+"""The evaluation: held-out losses by stage, reward-model accuracy, policies compared by judges, samples, the report."""
 
 import json
 import os
@@ -18,6 +18,7 @@ import numpy as np
 from rlhfjax.algorithms.likelihood import token_log_probs, token_scores
 from rlhfjax.algorithms.packing import on_packed
 from rlhfjax.config import schema
+from rlhfjax.config.recipe import FACTS, compared, stages_of
 from rlhfjax.data.batches import right_padded
 from rlhfjax.data.datasets import open_source
 from rlhfjax.data.pipeline import Batches
@@ -47,7 +48,6 @@ from rlhfjax.training.checkpoint import COMPLETE
 from rlhfjax.training.supervision import Watch
 from rlhfjax.types import Params, TokenBatch
 
-POLICIES = ("pretrain", "sft", "ppo")
 SHOWN_SAMPLES = 24
 
 
@@ -62,8 +62,7 @@ def evaluate(job: Job) -> Facts:
 
 def _evaluate(job: Job, watch: Watch) -> Facts:
     began = time.monotonic()
-    stages = [stage for stage in POLICIES if getattr(job.run.stages, stage)]
-    models = {stage: job.load(stage) for stage in stages}
+    models = {stage: job.load(stage) for stage in stages_of(job.run) if FACTS[stage].role == "policy"}
     opened = open_batches(job)
     losses = {}
     for stage, (model, params) in models.items():
@@ -71,38 +70,39 @@ def _evaluate(job: Job, watch: Watch) -> Facts:
         watch.poll()
         measure = loss_meter(job, model)
         losses[stage] = {name: measure(params, data) for name, data in held_out(opened).items()}
-    compared = {stage: models[stage] for stage in ("sft", "ppo") if stage in models}
-    responses = {stage: respond(job, opened["train"], compared, stage, watch) for stage in compared}
+    policies = {stage: models[stage] for stage in compared(job.run)}
+    responses = {stage: respond(job, opened["train"], policies, stage, watch) for stage in policies}
     watch.begin("judges", 0)
     scorer = _RewardScorer(job) if job.run.stages.reward else None
     accuracy, judge_accuracy, judges, calibrated = _accuracies(job, scorer)
     rows = []
-    if len(compared) == 2:
-        ours, theirs = responses["ppo"], responses["sft"]
+    if len(policies) == 2:
+        (before, theirs), (last, ours) = responses.items()
         rows = [
-            win_row(judge, "ppo", ours.texts, "sft", theirs.texts, ours.prompts, seed=job.run.seed) for judge in judges
+            win_row(judge, last, ours.texts, before, theirs.texts, ours.prompts, seed=job.run.seed) for judge in judges
         ]
-    seconds = {
-        stage: json.loads((job.run_dir / stage / COMPLETE).read_text())["seconds"]
-        for stage in ("tokenizer", *stages, *(["reward"] if scorer else []))
-    }
-    seconds["evaluate"] = round(time.monotonic() - began, 1)
     result = Evaluation(
         seed=job.run.seed,
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         hardware=hardware(),
-        stage_seconds=seconds,
+        stage_seconds=_seconds(job) | {job.stage: round(time.monotonic() - began, 1)},
         heldout_losses=losses,
         reward_accuracy=accuracy,
         calibration=calibrated,
         judge_accuracy=judge_accuracy,
         win_rates=rows,
-        exact_match={stage: exact_match(job, *compared[stage]) for stage in compared} if job.config.exact_match else {},
+        exact_match={stage: exact_match(job, *policies[stage]) for stage in policies} if job.config.exact_match else {},
         policies=[_policy_row(stage, made) for stage, made in responses.items()],
         samples=_samples(responses, judges),
     )
     processes.by_first(partial(_write, job, result), "evaluation")
     return {}
+
+
+def _seconds(job: Job) -> dict[str, float]:
+    """The wall time of every stage before this one."""
+    done = (stage for stage in stages_of(job.run) if stage != job.stage)
+    return {stage: json.loads((job.run_dir / stage / COMPLETE).read_text("utf-8"))["seconds"] for stage in done}
 
 
 def _write(job: Job, result: Evaluation) -> None:
@@ -116,7 +116,8 @@ class Responses:
     """A policy's responses to the evaluation prompts; `texts` are what judges read, prompt included; `answers` are
     the responses alone.
 
-    `kl` is nats against the SFT policy, `entropies` nats, both summed over a response; `scores` the reward model's.
+    `kl` is nats against the first of the policies, `entropies` nats, both summed over a response; `scores` the reward
+    model's.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -130,13 +131,13 @@ class Responses:
 
 
 def respond(
-    job: Job, prompts: Batches, compared: dict[str, tuple[SequenceModel, Params]], stage: str, watch: Watch
+    job: Job, prompts: Batches, policies: dict[str, tuple[SequenceModel, Params]], stage: str, watch: Watch
 ) -> Responses:
     """One response to each of the first `samples` evaluation prompts, drawn by the policy of `stage`."""
     c: schema.Evaluate = job.config
     made = Responses()
-    key = jax.random.fold_in(job.key("samples"), list(compared).index(stage))
-    sample = _sampler(job, compared, stage)
+    key = jax.random.fold_in(job.key("samples"), list(policies).index(stage))
+    sample = _sampler(job, policies, stage)
     for step in range(-(-c.samples // c.batch.size)):
         watch.begin(f"responses/{stage}", step)
         watch.poll()
@@ -155,14 +156,14 @@ def respond(
     return made
 
 
-def _sampler(job: Job, compared: dict[str, tuple[SequenceModel, Params]], stage: str) -> Callable:
+def _sampler(job: Job, policies: dict[str, tuple[SequenceModel, Params]], stage: str) -> Callable:
     """A compiled function of (prompts, key): rollout, KL and summed entropy of each response, and its score.
 
     KL and entropy are of the policies at the temperature that the responses are drawn at (greedy: at 1), so that the
     mean over responses is that of the distribution they come from; filters are left out of them.
     """
-    model, params = compared[stage]
-    reference_model, reference = compared.get("sft", compared[stage])
+    model, params = policies[stage]
+    reference_model, reference = next(iter(policies.values()))
     reward_model, reward = job.load("reward") if job.run.stages.reward else (model, None)
     settings = sampling_params(job.config.sampling, job.tokenizer)
     sampler = split_caches(job.mesh, sampler_of(model, job.config.sampling))

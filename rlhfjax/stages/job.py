@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from rlhfjax.config import schema
+from rlhfjax.config.recipe import FACTS
 from rlhfjax.data.pipeline import Reader
 from rlhfjax.models import SequenceModel
 from rlhfjax.models.lora import has_adapters, init_lora, join, merge
@@ -29,7 +30,7 @@ from rlhfjax.training.state import place
 from rlhfjax.training.supervision import Watch
 from rlhfjax.types import Params
 
-NAMES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate", "dpo")  # the place of a stage is its key
+_USES = {"init": 0, "steps": 1, "samples": 2, "adapters": 3}  # numbers of their keys: never changed, never given anew
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Job:
 
     def key(self, use: str) -> jax.Array:
         """A key of its own for each use in each stage: fold_in(fold_in(key(seed), stage), use)."""
-        stage_key = jax.random.fold_in(jax.random.key(self.run.seed), NAMES.index(self.stage))
-        return jax.random.fold_in(stage_key, ("init", "steps", "samples", "adapters").index(use))
+        stage_key = jax.random.fold_in(jax.random.key(self.run.seed), FACTS[self.stage].key)
+        return jax.random.fold_in(stage_key, _USES[use])
 
     def watch(self) -> Watch:
         """What stands beside the loop of the stage; several processes stop together."""
@@ -139,7 +140,7 @@ class Job:
 
     def _adapted(self, model: SequenceModel, params: Params) -> tuple[SequenceModel, Params]:
         lora = self.run.model.lora
-        if not lora or self.stage == "pretrain" or has_adapters(params):
+        if not lora or not FACTS[self.stage].adapts or has_adapters(params):
             return model, params
         init = jax.jit(lambda key: init_lora(key, params, lora.rank, lora.targets))
         adapters = place(self.mesh, init(self.key("adapters")))
@@ -148,7 +149,7 @@ class Job:
     def lineage(self) -> dict[str, Any]:
         """What checkpoints with adapters say of them and of the base that they belong to; nothing without adapters."""
         lora = self.run.model.lora
-        if not lora or self.stage == "pretrain":
+        if not lora or not FACTS[self.stage].adapts:
             return {}
         base_dir = find_checkpoint(self.run_dir / ("pretrain" if self.run.stages.pretrain else "base"))
         return {"lora": lora.model_dump(), "base": reference_to(base_dir, self.dir)}

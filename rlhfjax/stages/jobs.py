@@ -2,6 +2,7 @@
 
 import datetime
 import difflib
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from rlhfjax.config import (
     sequence_lengths,
     split_sizes,
 )
+from rlhfjax.config.recipe import FACTS, NAMES, TOKENIZER, Entry, entries_of
 from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.evaluation.judges import require_judges
@@ -31,21 +33,14 @@ from rlhfjax.models.lora import linears, targeted
 from rlhfjax.sharding import make_mesh, processes
 from rlhfjax.sharding.per_device import by_rows_and_heads
 from rlhfjax.stages.data import open_batches
-from rlhfjax.stages.dpo import dpo
 from rlhfjax.stages.exact_match import pairs_of
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.models import sampling_params
 from rlhfjax.stages.parents import checkpoint_digest
-from rlhfjax.stages.policy import pretrain, sft
-from rlhfjax.stages.ppo import ppo
-from rlhfjax.stages.reward import reward
-from rlhfjax.stages.sources import Entry, entries_of, two_forms
-from rlhfjax.stages.tokenizer import tokenizer
+from rlhfjax.stages.sources import two_forms
 from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.training.checkpoint import find_checkpoint, read_meta, require_writable, tokenizer_of
 from rlhfjax.training.metrics_catalogue import METRICS, metric_of
-
-STAGES = ("tokenizer", *schema.Stages.model_fields)
 
 
 def make_jobs(
@@ -57,6 +52,9 @@ def make_jobs(
     """
     check(run, jax.device_count())
     _check_best(run.checkpoints.keep_best)
+    for stage in stages:
+        if not FACTS[stage].measures:  # which imports matplotlib, a third of all imports
+            _function(stage)  # what runs is the code as it is at the start
     if "evaluate" in stages and run.stages.evaluate and run.stages.evaluate.ratings:
         require_judges()  # they are needed last; that they are missing must not be found out last
     data_dir = Path(run.data_dir) if run.data_dir else default_data_dir()
@@ -119,18 +117,17 @@ def execute(job: Job) -> dict[str, Any]:
     """Run one stage."""
     faults.reach(job.stage, 0)
     with spread_by(by_rows_and_heads(job.mesh)):
-        if job.stage == "evaluate":
-            from rlhfjax.stages.evaluate import evaluate  # and with it matplotlib, which takes a third of all imports
+        return _function(job.stage)(job)
 
-            return evaluate(job)
-        stages = {f.__name__: f for f in (tokenizer, pretrain, sft, reward, dpo, ppo)}
-        return stages[job.stage](job)
+
+def _function(stage: str) -> Callable[[Job], dict[str, Any]]:
+    return getattr(importlib.import_module(f"rlhfjax.stages.{FACTS[stage].module}"), stage)
 
 
 def check_data(jobs: list[Job]) -> None:
     """Read every record that any stage will use, and check that model and tokenizer belong together."""
     for job in jobs:
-        if job.stage != "tokenizer":
+        if job.stage != TOKENIZER:
             opened = open_batches(job)
             if epochs := getattr(job.config, "epochs", None):
                 check_updates(job.stage, job.config.optimizer, opened["train"].steps(epochs))
@@ -208,7 +205,7 @@ def _check_sources(run: Run, data_dir: Path, report: Callable[[str], None]) -> N
     Reports, once for each, what files were taken for and what of them nobody reads, and prompts of two forms.
     """
     said, forms = set(), {}
-    for stage in STAGES:
+    for stage in NAMES:
         for entry, kind in entries_of(run, stage):
             opened = open_source(entry.source, entry.split, data_dir, kind, entry.reading)
             lines = [line for line in opened.notes if (entry.source, line) not in said]
@@ -221,4 +218,4 @@ def _check_sources(run: Run, data_dir: Path, report: Callable[[str], None]) -> N
 
 
 def entries(run: Run) -> list[Entry]:
-    return [entry for stage in STAGES for entry in entries_of(run, stage)]
+    return [entry for stage in NAMES for entry in entries_of(run, stage)]

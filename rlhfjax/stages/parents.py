@@ -5,26 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhfjax.config import Run
+from rlhfjax.config.recipe import parents_of
 from rlhfjax.stages.job import Job
 from rlhfjax.text.loading import CHAT_TEMPLATE, AnyTokenizer
 from rlhfjax.training.checkpoint import find_checkpoint, stored_digests, tree_digest
-
-
-def parents_of(run: Run, stage: str) -> list[str]:
-    """The earlier stages whose models a stage reads, as the functions of the stages ask for them."""
-    stages = [name for name, section in run.stages if section is not None]
-    earlier = stages[: stages.index(stage)] if stage in stages else []
-    policy = [name for name in ("sft", "pretrain") if name in earlier][:1]
-    if stage == "reward" and run.stages.reward and run.stages.reward.start_from != "sft":
-        policy = [name for name in ("pretrain",) if name in earlier]
-    return {
-        "sft": [name for name in ("pretrain",) if name in earlier],
-        "reward": policy,
-        "dpo": policy,
-        "ppo": [*policy, "reward"],
-        "evaluate": earlier,
-    }.get(stage, [])
 
 
 def parents(job: Job) -> dict[str, dict[str, Any]]:

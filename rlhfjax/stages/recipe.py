@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from rlhfjax.config import Run
+from rlhfjax.config.recipe import FACTS, TOKENIZER, stages_of
 from rlhfjax.errors import ConfigError
 from rlhfjax.plain_json import dumps
 from rlhfjax.stages.agreement import facts_of
@@ -80,7 +81,7 @@ def _run_open_stages(run: Run, run_dir: Path, wanted: list[str], manifest: Manif
     with manifest:
         stopping.before_exit(manifest.leave)
         _run_stages(run, run_dir, open_stages, manifest)
-    if "evaluate" in open_stages and _speaks():
+    if any(FACTS[stage].measures for stage in open_stages) and _speaks():
         _print_results(run_dir)
     _point_to_report(run_dir)
 
@@ -103,11 +104,6 @@ def _speaks() -> bool:
 def _by_first(what: Callable[[], None], name: str) -> None:
     several = _processes()
     several.by_first(what, name) if several else what()
-
-
-def stages_of(run: Run) -> list[str]:
-    """The stages of a recipe in their order."""
-    return ["tokenizer", *(name for name, section in run.stages if section is not None)]
 
 
 def is_complete(run_dir: Path, stage: str) -> bool:
@@ -136,7 +132,7 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
         report(f"{jobs[0].stage}: continues {change}; it is rounded otherwise, and not bitwise the run without a break")
     for job in jobs:
         job.shared["began"] = began
-        if job.stage != "tokenizer" and job is next(j for j in jobs if j.stage != "tokenizer"):
+        if job is next((j for j in jobs if j.stage != TOKENIZER), None):
             agree_on_tokenizer(job)
             manifest.note(**tokenizer_facts(job.tokenizer))
             check_data(jobs)

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhfjax.config import load_config, resolved, schema
+from rlhfjax.config.recipe import stages_of
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.stages.chat_settings import date_of, facts_of_chat
 from rlhfjax.stages.comparison import first_differences
 from rlhfjax.stages.conditions import changed_keys, other_conditions
 from rlhfjax.stages.determinism import use_determinism
 from rlhfjax.stages.manifest import describe, read_attempts
-from rlhfjax.stages.recipe import is_complete, report, run_recipe, stages_of
+from rlhfjax.stages.recipe import is_complete, report, run_recipe
 
 _HOW = "see docs/reliability.md"
 

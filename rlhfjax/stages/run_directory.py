@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhfjax.config import Run, load_config, resolved, resolved_yaml, schema
+from rlhfjax.config import Run, load_config, resolved, resolved_yaml
+from rlhfjax.config.recipe import FACTS, NAMES
 from rlhfjax.errors import ConfigError, IntegrityError, Stopped
 from rlhfjax.stages.manifest import MANIFEST, read_attempts
 
 COMPLETE = "complete.json"
-ALL_STAGES = ("tokenizer", *schema.Stages.model_fields)
-_FOLDERS = (*ALL_STAGES, "base")
+_FOLDERS = (*NAMES, "base")
 _OTHER = "give another --run-dir"
 
 
@@ -138,8 +138,8 @@ def _refuse_change(run: Run, run_dir: Path, start_from: str | None) -> None:
         return
     before, now = _flat(resolved(load_config(path))), _flat(resolved(run))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    redone = ALL_STAGES[ALL_STAGES.index(start_from) :] if start_from else ()
-    begun = [stage for stage in ALL_STAGES if stage not in redone and (run_dir / stage).exists()]
+    redone = NAMES[NAMES.index(start_from) :] if start_from else ()
+    begun = [stage for stage in NAMES if stage not in redone and (run_dir / stage).exists()]
     refused = [key for key in changed if not key.startswith(_free(begun))]
     if refused:
         shown = "; ".join(f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in refused[:5])
@@ -153,8 +153,8 @@ def _free(begun: list[str]) -> tuple[str, ...]:
     """What keys that touch nothing of the stages `begun` start with. On another mesh a run continues, rounded anew."""
     if not begun:
         return ("",)
-    others = [f"stages.{stage}." for stage in ALL_STAGES if stage not in begun]
-    if not {"sft", "reward", "dpo", "ppo"} & set(begun):
+    others = [f"stages.{stage}." for stage in NAMES if stage not in begun]
+    if not any(FACTS[stage].adapts for stage in begun):
         others.append("model.lora")
     return (*others, "description", "logging.", "checkpoints.", "reliability.", "profile", "mesh.")
 

@@ -1,36 +1,11 @@
-"""The data that each stage reads, and that a stage which has begun goes on with the same."""
+"""What holds of the data of a recipe: one form throughout, and that a stage which has begun goes on with the same."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rlhfjax.config import Run
+from rlhfjax.config.recipe import entries_of
 from rlhfjax.errors import DataError
-
-Entry = tuple[Any, str]  # a data entry of the configuration and the kind of its records
-
-
-def entries_of(run: Run, stage: str) -> list[Entry]:
-    """The data entries of one stage; none of a stage that the recipe lacks."""
-    c = getattr(run.stages, stage, None)
-    if stage == "tokenizer":
-        return [(entry, "document") for entry in run.tokenizer.data]
-    if c is None:
-        return []
-    if stage == "evaluate":
-        ratings = [c.ratings.judge, c.ratings.baseline, c.ratings.test] if c.ratings else []
-        return _of({"prompt": c.data, "document": c.losses, "comparison": c.comparisons, "rated_text": ratings})
-    if stage == "ppo":
-        return _of({"prompt": c.data, "document": c.ptx.data if c.ptx else []})
-    kind = {"pretrain": "document", "sft": "demonstration"}.get(stage, "comparison")
-    own = _of({kind: [*c.data, *c.validation]})
-    if stage == "sft":
-        own += _of({"document": c.pretraining.data if c.pretraining else []})
-    return own + (_of({"demonstration": c.normalize.data}) if stage == "reward" else [])
-
-
-def _of(held: Mapping[str, Sequence[Any]]) -> list[Entry]:
-    return [(entry, kind) for kind, entries in held.items() for entry in entries]
 
 
 def two_forms(forms: Mapping[str, set[str]]) -> Iterator[str]:

@@ -11,11 +11,12 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from rlhfjax.config.upkeep import Guards
 from rlhfjax.errors import Diverged
 from rlhfjax.training.metrics import MetricsWriter, ProgressLine
 
@@ -23,19 +24,6 @@ LOSS = "loss/total"
 FILE = "guards.jsonl"
 Row = Mapping[str, float]
 State = TypeVar("State")
-
-
-class Settings(Protocol):
-    """The `reliability.guards` section of a configuration (see rlhfjax.config.upkeep.Guards)."""
-
-    non_finite: int
-    kl_ceiling: float | None
-    entropy_floor: float | None
-    length_at_cap: float | None
-    loss_spike: float | None
-    spike_window: int
-    on_divergence: Literal["stop", "rollback", "continue"]
-    rollbacks: int
 
 
 @dataclass(frozen=True)
@@ -100,7 +88,7 @@ _REMEDY = {
 }
 
 
-def judge(settings: Settings, memory: Memory, step: int, row: Row) -> list[Finding]:
+def judge(settings: Guards, memory: Memory, step: int, row: Row) -> list[Finding]:
     """What is wrong with the row of a step; a metric that the stage has not, or that is NaN, is not judged."""
     in_a_row = int(row.get("guard/skipped_in_a_row", 0))
     found = []
@@ -120,7 +108,7 @@ def judge(settings: Settings, memory: Memory, step: int, row: Row) -> list[Findi
     return found
 
 
-def _highest_loss(settings: Settings, memory: Memory) -> float | None:
+def _highest_loss(settings: Guards, memory: Memory) -> float | None:
     """Mean + loss_spike standard deviations of the window; None while it is not full."""
     if settings.loss_spike is None or len(memory.losses) < settings.spike_window:
         return None
@@ -128,7 +116,7 @@ def _highest_loss(settings: Settings, memory: Memory) -> float | None:
     return float(window.mean() + settings.loss_spike * window.std())
 
 
-def remember(settings: Settings, memory: Memory, row: Row, found: Iterable[Finding] = ()) -> Memory:
+def remember(settings: Guards, memory: Memory, row: Row, found: Iterable[Finding] = ()) -> Memory:
     """The memory after a row. A loss that is not finite says nothing about what losses are like."""
     losses = memory.losses
     if settings.loss_spike is not None and math.isfinite(row.get(LOSS, math.nan)):
@@ -176,7 +164,7 @@ class Guard:
     The file holds numbers of rows and metrics, no text.
     """
 
-    def __init__(self, settings: Settings, directory: Path, stage: str, memory: Memory | None = None):
+    def __init__(self, settings: Guards, directory: Path, stage: str, memory: Memory | None = None):
         self.settings, self.stage, self.memory = settings, stage, memory or Memory()
         self._path, self._warned = directory / FILE, set()
 

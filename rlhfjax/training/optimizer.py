@@ -3,39 +3,22 @@
 from collections.abc import Hashable
 from functools import partial
 from math import prod
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from rlhfjax.config.sections import Optimizer
+
 MUON_BETA = 0.95  # momentum and update size of Liu et al. 2025, whose rates are those of AdamW
 MUON_RMS = 0.2
 FACTORED = 128  # rows and columns from which Adafactor factors a matrix
 
 
-Kind = Literal["adamw", "adamw_bf16", "adafactor", "lion", "lion_bf16", "muon", "muon_bf16"]
-
-
-class Settings(Protocol):
-    """The `optimizer` section of a configuration (see rlhfjax.config.schema.Optimizer)."""
-
-    kind: Kind
-    lr: float
-    schedule: Literal["constant", "linear", "cosine", "noam"]
-    warmup_steps: int
-    warmup_from: float
-    final: float
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float | None
-
-
 def learning_rate(
-    settings: Settings, total_steps: int, peak: float | None = None, width: int | None = None
+    settings: Optimizer, total_steps: int, peak: float | None = None, width: int | None = None
 ) -> optax.Schedule:
     """Linear warm-up from `warmup_from` x peak, then constant, linear or cosine to `final` x peak.
 
@@ -64,7 +47,7 @@ def _noam(count: Any, factor: float, warmup: int) -> jax.Array:
 
 
 def make_optimizer(
-    settings: Settings, total_steps: int, peak: float | None = None, width: int | None = None
+    settings: Optimizer, total_steps: int, peak: float | None = None, width: int | None = None
 ) -> optax.GradientTransformation:
     """Global-norm clipping, the direction of `kind`, decoupled weight decay of matrices, the scheduled learning rate.
 
@@ -79,7 +62,7 @@ def make_optimizer(
     return optax.chain(clip, steps)
 
 
-def direction(settings: Settings) -> optax.GradientTransformation:
+def direction(settings: Optimizer) -> optax.GradientTransformation:
     """Where a step goes, before its size.
 
     - `adamw`: m / (sqrt(v) + eps) (Kingma & Ba 2015).

@@ -4,16 +4,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import jax
 
-
-class Settings(Protocol):
-    """The `profile` section of a configuration (see rlhfjax.config.upkeep.Profile)."""
-
-    start: int
-    steps: int
+from rlhfjax.config.upkeep import Profile
 
 
 class Clock:
@@ -44,7 +38,7 @@ class Trace:
     Steps count from the first that this process takes, which compiles. Each is a step of its name in the viewer.
     """
 
-    def __init__(self, directory: Path, settings: Settings | None, name: str):
+    def __init__(self, directory: Path, settings: Profile | None, name: str):
         self._directory, self._settings, self._name = directory / "profile", settings, name
         self._taken, self.running = 0, False
 

@@ -3,23 +3,16 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
 from rlhfjax import faults
+from rlhfjax.config.upkeep import Deadlines
 from rlhfjax.training import stopping
 from rlhfjax.training.watchdog import Watchdog
 
 _BROKEN_OFF = ("rollout", "score")
-
-
-class Deadlines(Protocol):
-    """The `deadlines` section of a configuration (see rlhfjax.config.upkeep.Deadlines), seconds."""
-
-    compile: float
-    step: float
-    save: float
 
 
 class Watch:

@@ -7,8 +7,9 @@ import pytest
 from rlhfjax.data import reading
 from rlhfjax.data.datasets import fingerprint, open_source
 from rlhfjax.data.preparing import prepare_files, prepare_source, what_was_made
-from rlhfjax.data.reading import Reading, Tally, data_file, read_records, reading_of
+from rlhfjax.data.reading import Tally, data_file, read_records
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.record_kinds import Reading, reading_of
 
 ALPACA = [
     {"instruction": "Say it.", "input": "Blue.", "output": "Blue."},

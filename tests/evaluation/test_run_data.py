@@ -35,11 +35,13 @@ def test_after_a_resume_the_later_line_holds(tmp_path):
 
 
 def test_a_stage_of_another_name_is_shown_after_the_recipe(tmp_path):
-    write_lines(tmp_path / "grpo" / "metrics.jsonl", [{"step": 1, "objective/kl": 0.5, "note": "text", "none": None}])
+    write_lines(
+        tmp_path / "best_of_n" / "metrics.jsonl", [{"step": 1, "objective/kl": 0.5, "note": "text", "none": None}]
+    )
     run = read_run(tmp_path)
-    assert run.stages[-1] == "grpo"
-    assert run.online_stages == ["grpo"]
-    assert run.series("grpo", "note")[0].size == run.series("grpo", "none")[0].size == 0
+    assert run.stages[-1] == "best_of_n"
+    assert run.online_stages == ["best_of_n"]
+    assert run.series("best_of_n", "note")[0].size == run.series("best_of_n", "none")[0].size == 0
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out_but_only_the_last(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from tiny import params_of, ranked_batch, tiny
 
 from rlhfjax.config import schema
+from rlhfjax.evaluation.run_data import read_run
 from rlhfjax.stages.objectives import joined_rows, preference_optimisation
 from rlhfjax.training.checkpoint import find_checkpoint, load_model
 from stages.tiny_recipe import recipe
@@ -45,12 +46,13 @@ def test_rows_hold_nothing_of_absent_candidates():
 
 @pytest.fixture(scope="module")
 def preferring(files, finished, command, tmp_path_factory):
-    """A run of dpo after the stages that the finished run has too."""
+    """A run of dpo, and its evaluation, after the stages that the finished run has too."""
     tree, folder = recipe(files), tmp_path_factory.mktemp("dpo")
     stages, reward = tree["stages"], tree["stages"]["reward"]
     offline = {key: reward[key] for key in ("data", "validation", "batch", "steps", "validate_every")}
     dpo = offline | {"optimizer": {"lr": 3e-3}, "loss": {"beta": 0.5}}
-    tree["stages"] = {"pretrain": stages["pretrain"], "sft": stages["sft"], "dpo": dpo}
+    evaluate = {key: value for key, value in stages["evaluate"].items() if key != "comparisons"}
+    tree["stages"] = {"pretrain": stages["pretrain"], "sft": stages["sft"], "dpo": dpo, "evaluate": evaluate}
     for stage in ("tokenizer", "pretrain", "sft"):
         shutil.copytree(finished / stage, folder / "run" / stage)
     (folder / "dpo.yaml").write_text(json.dumps(tree), encoding="utf-8")
@@ -74,3 +76,13 @@ def test_what_is_left_is_a_policy_and_the_last_of_the_run(preferring):
     assert set(params) == {"embed", "blocks", "final_norm"}  # no reference among them
     before = load_model(find_checkpoint(preferring / "sft"))[1]
     assert max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (params, before)), strict=True)) > 1e-4
+
+
+def test_what_was_preferred_is_measured_and_compared_with_what_it_began_as(preferring):
+    # fails where an evaluation knows ppo alone: no responses of dpo, no loss, none of its seconds
+    found = read_run(preferring).evaluation
+    assert [policy.name for policy in found.policies] == ["sft", "dpo"]
+    assert [policy.kl == 0 for policy in found.policies] == [True, False]
+    assert list(found.heldout_losses) == ["pretrain", "sft", "dpo"]
+    assert list(found.stage_seconds) == ["tokenizer", "pretrain", "sft", "dpo", "evaluate"]
+    assert list(found.samples[0].responses) == ["sft", "dpo"]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tiny import lenient, params_of, ppo_config, random_tokens, scalar_params_of, tiny
 
+from rlhfjax.config.recipe import STAGES
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.integrity import unverified
 from rlhfjax.sharding import make_mesh, state_shardings
@@ -176,6 +177,15 @@ def test_the_newest_and_the_best_stay(tmp_path, keep, best, scores, kept, chosen
     again = Checkpoints(tmp_path, keep, keep_best=best)
     assert (again.latest(), again.best() if best else chosen) == (len(scores), chosen)
     again.close()
+
+
+def test_a_run_stands_for_the_last_of_its_policies(tmp_path):
+    for facts in STAGES:  # in the order of the recipe
+        (tmp_path / facts.name / "checkpoints" / "5").mkdir(parents=True)
+        if facts.role == "policy":
+            assert find_checkpoint(tmp_path) == tmp_path / facts.name / "checkpoints" / "5"
+            last = facts.name
+    assert find_checkpoint(tmp_path).parts[-3] == last
 
 
 def test_an_empty_directory_has_no_step(tmp_path):

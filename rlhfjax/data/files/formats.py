@@ -12,7 +12,6 @@ from rlhfjax.data.files.tables import delimiter_of, read_csv, read_parquet
 from rlhfjax.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt", ".text", ".md")
-SAMPLE_BY = ("paragraph", "line", "document")
 _PARQUET = b"PAR1"
 _OTHERS = {
     b"PK\x03\x04": "a ZIP archive (or a spreadsheet); unpack it, or save it as CSV",

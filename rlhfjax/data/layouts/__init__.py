@@ -3,7 +3,6 @@
 Pure functions on decoded objects: reading files and printing what was recognised is the caller's.
 """
 
-import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,9 +18,10 @@ from rlhfjax.data.layouts import (
     transcripts,
     trees,
 )
-from rlhfjax.data.layouts.layout import READ, Layout
+from rlhfjax.data.layouts.layout import Layout
 from rlhfjax.data.layouts.mapping import mapped
-from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.errors import DataError
+from rlhfjax.record_kinds import FIELDS, require_layout
 
 __all__ = ["NAMES", "Layout", "mapped", "named", "recognise"]
 
@@ -45,9 +45,7 @@ _NEAREST = 3
 
 def named(name: str) -> Layout:
     """The layout of that name. Raises ConfigError that names the nearest ones."""
-    if name not in _NAMED:
-        near = difflib.get_close_matches(name, NAMES, _NEAREST) or NAMES
-        raise ConfigError(f"expected a layout such as {', '.join(near)}, got {name!r}")
+    require_layout(name)
     return _NAMED[name]
 
 
@@ -65,7 +63,7 @@ def recognise(sample: Sequence[Any], kind: str | None) -> Layout:
     if fitting and max(fitting) > 0:
         return able[fitting.index(max(fitting))]
     names = Counter(name for obj in objects for name in obj)
-    if kind and READ[kind] & set(names):
+    if kind and FIELDS[kind] & set(names):
         return own.ANY
     raise _unknown(objects, names, able, kind)
 

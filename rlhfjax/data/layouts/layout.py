@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from rlhfjax.data.fields import Fields
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.record_kinds import FIELDS
 
 Object = dict[str, Any]
 Convert = Callable[[Fields], list[Object]]
@@ -20,15 +21,6 @@ MEANINGFUL = _MEDIA | {
     *("system", "system_prompt", "tools", "functions", "history", "input", "context", "choices", "thinking"),
     *("label", "kto_tag", "weight", "score", "score_chosen", "score_rejected", "margin"),
 }
-READ: Mapping[str, frozenset[str]] = {  # what makes up a record of each kind; beside it there are ids and settings
-    "document": frozenset({"text"}),
-    "demonstration": frozenset({"prompt", "completion", "messages"}),
-    "comparison": frozenset({"prompt", "messages", "responses", "ranks", "chosen", "rejected"}),
-    "prompt": frozenset({"prompt", "messages"}),
-    "unpaired": frozenset({"prompt", "messages", "completion", "label"}),
-    "rating": frozenset({"output_id", "labeler_id", "likert", "flags"}),
-}
-SETTINGS = frozenset({"tools", "chat_template_kwargs"})  # beside a prompt of any kind
 
 
 class Way(NamedTuple):
@@ -106,5 +98,5 @@ class Layout:
 
 
 def _beside(kind: str, left: Object, row: Object) -> Object:
-    taken = READ[kind] | set(row)
+    taken = FIELDS[kind] | set(row)
     return {f"original_{name}" if name in taken else name: value for name, value in left.items()}

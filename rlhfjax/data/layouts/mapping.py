@@ -6,22 +6,11 @@ from typing import Any
 
 from rlhfjax.data.fields import Fields, type_name
 from rlhfjax.data.layouts import conversations, own, preferences
-from rlhfjax.data.layouts.layout import READ, Layout, Object, Way
-from rlhfjax.errors import ConfigError
+from rlhfjax.data.layouts.layout import Layout, Object, Way
+from rlhfjax.record_kinds import MAY_MISS, kind_of_map
 
 _OURS = (*own.LAYOUTS, *own.DOCUMENTS)
 _READERS = (*_OURS, *preferences.LAYOUTS, *conversations.LAYOUTS)
-_MAY_MISS = ("prompt_id", "labeler_id", "use_case", "tools", "chat_template_kwargs", "system")
-_NEEDS = (  # what says which kind is meant, the richest first
-    ("comparison", {"chosen", "rejected"}),
-    ("comparison", {"responses", "ranks"}),
-    ("unpaired", {"completion", "label"}),
-    ("demonstration", {"completion"}),
-    ("demonstration", {"messages"}),
-    ("prompt", {"prompt"}),
-    ("rating", {"output_id", "likert"}),
-    ("document", {"text"}),
-)
 
 
 def mapped(mapping: Mapping[str, str]) -> Layout:
@@ -29,18 +18,8 @@ def mapped(mapping: Mapping[str, str]) -> Layout:
 
     Raises ConfigError for a name that no record has, and where the names make up no record.
     """
-    known = sorted(frozenset().union(*READ.values()) | set(_MAY_MISS))
-    for name in mapping:
-        if name not in known:
-            ours = ", ".join(known)
-            raise ConfigError(f"--map {name}={mapping[name]}: expected a field of ours ({ours}), got {name!r}")
-    kinds = [kind for kind, needs in _NEEDS if needs <= set(mapping)]
-    if not kinds:
-        raise ConfigError(
-            f"--map: expected the fields of a record kind (such as prompt and completion), got {', '.join(mapping)}"
-        )
     words = ", ".join(f"{theirs} → {ours}" for ours, theirs in mapping.items())
-    ways = {kind: Way(words, partial(_taken, dict(mapping), kind)) for kind in _given_with(kinds[0])}
+    ways = {kind: Way(words, partial(_taken, dict(mapping), kind)) for kind in _given_with(kind_of_map(mapping))}
     return Layout("map", ", ".join(mapping.values()), lambda obj: True, ways)
 
 
@@ -52,7 +31,7 @@ def _given_with(kind: str) -> tuple[str, ...]:
 def _taken(mapping: Mapping[str, str], kind: str, fields: Fields) -> list[Object]:
     """The mapped fields, read as ours, or as messages where they hold such."""
     roots = {path: path if path in fields.left else path.partition(".")[0] for path in mapping.values()}
-    there = {ours: path for ours, path in mapping.items() if ours not in _MAY_MISS or roots[path] in fields.left}
+    there = {ours: path for ours, path in mapping.items() if ours not in MAY_MISS or roots[path] in fields.left}
     row = {ours: value for ours, path in there.items() if (value := _at(fields, path)) is not None}
     for root in roots.values():
         fields.pop(root)

@@ -7,8 +7,9 @@ from typing import Any
 from rlhfjax.data.fields import Fields
 from rlhfjax.data.labels import meaning
 from rlhfjax.data.layouts.derived import layout
-from rlhfjax.data.layouts.layout import READ, SETTINGS, Layout, Object, Way
+from rlhfjax.data.layouts.layout import Layout, Object, Way
 from rlhfjax.data.messages import ROLES
+from rlhfjax.record_kinds import FIELDS, SETTINGS
 
 NAME = "rlhfjax"
 _THEIRS = {"response", "response_0", "response_1"}  # the answers of other layouts with a prompt
@@ -70,7 +71,7 @@ def _is_unpaired(obj: Object) -> bool:
 
 
 def _take(kind: str, fields: Fields) -> list[Object]:
-    names = READ[kind] | (SETTINGS if "prompt" in READ[kind] else set())
+    names = FIELDS[kind] | (SETTINGS if "prompt" in FIELDS[kind] else set())
     return [{name: fields.pop(name) for name in sorted(names) if name in fields}]
 
 

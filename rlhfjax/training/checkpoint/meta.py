@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rlhfjax.config.recipe import STAGES
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.integrity import MANIFEST, read_manifest, verified_once, verifying
 from rlhfjax.models import SequenceModel
@@ -17,7 +18,6 @@ from rlhfjax.text.chat_writing import ChatSettings
 from rlhfjax.text.loading import AnyTokenizer, tokenizer_from
 from rlhfjax.text.tokenizer import Tokenizer
 
-STAGES = ("ppo", "dpo", "sft", "pretrain")  # which stage of a run holds its last policy, newest first
 SCALAR = ("reward", "value")  # items with a scalar head
 COMPLETE = "complete.json"
 FORMAT = 2  # since 2 a step has a manifest; one of format 1 can only be believed
@@ -76,7 +76,7 @@ def find_checkpoint(path: str | Path) -> Path:
         steps = [int(entry.name) for entry in (path / "checkpoints").iterdir() if entry.name.isdigit()]
         if steps:
             return path / "checkpoints" / str(max(steps))
-    for stage in STAGES:
+    for stage in (facts.name for facts in reversed(STAGES) if facts.role == "policy"):
         if any(entry.name.isdigit() for entry in (path / stage / "checkpoints").glob("*")):
             return find_checkpoint(path / stage)
     raise ConfigError(f"checkpoint: {path} holds no checkpoint; expected {path}/checkpoints/STEP or a run with one")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rlhfjax.data.layouts import NAMES, mapped, named, recognise
 from rlhfjax.data.records import KINDS, parse_record
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.record_kinds import LAYOUTS
 from tests.data.layouts.cases import ASKED, BAD, BRIEF, GOOD, USER, read, said
 
 OURS = [
@@ -96,7 +97,7 @@ def test_a_file_with_a_field_of_ours_is_judged_row_by_row():
 def test_names():
     assert "rlhfjax" in NAMES
     assert "safe_rlhf_safer" in NAMES
-    assert [named(name).name for name in NAMES] == list(NAMES)
+    assert [named(name).name for name in NAMES] == list(NAMES) == list(LAYOUTS)
     for name in NAMES:
         for kind in named(name).kinds:
             assert named(name).explain(kind)
