@@ -464,7 +464,7 @@ def process(*args, **kwargs):
 def test_a_process_exits_with_the_code():
     done = process("validate", "quickstart", "stages.ppo.clip=0.2x")
     assert done.returncode == 2
-    assert done.stderr == 'error: override stages.ppo.clip: expected a number > 0, got "0.2x"\n'
+    assert done.stderr == 'error: override stages.ppo.loss.clip: expected a number > 0, got "0.2x"\n'
     assert done.stdout == ""
 
 

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-from rlhfjax.config.recipe import FACTS, SUPERVISED, offline, online, sampling, section_of, stages_of
+from rlhfjax.config.recipe import FACTS, SUPERVISED, needs_of, offline, online, sampling, section_of, stages_of
 from rlhfjax.config.schema import Mesh, Optimizer, RolloutBatch, Run, Sampling
 from rlhfjax.config.shape import Shape, linears, model_shape
 from rlhfjax.config.unread import unread
@@ -212,7 +212,7 @@ def _inputs(run: Run) -> Iterator[str]:
     for name, section in stages:
         if section and FACTS[name].aligns and not start:
             yield f"stages.{name} needs a policy to start from; add stages.{SUPERVISED} or model.checkpoint"
-        for need in FACTS[name].needs if section else ():
+        for need in needs_of(run, name):
             if not section_of(run, need):
                 yield f"stages.{name} needs a {FACTS[need].role} model; add stages.{need}"
     if stages.evaluate and not (checkpoint or any(FACTS[name].role == "policy" for name in stages_of(run))):

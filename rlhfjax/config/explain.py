@@ -114,8 +114,12 @@ def _nearest(path: Path, schema: dict[str, Any]) -> str:
     """`; did you mean …?`: a near name in the same section, else where in the file that very name belongs."""
     siblings, key = _keys(_at(schema, path[:-1]), schema), str(path[-1])
     near = [(*path[:-1], name) for name in difflib.get_close_matches(key, siblings, n=1)]
-    elsewhere = [found for found in _all_paths(schema, schema) if found[-1] == key]
-    below = [found for found in elsewhere if found[: len(path) - 1] == path[:-1]]
+    everywhere = list(_all_paths(schema, schema))
+    elsewhere = [found for found in everywhere if found[-1] == key]
+    inside = [found for found in everywhere if found[: len(path) - 1] == path[:-1]]
+    below = [found for found in inside if found in elsewhere]
+    alike = difflib.get_close_matches(key, {str(found[-1]) for found in inside}, n=1)
+    below = below or [found for found in inside if found[-1] in alike]
     if meant := near or below or (elsewhere if len(elsewhere) == 1 else []):
         return f"; did you mean {' or '.join(map(dotted, meant[:3]))}?"
     nearest = difflib.get_close_matches(key, siblings, n=1, cutoff=0.0)

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from rlhfjax.config import reading
 from rlhfjax.config.explain import problems, shown
+from rlhfjax.config.moved import moved, place_of
 from rlhfjax.config.overrides import apply_override, parse_override
 from rlhfjax.config.schema import Run
 from rlhfjax.errors import ConfigError
@@ -35,10 +36,13 @@ def load_config(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Run:
     if not isinstance(tree, dict):
         got = "an empty file" if tree is None else shown(tree)
         raise ConfigError(f"{path}: expected a configuration (name, model, tokenizer, stages), got {got}")
+    tree = moved(tree)
+    lines |= {place_of(key): line for key, line in lines.items()}
     overridden: list[str] = []
     for override in overrides:
         key, value = parse_override(override)
-        tree = apply_override(tree, key, value)
+        key = place_of(key)
+        tree = moved(apply_override(tree, key, value))
         overridden.append(reading.dotted(key))
     try:
         return Run.model_validate(tree)
@@ -54,9 +58,9 @@ def key_sources(path_or_name: str | Path, overrides: Iterable[str] = ()) -> dict
     """
     path = config_path(path_or_name)
     tree, lines = reading.read_yaml(_text(path))
-    found = {reading.dotted(key): f"{path}:{lines[key]}" for key in _leaf_keys(tree)}
+    found = {reading.dotted(place_of(key)): f"{path}:{lines[key]}" for key in _leaf_keys(tree)}
     for override in overrides:
-        key = reading.dotted(parse_override(override)[0])
+        key = reading.dotted(place_of(parse_override(override)[0]))
         found = {name: where for name, where in found.items() if not f"{name}.".startswith(f"{key}.")}
         found[key] = f"override {override}"
     return found

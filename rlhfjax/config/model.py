@@ -78,7 +78,7 @@ class Architecture(Section):
 
 
 class Lora(Section):
-    """Low-rank adapters (Hu et al. 2021): SFT, reward model and PPO train them, and leave the base as it is.
+    """Low-rank adapters (Hu et al. 2021): every stage after pretraining trains them, and leaves the base as it is.
 
     They go beside every linear whose path holds a match of one of the regular expressions `targets`. Their product is
     scaled by alpha / rank.

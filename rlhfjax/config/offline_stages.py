@@ -93,7 +93,7 @@ class Normalize(Section):
     """After training: the mean score of `on` becomes 0 and, with `scale`, its standard deviation 1.
 
     `demonstrations` reads the responses of `data`; `samples` reads responses of the SFT policy to its prompts, drawn
-    as PPO will (`stages.ppo.sampling`), or without PPO at temperature 1, up to `batch.length` with their prompt.
+    as the last online stage will, or without one at temperature 1, up to `batch.length` with their prompt.
     """
 
     on: Literal["demonstrations", "samples", "none"] = "demonstrations"

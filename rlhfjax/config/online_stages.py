@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from rlhfjax.config.rewards import ModelReward, Rewards
 from rlhfjax.config.sections import (
     Count,
     Fraction,
@@ -49,12 +50,16 @@ class Ptx(Section):
 
 
 class Online(Section):
-    """What they have in common: prompts, how responses are drawn and scored, the KL penalty, the pretraining mix."""
+    """What they have in common: prompts, how responses are drawn and scored, the KL penalty, the pretraining mix.
+
+    The score of a response is the weighted sum of `rewards`; the default is the reward model of this recipe.
+    """
 
     data: Sources
     steps: Count
     batch: RolloutBatch
     sampling: Sampling
+    rewards: Rewards = [ModelReward(model="reward")]
     missing_eos: MissingEos = MissingEos()
     kl: Kl = Kl()
     optimizer: Optimizer
@@ -104,10 +109,16 @@ class Value(Section):
     coef: NonNegative = 0.1
 
 
-class Ppo(Online):
-    """PPO with a per-token KL penalty, a separate value model and the pretraining mix (Ouyang et al. 2022, eq. 2)."""
+class PolicyLoss(Section):
+    """The clipped surrogate, less `entropy_coef` x the entropy of the policy."""
 
     clip: Positive = 0.2
     entropy_coef: NonNegative = 0.0
+
+
+class Ppo(Online):
+    """PPO with a per-token KL penalty, a separate value model and the pretraining mix (Ouyang et al. 2022, eq. 2)."""
+
+    loss: PolicyLoss = PolicyLoss()
     returns: Returns = Returns()
     value: Value = Value()

@@ -9,7 +9,7 @@ FORM = "dotted.key=value, such as stages.ppo.steps=200"
 
 
 def parse_override(text: str) -> tuple[Path, Any]:
-    """`stages.ppo.clip=0.1` as (("stages", "ppo", "clip"), 0.1); parts of digits are list positions.
+    """`stages.ppo.steps=9` as (("stages", "ppo", "steps"), 9); parts of digits are list positions.
 
     Raises ConfigError when the text has another form or its value is not valid YAML.
     """

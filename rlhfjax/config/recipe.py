@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from rlhfjax.config.schema import Data, Evaluate, Offline, Online, Run
+from rlhfjax.config.rewards import on_device
+from rlhfjax.config.schema import Data, Evaluate, Offline, Online, Ppo, Run
 
 Entry = tuple[Data, str]  # a data entry of the configuration, and the kind of its records
 
@@ -22,9 +23,9 @@ class StageFacts:
 
     `key` is folded into the seed: its random numbers depend on it, so that it is never changed or given to another one.
     `role` is the model that it hands on, `starts_from` are the stages whose policy it starts from, the first that the
-    recipe has, and `needs` those whose models it reads beside. `unit` is that of what its curve shows, the loss or the
-    score. With `adapts` it trains adapters where the model has them; with `online` it samples while it trains; what
-    `measures` makes no model, and reads all that there are.
+    recipe has, and `needs` those whose models it may read beside. `unit` is that of its loss, or of its score. With
+    `adapts` it trains adapters where the model has them; with `online` it samples while it trains; what `measures`
+    makes no model, and reads all that there are.
     """
 
     name: str
@@ -185,7 +186,18 @@ def parents_of(run: Run, stage: str) -> list[str]:
     earlier = [name for name in there[: there.index(stage)] if FACTS[name].role]
     if facts.measures:
         return earlier
-    return [*[name for name in starts_of(run, stage) if name in earlier][:1], *facts.needs]
+    return [*[name for name in starts_of(run, stage) if name in earlier][:1], *needs_of(run, stage)]
+
+
+def needs_of(run: Run, stage: str) -> list[str]:
+    """The stages whose models a stage reads beside its policy: those that its rewards or its value model name."""
+    section = section_of(run, stage)
+    if not isinstance(section, Online):
+        return []
+    named = [term.model for term in on_device(section.rewards)]
+    if isinstance(section, Ppo) and section.value.trunk == "own":
+        named.append(section.value.start_from)
+    return [need for need in FACTS[stage].needs if need in named]
 
 
 def compared(run: Run) -> list[str]:

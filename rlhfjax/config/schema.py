@@ -94,7 +94,10 @@ class ExactMatch(Section):
 
 
 class Evaluate(Section):
-    """The report: held-out losses by stage, reward-model accuracy, win rates PPO against SFT, samples, exact match."""
+    """The report: held-out losses by stage, accuracy of the reward model, win rates, samples, exact match.
+
+    What is sampled and judged is the last policy, against the one that it started from.
+    """
 
     data: Sources
     samples: Count = 512

@@ -204,7 +204,7 @@ class RolloutBatch(Section):
 
 
 class Sampling(Section):
-    """How responses are drawn. PPO takes no top_k, top_p and min_p: log-probabilities are of the unfiltered policy.
+    """How responses are drawn. Online stages take no top_k, top_p and min_p, since they learn as the policy itself.
 
     `stop` ends a response at that single token (default: EOS) from position `stop_after` on.
     `old_log_probs: rollout` keeps the sampler's own; `recompute` takes them from one forward pass (exact ratio 1).

@@ -25,8 +25,8 @@ class Checkpoints(Section):
 class Guards(Section):
     """What a run may not do for long. None: not watched.
 
-    An update with a loss, gradient, score or KL that is no finite number is skipped; `non_finite` steps (PPO
-    iterations) in a row without any other are a divergence. So are KL above `kl_ceiling` (nats per response), entropy
+    An update with a loss, gradient, score or KL that is no finite number is skipped; `non_finite` steps
+    (iterations) in a row without any other are a divergence. So are KL above `kl_ceiling` (nats per response), entropy
     below `entropy_floor` (nats per token), a share of responses without an end above `length_at_cap`, and a total loss
     more than `loss_spike` standard deviations above the mean of its last `spike_window` values. A rollback goes to the
     last checkpoint that was good and leaves out the batches in between, at most `rollbacks` times.
@@ -68,7 +68,7 @@ class Reliability(Section):
 
 
 class Logging(Section):
-    """Sample tables every `samples_every` PPO steps with `samples` rows; TensorBoard files beside metrics.jsonl."""
+    """Sample tables every `samples_every` iterations with `samples` rows; TensorBoard files beside metrics.jsonl."""
 
     samples_every: Count = 10
     samples: Count = 8
@@ -76,7 +76,7 @@ class Logging(Section):
 
 
 class Profile(Section):
-    """A trace of each training stage: `steps` steps or PPO iterations, from the `start`-th of this process on."""
+    """A trace of each training stage: `steps` steps or iterations, from the `start`-th of this process on."""
 
     start: Count = 3
     steps: Count = 2

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from rlhfjax.config import schema
-from rlhfjax.config.recipe import FACTS
+from rlhfjax.config.recipe import FACTS, starts_of
 from rlhfjax.data.pipeline import Reader
 from rlhfjax.models import SequenceModel
 from rlhfjax.models.lora import has_adapters, init_lora, join, merge
@@ -111,9 +111,11 @@ class Job:
     def policy_from(self, *stages: str) -> tuple[SequenceModel, Params]:
         """The policy of the first of `stages` that the recipe has; else the model's checkpoint; else a fresh one.
 
+        Where none are given, they are those that this stage starts from.
+
         With `model.lora` it holds adapters, fresh ones where that policy has none. Pretraining has no use for them.
         """
-        for stage in stages:
+        for stage in stages or starts_of(self.run, self.stage):
             if getattr(self.run.stages, stage):
                 return self._adapted(*self.load(stage))
         if self.run.model.checkpoint:

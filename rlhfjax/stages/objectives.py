@@ -134,7 +134,7 @@ def ppo_objective(c: schema.Ppo, policy: SequenceModel, value: SequenceModel, ga
 
     `gather` is for one device (see `rlhfjax.functional.vocabulary`).
     """
-    how = {"entropy_gradient": c.entropy_coef > 0, "gather": gather}
+    how = {"entropy_gradient": c.loss.entropy_coef > 0, "gather": gather}
 
     def both(params: Params, rows: TokenBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
         parts = params["policy"], params["value"]["head"], rows
@@ -144,10 +144,10 @@ def ppo_objective(c: schema.Ppo, policy: SequenceModel, value: SequenceModel, ga
         log_probs=policy_log_probs(policy, c.sampling.temperature, **how),
         values=lambda params, rows: token_values(value, params["value"], rows),
         both=both if c.value.trunk == "policy" else None,
-        clip=c.clip,
+        clip=c.loss.clip,
         value_clip=c.value.clip,
         value_coef=c.value.coef,
-        entropy_coef=c.entropy_coef,
+        entropy_coef=c.loss.entropy_coef,
         **c.returns.model_dump(),
         missing_eos=c.missing_eos.mode,
         missing_eos_value=c.missing_eos.value,

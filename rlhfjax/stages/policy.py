@@ -20,7 +20,7 @@ def pretrain(job: Job) -> Facts:
 
 def sft(job: Job) -> Facts:
     """Supervised fine-tuning on demonstrations, with an optional share of pretraining text."""
-    model, params = job.policy_from("pretrain")
+    model, params = job.policy_from()
     return _train_policy(job, model, params)
 
 

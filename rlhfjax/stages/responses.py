@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from rlhfjax.config.recipe import online
 from rlhfjax.data.batches import left_padded
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models import SequenceModel
@@ -39,14 +40,14 @@ class Draws:
 
 
 def draws_of(job: Job, prompts: Sequence[Sequence[int]], context: int) -> Draws:
-    """As PPO will sample, where the recipe has it, within `context` tokens; else freely up to the stage's length.
+    """As the last online stage will sample, where there is one, within `context` tokens; else freely up to the length.
 
     The budget of a response depends on its own prompt alone: `length` or `context` less the prompt, and no more than
-    PPO's `max_new_tokens`.
+    that stage's `max_new_tokens`.
     """
-    lengths, ppo = np.asarray([len(prompt) for prompt in prompts], np.int32), job.run.stages.ppo
-    if ppo:
-        sampling = replace(sampling_params(ppo.sampling, job.tokenizer), speculation=None)
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    if sampled := online(job.run):
+        sampling = replace(sampling_params(sampled[-1][1].sampling, job.tokenizer), speculation=None)
         budgets = np.minimum(sampling.max_new_tokens, context - lengths)
     else:
         budgets = job.config.batch.length - lengths

@@ -26,7 +26,7 @@ from rlhfjax.types import Params
 def reward(job: Job) -> Facts:
     """The reward model: the policy's decoder with a scalar head, on K-way rankings; then its scores are centred."""
     c: schema.Reward = job.config
-    model, policy = job.policy_from("sft", "pretrain") if c.start_from == "sft" else job.policy_from("pretrain")
+    model, policy = job.policy_from()
     params = with_head(policy, init_head(job.key("init"), model.config.width))
     pack = ranking_packer(job, model, open_batches(job).values(), ends=True)
     measure = accuracy_meter(job, reward_modelling(model, c.loss), pack)

@@ -33,13 +33,13 @@ _TOKEN_MEAN = "mean over tokens"
 _UPDATE_MEAN = "mean over tokens, then over updates"
 
 _LEARNING = (
-    Metric("step", "steps", "-", "count", "optimizer steps (offline stages) or PPO iterations so far"),
+    Metric("step", "steps", "-", "count", "optimizer steps (offline stages) or iterations (online ones) so far"),
     Metric("episode", "episodes", "-", "count", "rollouts sampled so far"),
     Metric("lr", "1/step", "-", "value", "learning rate of the (first) update; skipped ones do not move it"),
     Metric("loss/train", "nats", "target tokens (dpo: pairs without ties)",
            "mean over tokens (dpo: 1/C(K,2) per prompt, mean over prompts)",
            "-log p of the next token (dpo: the preference loss of loss.kind)"),
-    Metric("loss/validation", "nats", _TARGETS, _TOKEN_MEAN, "the same on held-out data, dropout off"),
+    Metric("loss/validation", "nats", _TARGETS, _TOKEN_MEAN, "-log p of the next token on held-out data, dropout off"),
     Metric("loss/validation/NAME", "nats", _TARGETS, _TOKEN_MEAN, "the same on the data set NAME"),
     Metric("eval/reward_score", "score", "validation prompts", "mean", "reward model's score of samples (select_by)"),
     Metric("grad/norm", "-", "parameters", "L2 norm", "gradient before clipping (offline stages)"),

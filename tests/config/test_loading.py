@@ -6,6 +6,7 @@ import pytest
 from pydantic import BaseModel
 
 from rlhfjax.config import config_hash, json_schema, key_sources, load_config, resolved_yaml, shipped
+from rlhfjax.config.rewards import Term
 from rlhfjax.config.schema import Data, Run
 from rlhfjax.errors import ConfigError
 
@@ -69,6 +70,42 @@ def test_values_of_a_file(small):
 )  # fmt: skip
 def test_overrides(small, override, read):
     assert read(load_config(small, [override]))
+
+
+OLD = (
+    f"{SMALL}  sft: {{data: [{{source: b}}], steps: 1, batch: {{size: 4, length: 8}}, optimizer: {{lr: 1}}}}\n"
+    + """\
+  ppo:
+    data: [{source: c}]
+    steps: 1
+    batch: {size: 4, prompt_length: 8}
+    sampling: {max_new_tokens: 8}
+    optimizer: {lr: 1}
+    clip: 0.1
+    entropy_coef: 0.01
+"""
+)
+
+
+def test_a_key_in_its_old_place_is_read_in_the_new_one(small):
+    small.write_text(OLD, encoding="utf-8")
+    loss = load_config(small).stages.ppo.loss
+    assert (loss.clip, loss.entropy_coef) == (0.1, 0.01)
+    assert load_config(small, ["stages.ppo.clip=0.3"]).stages.ppo.loss.clip == 0.3
+    whole = "{data: [{source: c}], steps: 1, batch: {size: 4, prompt_length: 8}, sampling: {max_new_tokens: 8}, "
+    assert load_config(small, [f"stages.ppo={whole}optimizer: {{lr: 1}}, clip: 0.4}}"]).stages.ppo.loss.clip == 0.4
+    found = key_sources(small, ["stages.ppo.clip=0.3"])
+    line = OLD.splitlines().index("    entropy_coef: 0.01") + 1
+    assert found["stages.ppo.loss.entropy_coef"] == f"{small}:{line}"
+    assert found["stages.ppo.loss.clip"] == "override stages.ppo.clip=0.3"
+
+
+def test_what_is_wrong_in_an_old_place_is_said_with_the_new_one(small):
+    small.write_text(OLD.replace("clip: 0.1", "clip: -1.0"), encoding="utf-8")
+    line = OLD.splitlines().index("    clip: 0.1") + 1
+    assert message(small) == f"{small}:{line}: stages.ppo.loss.clip: expected a number > 0, got -1.0"
+    small.write_text(OLD.replace("clip: 0.1", "clip: 0.1\n    loss: {clip: 0.2}"), encoding="utf-8")
+    assert "stages.ppo.clip is stages.ppo.loss.clip now, and both are given; remove stages.ppo.clip" in message(small)
 
 
 def test_later_overrides_win_and_the_file_stays(small):
@@ -247,12 +284,15 @@ def test_json_schema_describes_the_file():
 
 
 def sections(model: type[BaseModel], depth: int = 0):
-    """Every section with its depth below the file; a dataset is a value, like the text that names it."""
+    """Every section with its depth below the file; a dataset is a value, like the text that names it.
+
+    A reward is one of a list, and no deeper than the list itself.
+    """
     yield model, depth
     for field in model.model_fields.values():
         for inner in models_in(field.annotation):
             if inner is not Data:
-                yield from sections(inner, depth + 1)
+                yield from sections(inner, depth + (not issubclass(inner, Term)))
 
 
 def models_in(annotation):

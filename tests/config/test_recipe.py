@@ -5,7 +5,17 @@ import json
 import pytest
 
 from rlhfjax.config import load_config
-from rlhfjax.config.recipe import FACTS, NAMES, STAGES, compared, entries_of, parents_of, section_of, stages_of
+from rlhfjax.config.recipe import (
+    FACTS,
+    NAMES,
+    STAGES,
+    compared,
+    entries_of,
+    needs_of,
+    parents_of,
+    section_of,
+    stages_of,
+)
 from rlhfjax.config.schema import Data, Offline, Online, Stages, Tokenizer
 from rlhfjax.record_kinds import FIELDS
 
@@ -86,6 +96,24 @@ def test_entries_come_with_their_kinds(load):
 def test_stages_whose_models_a_stage_reads(load, overrides, expected):
     run = load(*overrides)
     assert {stage: parents_of(run, stage) for stage in NAMES} == {"tokenizer": [], "pretrain": []} | expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        ([], ["reward"]),
+        (["stages.ppo.rewards=[{length: {target: 4}}]"], ["reward"]),  # which the value model starts from
+        (["stages.ppo.rewards=[{length: {target: 4}}]", "stages.ppo.value.start_from=policy"], []),
+        (["stages.ppo.rewards=[{length: {target: 4}}]", "stages.ppo.value.trunk=policy"], []),
+        (["stages.ppo.rewards=[{model: there}]", "stages.ppo.value.start_from=policy"], []),
+        (["stages.ppo.rewards=[{length: {target: 4}}, {model: reward}]", "stages.ppo.value.start_from=policy"],
+         ["reward"]),
+    ],
+)  # fmt: skip
+def test_a_reward_model_is_needed_where_rewards_or_the_value_model_name_it(load, overrides, needed):
+    run = load(*overrides)
+    assert needs_of(run, "ppo") == needed
+    assert parents_of(run, "ppo") == ["sft", *needed]
 
 
 @pytest.mark.parametrize(

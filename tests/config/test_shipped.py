@@ -47,7 +47,7 @@ def test_instructgpt_values_are_the_published_ones(name, layers, width, sft_size
     assert (sft.epochs, sft.batch.size, sft.optimizer.lr, sft.pretraining.fraction) == (2, sft_size, sft_lr, 0.1)
     assert (reward.epochs, reward.batch.size, reward.optimizer.lr, reward.batch.candidates) == (1, 64, 9e-6, 9)
     assert ppo.steps * ppo.batch.size == 256_000
-    assert (ppo.batch.size, ppo.batch.minibatch, ppo.batch.epochs, ppo.clip) == (512, 64, 1, 0.2)
+    assert (ppo.batch.size, ppo.batch.minibatch, ppo.batch.epochs, ppo.loss.clip) == (512, 64, 1, 0.2)
     assert (ppo.kl.coef, ppo.sampling.temperature, ppo.returns.gamma, ppo.ptx.ratio) == (0.02, 1.0, 1.0, 8)
     assert (ppo.value.lr, ppo.optimizer.ema_decay) == (value_lr, 0.992)
     assert (ppo.optimizer.schedule, ppo.optimizer.warmup_steps, ppo.optimizer.warmup_from) == ("constant", 80, 0.1)

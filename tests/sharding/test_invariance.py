@@ -30,7 +30,7 @@ from rlhfjax.training.update import gradients
 
 ROWS, COEF = 16, 2.5
 POLICY, SCALAR = tiny("llama-gqa", tied=False), tiny("gpt2")
-CONFIG = ppo_config(entropy_coef=0.1, ptx={"coef": COEF, "data": [{"source": "unused"}], "length": 8})
+CONFIG = ppo_config(loss={"entropy_coef": 0.1}, ptx={"coef": COEF, "data": [{"source": "unused"}], "length": 8})
 
 
 def algorithms_for(gather: bool) -> dict:

@@ -84,7 +84,7 @@ def test_from_allows_changes_of_the_stages_it_does_again(run, tmp_path):
         run("stages.sft.steps=9", "stages.ppo.clip=0.1", start_from="reward")
     assert (tmp_path / "run" / "reward" / "complete.json").exists()  # refused before anything is deleted
     assert run("stages.ppo.clip=0.1", start_from="reward") == ("reward", "ppo", "evaluate")
-    assert load_config(tmp_path / "run" / "config.yaml").stages.ppo.clip == 0.1
+    assert load_config(tmp_path / "run" / "config.yaml").stages.ppo.loss.clip == 0.1
     assert run("stages.ppo.clip=0.1") == ()
     assert run("model.width=32", "seed=4", "stages.ppo=null", start_from="tokenizer") == (*STAGES[:4], "evaluate")
 

@@ -53,8 +53,11 @@ def refused(config, tmp_path, compiled):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("stages.ppo.clip=0.2x", 'override stages.ppo.clip: expected a number > 0, got "0.2x"'),
-        ("stages.ppo.clpi=0.2", "stages.ppo.clpi: unknown key; did you mean stages.ppo.clip?"),
+        ("stages.ppo.clip=0.2x", 'override stages.ppo.loss.clip: expected a number > 0, got "0.2x"'),
+        (
+            "stages.ppo.clpi=0.2",
+            "stages.ppo.clpi: unknown key; did you mean stages.ppo.loss.clip or stages.ppo.value.clip?",
+        ),
         ("stages.ppo.steps=two", 'stages.ppo.steps: expected a whole number >= 1, got "two"'),
         ("stages.ppo.steps=1.5", "stages.ppo.steps: expected a whole number >= 1, got 1.5"),
         ("stages.ppo.batch.minibatch=6", "batch.minibatch 6 must divide batch.size 16 (remainder 4)"),
