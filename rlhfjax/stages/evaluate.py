@@ -70,7 +70,7 @@ def _evaluate(job: Job, watch: Watch) -> Facts:
         watch.poll()
         measure = loss_meter(job, model)
         losses[stage] = {name: measure(params, data) for name, data in held_out(opened).items()}
-    policies = {stage: models[stage] for stage in compared(job.run)}
+    policies = _policies(job, models)
     responses = {stage: respond(job, opened["train"], policies, stage, watch) for stage in policies}
     watch.begin("judges", 0)
     scorer = _RewardScorer(job) if job.run.stages.reward else None
@@ -97,6 +97,14 @@ def _evaluate(job: Job, watch: Watch) -> Facts:
     )
     processes.by_first(partial(_write, job, result), "evaluation")
     return {}
+
+
+def _policies(job: Job, models: dict[str, tuple[SequenceModel, Params]]) -> dict[str, tuple[SequenceModel, Params]]:
+    """The last policy, after the one that it started from: an earlier stage's, or the model's checkpoint."""
+    found = {stage: models[stage] for stage in compared(job.run)}
+    if len(found) == 1 and any(FACTS[stage].aligns for stage in found):
+        return {"checkpoint": job.policy_from()} | found
+    return found
 
 
 def _seconds(job: Job) -> dict[str, float]:

@@ -171,7 +171,7 @@ def _check_sizes(job: Job, words: int) -> None:
 def _check_rest(job: Job) -> None:
     """What a stage reads beside its batches, so that nothing is trained before it is known to be there."""
     c = job.config
-    if isinstance(c, schema.Ppo | schema.Evaluate):
+    if isinstance(c, schema.Online | schema.Evaluate):
         sampling_params(c.sampling, job.tokenizer)
     if isinstance(c, schema.Evaluate) and c.exact_match:
         for entry in c.exact_match.data:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlhfjax.config import Run
 from rlhfjax.config.recipe import entries_of

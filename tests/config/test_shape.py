@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhfjax.config.sections import Architecture, Attention, Embedding, Experts, Model
+from rlhfjax.config.model import Architecture, Attention, Embedding, Experts, Model
 from rlhfjax.config.shape import active_count, linears, model_shape, parameter_count
 from rlhfjax.models import LanguageModel, lora
 from rlhfjax.models.decoder import FAMILIES

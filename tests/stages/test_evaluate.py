@@ -1,5 +1,6 @@
 """What the evaluation counts as one observation."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 from rlhfjax.config import load_config
 from rlhfjax.sharding import make_mesh
 from rlhfjax.stages.data import open_batches
-from rlhfjax.stages.evaluate import respond
+from rlhfjax.stages.evaluate import _policies, respond
 from rlhfjax.stages.job import Job
 from rlhfjax.training.supervision import Watch
 from stages.tiny_recipe import write_jsonl
@@ -23,6 +24,19 @@ def job(finished, config):
         return Job(run, "evaluate", finished, Path(run.data_dir), make_mesh(devices=jax.devices()[:1]), print, {})
 
     return made
+
+
+def test_a_policy_from_a_checkpoint_is_compared_with_that(job, finished, tmp_path):
+    # fails where it is compared with itself: a KL of 0, and no win rates
+    without = [f"stages.{stage}=null" for stage in ("pretrain", "sft", "ppo", "reward")]
+    dpo = "{data: [{source: c}], steps: 1, batch: {size: 8, length: 8}, optimizer: {lr: 1}}"
+    settings = f"model={{checkpoint: {finished / 'sft'}}}"
+    made = replace(job(*without, f"stages.dpo={dpo}", settings, "stages.evaluate.comparisons=[]"), run_dir=tmp_path)
+    last = made._load(finished / "ppo")
+    (before, start), (name, policy) = _policies(made, {"dpo": last}).items()
+    assert (before, name, policy) == ("checkpoint", "dpo", last)
+    want = jax.tree.leaves(made._load(finished / "sft")[1])
+    assert all((one == other).all() for one, other in zip(jax.tree.leaves(start[1]), want, strict=True))
 
 
 def test_a_prompt_that_comes_again_has_another_response(job, tmp_path):
