@@ -47,7 +47,7 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.bins)
 
-    def __getitem__(self, i) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         out = {
             "tokens": np.full(self.length, self.pad_id, np.int32),
             "segments": np.zeros(self.length, np.int32),
@@ -55,7 +55,7 @@ class PackedRows:
             "loss_mask": np.zeros(self.length, bool),
         }
         start = 0
-        for segment, row in enumerate(self.bins[i], 1):
+        for segment, row in enumerate(self.bins[index], 1):
             tokens = self.rows.tokens[row]
             span = slice(start, start + len(tokens))
             out["tokens"][span] = tokens
@@ -76,19 +76,19 @@ class RankedItems:
     def __len__(self) -> int:
         return len(self.rows.groups) - 1
 
-    def __getitem__(self, i) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         out = {
             "tokens": np.full((self.candidates, self.length), self.pad_id, np.int32),
             "token_mask": np.zeros((self.candidates, self.length), bool),
             "ranks": np.zeros(self.candidates, np.int32),
             "mask": np.zeros(self.candidates, bool),
-            "prompt_lengths": np.asarray(self.rows.prompt_lengths[i], np.int32),
+            "prompt_lengths": np.asarray(self.rows.prompt_lengths[index], np.int32),
         }
         # An absent candidate keeps one unmasked token, so that every row has a last token to read a score at.
         out["token_mask"][:, 0] = True
         # Each candidate's row repeats the prompt, though `packed_ranking` reads it once: models that cannot share
         # a prompt take these rows as they are, and rows of one shape need no second program for either.
-        first, last = self.rows.groups[i], self.rows.groups[i + 1]
+        first, last = self.rows.groups[index], self.rows.groups[index + 1]
         for slot, row in enumerate(range(first, last)):
             tokens = self.rows.tokens[row]
             out["tokens"][slot, : len(tokens)] = tokens
@@ -107,10 +107,10 @@ class PromptItems:
     def __len__(self) -> int:
         return len(self.keep)
 
-    def __getitem__(self, i) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         tokens = np.full(self.length, self.pad_id, np.int32)
         mask = np.zeros(self.length, bool)
-        row = self.rows[self.keep[i]]
+        row = self.rows[self.keep[index]]
         tokens[self.length - len(row) :] = row
         mask[self.length - len(row) :] = True
         return {"tokens": tokens, "mask": mask}
