@@ -15,7 +15,7 @@ from rlhfjax.types import Params
 def dpo(job: Job) -> Facts:
     """DPO on K-way rankings; the reference is the policy that it starts from, frozen."""
     c: schema.Dpo = job.config
-    model, policy = job.policy_from("sft", "pretrain")
+    model, policy = job.policy_from()
     objective = preference_optimisation(model, c.loss, gather=job.mesh.size == 1)
     pack = ranking_packer(job, model, open_batches(job).values())
     measure = accuracy_meter(job, objective, pack, "rewards/accuracies")

@@ -11,7 +11,7 @@ from rlhfjax.stages.online import OnlineLearner, learn_online, optimizer_of
 def ppo(job: Job) -> Facts:
     """PPO against the reward model, with the SFT policy frozen as the reference (Ouyang et al. 2022, C.4)."""
     c: schema.Ppo = job.config
-    policy_model, policy = job.policy_from("sft", "pretrain")
+    policy_model, policy = job.policy_from()
     reward_model, reward = job.load("reward")
     from_reward, head = c.value.start_from == "reward", zero_head(policy_model.config.width)
     value_model = reward_model if from_reward else policy_model
