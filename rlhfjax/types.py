@@ -123,6 +123,7 @@ class Rollout:
     top_ids: Int[Array, "B R K"] | None = None  # the likeliest tokens of each position, where that was asked for
     top_log_probs: Float[Array, "B R K"] | None = None
     counts: Int[Array, "B 3"] | None = None
+    rewards: dict[str, Float[Array, "B"]] | None = None  # by name, where a recipe lists what its scores are made of
 
     def scored(self, log_probs: Array, ref_log_probs: Array, values: Array, scores: Array) -> "Rollout":
         """The same rollout with what the models say of it."""

@@ -96,9 +96,10 @@ class Job:
 
     def load(self, stage: str, item: str | None = None) -> tuple[SequenceModel, Params]:
         """The model that an earlier stage of this run left."""
-        return self._load(self.run_dir / stage, item)
+        return self.load_from(self.run_dir / stage, item)
 
-    def _load(self, path: Path | str, item: str | None = None) -> tuple[SequenceModel, Params]:
+    def load_from(self, path: Path | str, item: str | None = None) -> tuple[SequenceModel, Params]:
+        """The model of a checkpoint anywhere."""
         settings = self.run.model
         bases = self.shared.setdefault("bases", Bases()) if settings.lora else None
         return load_model(find_checkpoint(path), self.mesh, item=item, bases=bases, **self._computed())
@@ -129,7 +130,7 @@ class Job:
         settings, copy = self.run.model, self.run_dir / "base" / "checkpoints" / "0"
         keeps = settings.lora and not self.run.stages.pretrain
         if keeps and copy.is_dir():
-            return self._load(copy)
+            return self.load_from(copy)
         model, params = load_model(find_checkpoint(str(settings.checkpoint)), self.mesh, **self._computed())
         params = merge(params, model.config.lora_alpha)
         if not keeps:
@@ -138,7 +139,7 @@ class Job:
         copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         save_model(copy, "policy", params, meta_of("policy", model, self.tokenizer))
         del params
-        return self._load(copy)
+        return self.load_from(copy)
 
     def _adapted(self, model: SequenceModel, params: Params) -> tuple[SequenceModel, Params]:
         lora = self.run.model.lora

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 
 from rlhfjax.algorithms import (
     Dpo,
+    Grpo,
     LanguageModelling,
     Mix,
     OnlineAlgorithm,
     Ppo,
     RewardModelling,
+    Rloo,
     RoutedLanguageModelling,
 )
 from rlhfjax.algorithms.likelihood import (
@@ -172,3 +174,35 @@ def with_pretraining(
 
 def _policy(params: Params) -> Params:
     return params["policy"]
+
+
+def grpo_objective(c: schema.Grpo, policy: SequenceModel, gather: bool = True) -> Any:
+    """GRPO over the policy, with the pretraining loss in the same gradient where the recipe has it."""
+    algorithm = Grpo(
+        log_probs=policy_log_probs(policy, c.sampling.temperature, gather=gather),
+        group=c.groups.size,
+        clip=c.loss.clip,
+        clip_high=c.loss.clip_high,
+        beta=c.kl.coef if c.kl.place == "loss" else 0.0,
+        deviation=c.groups.deviation,
+        average=c.loss.average,
+        longest=c.sampling.max_new_tokens,
+        overlong=c.groups.overlong,
+        dynamic_sampling=c.groups.draws > 1,
+        missing_eos=c.missing_eos.mode,
+        missing_eos_value=c.missing_eos.value,
+    )
+    return with_pretraining(algorithm, c.ptx, policy, gather)
+
+
+def rloo_objective(c: schema.Rloo, policy: SequenceModel, gather: bool = True) -> Any:
+    """RLOO over the policy, with the pretraining loss in the same gradient where the recipe has it."""
+    algorithm = Rloo(
+        log_probs=policy_log_probs(policy, c.sampling.temperature, gather=gather),
+        group=c.groups.size,
+        clip=c.loss.clip,
+        ratio=c.loss.ratio,
+        missing_eos=c.missing_eos.mode,
+        missing_eos_value=c.missing_eos.value,
+    )
+    return with_pretraining(algorithm, c.ptx, policy, gather)

@@ -38,12 +38,12 @@ def _rows(mesh: jax.sharding.Mesh, width: int, minibatch: int, micro: int | None
     return -(-rows // shards) * shards
 
 
-def responses_a_row(c: schema.Ppo, group: int, policy: SequenceModel, reward: SequenceModel) -> int:
+def responses_a_row(c: schema.Ppo, group: int, policy: SequenceModel, *others: SequenceModel) -> int:
     """How many of `group` responses to one prompt share it: a divisor of the group."""
 
     def fits(count: int) -> bool:
         width = row_width(c.batch.prompt_length, c.sampling.max_new_tokens, count)
-        return group % count == 0 and _sharing(policy, width) and reward.shares_prompts(width)
+        return group % count == 0 and _sharing(policy, width) and all(model.shares_prompts(width) for model in others)
 
     return max(filter(fits, range(2, group + 1)), default=1)
 

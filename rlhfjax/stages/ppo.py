@@ -5,25 +5,29 @@ from rlhfjax.models.heads import with_head, zero_head
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.objectives import ppo_objective
-from rlhfjax.stages.online import OnlineLearner, learn_online, optimizer_of
+from rlhfjax.stages.online import learn_online
+from rlhfjax.stages.online_programs import OnlineLearner, optimizer_of
+from rlhfjax.stages.rewards import RECIPE, load_judges
 
 
 def ppo(job: Job) -> Facts:
     """PPO against the reward model, with the SFT policy frozen as the reference (Ouyang et al. 2022, C.4)."""
     c: schema.Ppo = job.config
     policy_model, policy = job.policy_from()
-    reward_model, reward = job.load("reward")
-    from_reward, head = c.value.start_from == "reward", zero_head(policy_model.config.width)
-    value_model = reward_model if from_reward else policy_model
-    value = reward if from_reward else with_head(policy, head)
+    judges, scoring = load_judges(job)
+    head = zero_head(policy_model.config.width)
     if c.value.trunk == "policy":
         value_model, value = policy_model, {"head": head}
+    elif c.value.start_from == "policy":
+        value_model, value = policy_model, with_head(policy, head)
+    else:
+        value_model, value = judges.of_recipe(scoring) or job.load(RECIPE)
     learner = OnlineLearner(
         algorithm=ppo_objective(c, policy_model, value_model, gather=job.mesh.size == 1),
         models={"policy": policy_model, "value": value_model},
         params={"policy": policy, "value": value},
-        reward_model=reward_model,
-        frozen={"reference": policy, "reward": reward},
+        judges=judges,
+        frozen={"reference": policy, "rewards": scoring},
         optimizer=optimizer_of(c, policy_model.config.width),
     )
     return learn_online(job, learner)

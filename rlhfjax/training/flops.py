@@ -99,11 +99,11 @@ class OfflineFlops:
 
 @dataclass(frozen=True)
 class OnlineFlops:
-    """FLOPs of an iteration of PPO: sampling, one pass of all four models, updates of policy and value model."""
+    """FLOPs of an online iteration: sampling, one pass of every model, updates of policy and (if any) value model."""
 
     policy: ForwardFlops
-    value: ForwardFlops
-    reward: ForwardFlops
+    value: ForwardFlops | None
+    rewards: tuple[ForwardFlops, ...]
     frozen: bool = False
     policy_passes: int = 2  # to score: the reference and, where they are recomputed, the old log-probabilities
     pretraining_tokens: float = 0.0  # of ptx, in one epoch, each seeing `pretraining_pairs` / tokens others
@@ -113,7 +113,8 @@ class OnlineFlops:
         """From `tokens` (of responses), `work/prompt`, `work/pairs` and `policy/epochs_run`."""
         tokens, pairs = counts["work/prompt"] + counts["tokens"], counts["work/pairs"]
         policy = self.policy(tokens, pairs, counts["tokens"])
-        value, reward = self.value(tokens, pairs), self.reward(tokens, pairs)
+        value = self.value(tokens, pairs) if self.value else 0.0
+        reward = sum(model(tokens, pairs) for model in self.rewards)
         mixed = self.policy(self.pretraining_tokens, self.pretraining_pairs, self.pretraining_tokens)
         trained = counts["policy/epochs_run"] * (policy + value + mixed)
         return policy + self.policy_passes * policy + value + reward + (2 if self.frozen else 3) * trained

@@ -31,7 +31,8 @@ class Memory:
     """What the guards know of the steps so far.
 
     `losses` are the last finite ones; `skipped` and `in_a_row` count as in TrainState; `left_out` is the batches that
-    rollbacks have passed over, by which the data are ahead of the step.
+    rollbacks have passed over, by which the data are ahead of the step; `drawn` the batches of prompts that an
+    iteration took beyond its first.
     """
 
     losses: tuple[float, ...] = ()
@@ -40,6 +41,7 @@ class Memory:
     divergences: int = 0
     rollbacks: int = 0
     left_out: int = 0
+    drawn: int = 0
 
     def saved(self) -> dict[str, Any]:
         """As JSON, for a checkpoint's meta."""
@@ -210,6 +212,7 @@ class Guard:
             divergences=self.memory.divergences,
             rollbacks=self.memory.rollbacks + 1,
             left_out=self.memory.left_out + rollback.step - to,
+            drawn=self.memory.drawn,
         )
         self._note(rollback.step, "rolled_back", [], {"to": to, "left_out": self.memory.left_out})
 

@@ -8,18 +8,31 @@ from typing import Any
 import jax
 
 from rlhfjax import faults
-from rlhfjax.errors import Stopped
+from rlhfjax.errors import RewardError, Stopped
 from rlhfjax.training import stopping
 from rlhfjax.training.loop import Beside, Counts, Log, Metrics
 from rlhfjax.training.profiling import Clock
 from rlhfjax.types import Experience, OnlineState, Params, PromptBatch, Rollout
+
+Finish = Callable[[Rollout], tuple[Rollout, Metrics]]  # waits for the host's rewards, and puts them in
+
+
+@dataclass(frozen=True)
+class Refill:
+    """Dynamic sampling (Yu et al. 2025): `draws` rollouts at most, until every group of responses is `informative`."""
+
+    draws: int
+    informative: Callable[[Rollout], jax.Array]
+    merged: Callable[[Rollout, Rollout], Rollout]
 
 
 @dataclass(frozen=True)
 class OnlineSteps:
     """The compiled functions of an iteration over `episodes` responses. `update` also moves the KL coefficient.
 
-    `reshard`, where there is one, makes of the parameters what `rollout` reads: another layout or another type.
+    `reshard`, where there is one, makes of the parameters what `rollout` reads: another layout or another type. `judge`
+    asks for the rewards that are found on the host, which goes on while the device scores. `refill` draws more where
+    not all groups of responses teach something.
     """
 
     rollout: Callable[[Params, PromptBatch, jax.Array], Rollout]
@@ -28,6 +41,8 @@ class OnlineSteps:
     update: Callable[[OnlineState, Experience, Any, Metrics, jax.Array], tuple[OnlineState, Metrics]]
     reshard: Callable[[Params], Any] | None = None
     episodes: int = 1
+    judge: Callable[[Rollout], Finish] | None = None
+    refill: Refill | None = None
 
 
 def train_online(
@@ -55,16 +70,16 @@ def train_online(
     for iteration in range(start + 1, iterations + 1):
         rollout_key, update_key = jax.random.split(jax.random.fold_in(key, iteration))
         watch.begin(beside.stage, iteration)
-        clock, batch = Clock(), next(prompts)
+        clock = Clock()
         with beside.trace.step(iteration):
             try:
-                collected = _collect(steps, state, frozen, batch, rollout_key, _Timed(beside, clock, iteration))
-            except (Stopped, KeyboardInterrupt):
+                collected = _collect(steps, state, frozen, prompts, rollout_key, _Timed(beside, clock, iteration))
+            except (Stopped, KeyboardInterrupt, RewardError):
                 log.close()
                 if iteration - 1 > saved and (save := keep(state, iteration - 1, True)):
                     save()
                 raise
-            rollout, experience, metrics = collected
+            rollout, experience, metrics, ids = collected
             extra = next(pretraining)
             watch.begin("update", iteration)
             with clock("update"):
@@ -73,7 +88,7 @@ def train_online(
                 sampled(iteration, rollout)
                 jax.block_until_ready(state)
         metrics |= update_metrics | clock.metrics() | {"episode": iteration * steps.episodes}
-        log.later(iteration, metrics, metrics["timing/step_s"], partial(_rates, metrics), getattr(batch, "uid", None))
+        log.later(iteration, metrics, metrics["timing/step_s"], partial(_rates, metrics), ids)
         log.step_done(iteration)
         watch.end()
         stop = watch.asked()
@@ -114,16 +129,39 @@ class _Timed:
 
 
 def _collect(
-    steps: OnlineSteps, state: OnlineState, frozen: Any, prompts: PromptBatch, key: jax.Array, timed: _Timed
-) -> tuple[Rollout, Experience, Metrics]:
-    """What an iteration learns from."""
+    steps: OnlineSteps, state: OnlineState, frozen: Any, prompts: Iterator[Any], key: jax.Array, timed: _Timed
+) -> tuple[Rollout, Experience, Metrics, Any]:
+    """What an iteration learns from, and the numbers of its prompts."""
     params = state.train.params
     with timed.clock("reshard"):
         served = params if steps.reshard is None else timed.beside.watch.wait(steps.reshard(params))
-    rollout = timed("rollout", steps.rollout, served, prompts, key)
-    rollout = timed.poisoned("score", timed("score", steps.score, params, frozen, rollout), "scores")
+
+    def draw(key: jax.Array) -> tuple[Rollout, Metrics, Any]:
+        batch = next(prompts)
+        rollout = timed("rollout", steps.rollout, served, batch, key)
+        finish = steps.judge(rollout) if steps.judge else None
+        scored = timed.poisoned("score", timed("score", steps.score, params, frozen, rollout), "scores")
+        told: Metrics = {}
+        if finish:
+            with timed.clock("rewards"):
+                scored, told = finish(scored)
+        return scored, told, getattr(batch, "uid", None)
+
+    rollout, told, ids = draw(key)
+    if steps.refill:
+        rollout, drawn = _refilled(steps.refill, rollout, lambda turn: draw(jax.random.fold_in(key, turn))[0])
+        told["objective/draws"] = drawn
     experience, metrics = timed("estimate", steps.estimate, rollout, state.kl_coef, unit=False)
-    return rollout, timed.poisoned("update", experience, "advantages"), dict(metrics)
+    return rollout, timed.poisoned("update", experience, "advantages"), metrics | told, ids
+
+
+def _refilled(refill: Refill, rollout: Rollout, draw: Callable[[int], Rollout]) -> tuple[Rollout, int]:
+    """A rollout whose groups all teach something, or as many as were found, and how many rollouts were drawn."""
+    for turn in range(1, refill.draws):
+        if bool(jax.device_get(refill.informative(rollout)).all()):
+            return rollout, turn
+        rollout = refill.merged(rollout, draw(turn))
+    return rollout, refill.draws
 
 
 def _rates(metrics: Metrics, counts: Counts) -> dict[str, float]:

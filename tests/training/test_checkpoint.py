@@ -18,7 +18,7 @@ from rlhfjax.config.recipe import STAGES
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.integrity import unverified
 from rlhfjax.sharding import make_mesh, state_shardings
-from rlhfjax.stages.online import optimizer_of
+from rlhfjax.stages.online_programs import optimizer_of
 from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.text.tokenizer import Tokenizer
 from rlhfjax.training.averaging import Average

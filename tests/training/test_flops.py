@@ -93,10 +93,10 @@ def test_an_iteration_samples_once_scores_by_four_passes_and_trains_two_models_a
     counts = {"tokens": 4.0, "work/prompt": 6.0, "work/pairs": 0.0, "policy/epochs_run": 2.0}
     one = 2 * (10 * 10 + 4 * 3)  # the policy reads ten tokens and predicts four
     wanted = one + 2 * one + 2 * 1000 + 2 * 10_000 + 2 * 3 * (one + 2 * 1000)
-    assert OnlineFlops(policy, value, reward)(counts) == wanted
-    mixed = OnlineFlops(policy, value, reward, pretraining_tokens=5.0)(counts)
+    assert OnlineFlops(policy, value, (reward,))(counts) == wanted
+    mixed = OnlineFlops(policy, value, (reward,), pretraining_tokens=5.0)(counts)
     assert mixed - wanted == 2 * 3 * 2 * (5 * 10 + 5 * 3)
-    assert wanted - OnlineFlops(policy, value, reward, policy_passes=1)(counts) == one
+    assert wanted - OnlineFlops(policy, value, (reward,), policy_passes=1)(counts) == one
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from tiny import lenient, params_of, ppo_config, scalar_params_of, tiny
 
 from rlhfjax.config.schema import Optimizer
-from rlhfjax.stages.online import optimizer_of
+from rlhfjax.stages.online_programs import optimizer_of
 from rlhfjax.training.optimizer import learning_rate, make_optimizer
 
 PEAK = 2e-3

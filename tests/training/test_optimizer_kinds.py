@@ -12,7 +12,7 @@ from rlhfjax.config.schema import Optimizer
 from rlhfjax.models.lora import init_lora
 from rlhfjax.sharding import make_mesh, state_shardings
 from rlhfjax.sharding.rules import path_name
-from rlhfjax.stages.online import optimizer_of
+from rlhfjax.stages.online_programs import optimizer_of
 from rlhfjax.training.checkpoint import Checkpoints
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.state import abstract, init_state

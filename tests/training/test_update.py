@@ -10,7 +10,7 @@ import pytest
 from tiny import VOCAB, cross_entropy_from, experience, lenient, log_probs_from, ppo_config, token_batch
 
 from rlhfjax.algorithms import LanguageModelling, Mix, Objective, OnlineAlgorithm, Ppo
-from rlhfjax.stages.online import optimizer_of
+from rlhfjax.stages.online_programs import optimizer_of
 from rlhfjax.training.averaging import Average
 from rlhfjax.training.update import Passes, all_finite, apply_gradients, offline_step, online_update
 from rlhfjax.types import Skipped, TrainState

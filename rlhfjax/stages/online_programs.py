@@ -1,0 +1,178 @@
+"""What an online stage computes, apart from running it: its learner and the jitted steps of an iteration."""
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhfjax.algorithms import Mix, OnlineAlgorithm, online_part, restrict
+from rlhfjax.algorithms.groups import refilled
+from rlhfjax.algorithms.packing import on_packed, packed_experience
+from rlhfjax.functional import adaptive_kl
+from rlhfjax.generation import SamplingParams, generate
+from rlhfjax.generation.slots import rollout as sample_groups
+from rlhfjax.models import SequenceModel
+from rlhfjax.models.lora import join, split
+from rlhfjax.sharding import batch_sharding, constrain_parts, replicated, state_shardings
+from rlhfjax.sharding.sampling import split_caches
+from rlhfjax.stages.compilation import training_options
+from rlhfjax.stages.models import sampler_of
+from rlhfjax.stages.offline import average_of
+from rlhfjax.stages.parts import responses_a_row, rows_at_a_time
+from rlhfjax.stages.rewards import Judges
+from rlhfjax.training.averaging import Average
+from rlhfjax.training.flops import seen_by
+from rlhfjax.training.online import OnlineSteps, Refill
+from rlhfjax.training.optimizer import make_optimizer
+from rlhfjax.training.update import Passes, online_update
+from rlhfjax.types import OnlineState, Params, PromptBatch, Rollout, TokenBatch
+
+
+@dataclass(frozen=True)
+class OnlineLearner:
+    """What a stage brings to the hall: an algorithm over models, and the parameters that it begins with.
+
+    `params` holds what is trained, `policy` among it; `models` has the model of each. `frozen` is {"reference": …,
+    "rewards": {title: …}}, the parameters of models that are only asked.
+    """
+
+    algorithm: OnlineAlgorithm | Mix
+    models: Mapping[str, SequenceModel]
+    params: Mapping[str, Params]
+    judges: Judges
+    frozen: Mapping[str, Params]
+    optimizer: optax.GradientTransformation
+
+    @property
+    def policy(self) -> SequenceModel:
+        return self.models["policy"]
+
+    @property
+    def online(self) -> OnlineAlgorithm:
+        return online_part(self.algorithm)
+
+
+def policy_learner(job: Job, algorithm: Any, model: SequenceModel, policy: Params) -> OnlineLearner:
+    """The learner of an algorithm that trains the policy alone."""
+    judges, scoring = load_judges(job)
+    return OnlineLearner(
+        algorithm=algorithm,
+        models={"policy": model},
+        params={"policy": policy},
+        judges=judges,
+        frozen={"reference": policy, "rewards": scoring},
+        optimizer=optimizer_of(job.config, model.config.width, ["policy"]),
+    )
+
+
+def build(
+    c: Any, mesh: jax.sharding.Mesh, learner: OnlineLearner, state: OnlineState, sampling: SamplingParams
+) -> OnlineSteps:
+    """The four steps of an iteration, jitted with the layouts of the rules table; the state is donated to `update`.
+
+    `state` may be of shapes. The parameters that nothing trains are bound as the first argument of the programs, which
+    share their arrays: none is copied.
+    """
+    online, base = learner.online, split(learner.params)[0] or {}
+    rows, layout = batch_sharding(mesh), state_shardings(mesh, state)
+    sampler = split_caches(mesh, sampler_of(learner.policy, c.sampling))
+    group = responses_a_row(c, online.group, learner.policy, *learner.judges.models.values())
+    part, place = rows_at_a_time(c, mesh, group), partial(constrain_parts, mesh)
+    pack = partial(packed_experience, part, place=place, group=group)
+
+    def rollout(base: Params, trained: Params, prompts: PromptBatch, key: jax.Array) -> Rollout:
+        policy = join(base, trained)["policy"]
+        if online.group == 1:
+            return generate(sampler, policy, prompts, key, sampling)
+        return sample_groups(sampler, policy, prompts, key, sampling, sampling.slots, samples=online.group)
+
+    def score(base: Params, trained: Params, frozen: Any, rollout: Rollout) -> Rollout:
+        params = join(base, trained)
+
+        def of_rows(rows: TokenBatch) -> tuple[jax.Array, ...]:
+            reference = online.log_probs({"policy": frozen["reference"]}, rows)[0]
+            own, _, values = online.predict(params, rows)
+            return own, reference, values, *learner.judges.by_token(frozen["rewards"], rows)
+
+        own, reference, values, *scores = on_packed(part, rollout, of_rows, place, group)
+        log_probs = own if c.sampling.old_log_probs == "recompute" else rollout.sampled_log_probs
+        judged = learner.judges.scored(rollout, scores)
+        return judged.scored(log_probs, reference, values, judged.scores)
+
+    def estimate(rollout: Rollout, kl_coef: Any):
+        rollout, rewards = learner.judges.total(rollout)
+        experience, metrics = online.estimate(rollout, kl_coef)
+        return experience, metrics | rewards | seen_by(rollout)
+
+    def update(base: Params, state: OnlineState, experience: Any, pretraining: Any, measured: dict, key: jax.Array):
+        restricted = restrict(learner.algorithm, partial(join, base))
+        how = passes_of(c, pack), online.group, policy_average(c)
+        train, metrics = online_update(restricted, learner.optimizer, state.train, experience, pretraining, key, *how)
+        return OnlineState(train, next_kl_coef(c, state.kl_coef, measured), state.iteration + 1), metrics
+
+    options = training_options()
+    learn = jax.jit(update, donate_argnums=1, out_shardings=(layout, None), compiler_options=options)
+    return OnlineSteps(
+        rollout=partial(jax.jit(rollout, out_shardings=rows), base),
+        score=partial(jax.jit(score, out_shardings=rows, compiler_options=options), base),
+        estimate=jax.jit(estimate, out_shardings=(rows, replicated(mesh))),
+        update=partial(learn, base),
+        episodes=c.batch.size,
+        refill=refill_of(c, mesh, learner),
+    )
+
+
+def refill_of(c: Any, mesh: jax.sharding.Mesh, learner: OnlineLearner) -> Refill | None:
+    """Dynamic sampling, where the stage asks for more than one rollout an iteration."""
+    draws = c.groups.draws if hasattr(c, "groups") else 1
+    if draws == 1:
+        return None
+
+    def informative(rollout: Rollout) -> jax.Array:
+        return learner.online.informative(learner.judges.total(rollout)[0])
+
+    def merged(kept: Rollout, new: Rollout) -> Rollout:
+        return refilled(kept, informative(kept), new, informative(new))[0]
+
+    return Refill(
+        draws,
+        jax.jit(informative, out_shardings=replicated(mesh)),
+        jax.jit(merged, out_shardings=batch_sharding(mesh)),
+    )
+
+
+def next_kl_coef(c: Any, kl_coef: jax.Array, measured: Mapping[str, jax.Array]) -> jax.Array:
+    """The KL coefficient of the next iteration, by the controller of the section `kl`."""
+    if c.kl.controller != "adaptive":
+        return kl_coef
+    kl = measured["objective/kl"]
+    moved = adaptive_kl(kl_coef, kl, target=c.kl.target, horizon=c.kl.horizon, episodes=c.batch.size)
+    return jnp.where(jnp.isfinite(moved), moved, kl_coef)  # one KL that is NaN would stay in it for good
+
+
+def passes_of(c: Any, pack: Any = None) -> Passes:
+    """How an iteration of an online stage learns."""
+    minibatch = c.batch.minibatch or c.batch.size
+    parts = minibatch // (c.batch.micro or minibatch)
+    return Passes(c.batch.epochs, c.batch.size // minibatch, parts, pack, c.kl.stop)
+
+
+def policy_average(c: Any) -> Average | None:
+    """The moving average of the policy, where the stage keeps one."""
+    return average_of(c, lambda params: params["policy"])
+
+
+def optimizer_of(
+    c: Any, width: int | None = None, trained: Iterable[str] = ("policy", "value")
+) -> optax.GradientTransformation:
+    """An optimizer for each of the models that are trained, with a clipping and perhaps a learning rate of its own."""
+    total = c.steps * passes_of(c).steps
+    each: dict[Hashable, optax.GradientTransformation] = {
+        name: make_optimizer(c.optimizer, total, peak=c.value.lr if name == "value" else None, width=width)
+        for name in trained
+    }
+    return optax.partition(each, {name: name for name in each})
