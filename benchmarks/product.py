@@ -28,6 +28,7 @@ from rlhfjax.stages.compilation import Ahead, training_options
 from rlhfjax.stages.objectives import ppo_objective, preference_optimisation, reward_modelling, training_loss
 from rlhfjax.stages.online_programs import OnlineLearner, build, optimizer_of
 from rlhfjax.stages.parts import ranking_packer
+from rlhfjax.stages.rewards import Judges
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.state import init_state, place
 from rlhfjax.training.update import Pack, offline_step
@@ -200,6 +201,11 @@ def lengths_of(made: Rollout) -> list[int]:
     return np.asarray(made.response_mask).sum(axis=1).tolist()
 
 
+def judged_by(c: schema.Ppo, model: Any) -> Judges:
+    """The scores of one reward model."""
+    return Judges(tuple(c.rewards), {"model": model})
+
+
 class PpoLoop:
     """One iteration after the other: the four steps of `rlhfjax.stages.online`, compiled ahead as the stage does.
 
@@ -218,8 +224,10 @@ class PpoLoop:
         train = init_state(self._mesh, params, optimizer)
         state = OnlineState(train, jnp.float32(c.kl.coef), jnp.int32(0))
         self._state = jax.device_put(state, state_shardings(self._mesh, state))
-        self._frozen = {"reference": policy, "reward": reward}
-        learner = OnlineLearner(ppo_objective(c, model, model), models, params, model, self._frozen, optimizer)
+        self._frozen = {"reference": policy, "rewards": {"model": reward}}
+        learner = OnlineLearner(
+            ppo_objective(c, model, model), models, params, judged_by(c, model), self._frozen, optimizer
+        )
         steps = build(c, self._mesh, learner, self._state, sampling_of(work))
         ahead, prompts = Ahead("ppo"), place_batch(self._mesh, prompts_of(work, 0))
         self._steps, self._first = ahead.online(steps, self._state, self._frozen, prompts, None), ahead.first_step
@@ -272,9 +280,11 @@ class GrpoLoop:
         policy, reference = (fresh(self._mesh, model, work["seed"]) for _ in range(2))
         state = OnlineState(init_state(self._mesh, {"policy": policy}, optimizer), jnp.float32(0), jnp.int32(0))
         self._state = jax.device_put(state, state_shardings(self._mesh, state))
-        self._frozen = {"reference": reference, "reward": {"decoder": {}}}
+        self._frozen = {"reference": reference, "rewards": {"model": {"decoder": {}}}}
         judge: Any = Counted()
-        learner = OnlineLearner(algorithm, {"policy": model}, {"policy": policy}, judge, self._frozen, optimizer)
+        learner = OnlineLearner(
+            algorithm, {"policy": model}, {"policy": policy}, judged_by(c, judge), self._frozen, optimizer
+        )
         self._steps = build(c, self._mesh, learner, self._state, sampling_of(work))
         sampling = {"sampling": sampling_of(work), "samples": work["per_prompt"]}
         self._sample = jax.jit(partial(rollout, model, **sampling), out_shardings=batch_sharding(self._mesh))

@@ -33,6 +33,7 @@ from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.sharding import make_mesh, place_batch, state_shardings
 from rlhfjax.stages.objectives import ppo_objective
 from rlhfjax.stages.online_programs import OnlineLearner, build, optimizer_of, passes_of
+from rlhfjax.stages.rewards import Judges
 from rlhfjax.training.loop import Beside
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.metrics_catalogue import metric_of
@@ -74,16 +75,17 @@ def prompts(rows: int, iteration: int) -> PromptBatch:
 
 def record(directory, config, style, mesh) -> Recorded:
     policy, reward = tiny(style), tiny("gpt2")
-    frozen = {"reference": params_of(policy, std=0.15), "reward": scalar_params_of(reward, seed=2)}
+    frozen = {"reference": params_of(policy, std=0.15), "rewards": {"model": scalar_params_of(reward, seed=2)}}
     algorithm = ppo_objective(config, policy, reward, gather=mesh.size == 1)
     optimizer = lenient(optimizer_of(config))
-    params = {"policy": frozen["reference"], "value": frozen["reward"]}
+    params = {"policy": frozen["reference"], "value": frozen["rewards"]["model"]}
     train = init_state(mesh, params, optimizer)
     state = OnlineState(train, jnp.float32(config.kl.coef), jnp.int32(0))
     state = jax.device_put(state, state_shardings(mesh, state))
     frozen = jax.device_put(frozen, state_shardings(mesh, frozen))
     sampling = SamplingParams(RESPONSE, STOP, PAD, config.sampling.temperature)
-    learner = OnlineLearner(algorithm, {"policy": policy, "value": reward}, params, reward, frozen, optimizer)
+    judges = Judges(tuple(config.rewards), {"model": reward})
+    learner = OnlineLearner(algorithm, {"policy": policy, "value": reward}, params, judges, frozen, optimizer)
     steps = build(config, mesh, learner, state, sampling)
     params, rollouts, experiences, metrics = [], [], [], []
 
@@ -255,7 +257,7 @@ def test_6_the_score_is_that_of_the_response_by_itself(run):
             ids = [*prompt[row][prompt_mask[row]], *response[row][response_mask[row]]]
             tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
         one = jax.jit(lambda p, t, m: jax.lax.map(lambda r: run.reward.scores(p, r[0][None], r[1][None])[0], (t, m)))
-        alone = one(jax.device_get(run.frozen["reward"]), tokens, mask)
+        alone = one(jax.device_get(run.frozen["rewards"]["model"]), tokens, mask)
         np.testing.assert_allclose(rollout.scores, alone, atol=2e-5)
 
 
@@ -267,7 +269,7 @@ def test_6_the_value_model_starts_as_the_reward_model(run):
     rows = np.flatnonzero(last > 0)
     shorter = shorter & (np.arange(RESPONSE) < last[:, None])
     parts = (*map(np.asarray, flat(rollout)[:3]), shorter)
-    scores = jax.jit(run.reward.response_scores)(jax.device_get(run.frozen["reward"]), *parts)
+    scores = jax.jit(run.reward.response_scores)(jax.device_get(run.frozen["rewards"]["model"]), *parts)
     values = np.take_along_axis(np.asarray(rollout.values), last[:, None], axis=1)[:, 0]
     np.testing.assert_allclose(values[rows], np.asarray(scores)[rows], atol=2e-5)
 

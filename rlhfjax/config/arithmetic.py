@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+from rlhfjax.config.online_stages import prompts_of
 from rlhfjax.config.recipe import FACTS, SUPERVISED, needs_of, offline, online, sampling, section_of, stages_of
 from rlhfjax.config.schema import Mesh, Optimizer, RolloutBatch, Run, Sampling
 from rlhfjax.config.shape import Shape, linears, model_shape
@@ -71,6 +72,8 @@ def _batch_sizes(run: Run) -> Iterator[tuple[str, float]]:
             if section and (size := getattr(section.batch, key, None)):
                 yield f"stages.{stage}.batch.{key}", size
     for stage, section in online(run):
+        if (prompts := prompts_of(section)) != section.batch.size:
+            yield f"stages.{stage}.batch.size / groups.size =", prompts
         if section.ptx:
             micro = section.batch.micro or section.batch.minibatch or section.batch.size
             yield f"stages.{stage}.ptx.ratio {section.ptx.ratio:g} x micro batch {micro} =", micro * section.ptx.ratio

@@ -1,8 +1,8 @@
-"""The stages that train on what they sample, which is PPO."""
+"""The stages that train on what they sample: PPO, GRPO and RLOO."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from rlhfjax.config.rewards import ModelReward, Rewards
 from rlhfjax.config.sections import (
@@ -122,3 +122,92 @@ class Ppo(Online):
     loss: PolicyLoss = PolicyLoss()
     returns: Returns = Returns()
     value: Value = Value()
+
+
+class Groups(Section):
+    """`size` responses per prompt, next to each other, compared with each other.
+
+    Advantages are divided by the standard `deviation` of their group's scores. `overlong` punishes the last tokens of
+    the longest responses (Yu et al. 2025, eq. 13). Up to `draws` rollouts are drawn for an iteration until not all
+    scores of any group are alike, and groups that are count for nothing (dynamic sampling, eq. 11); 1 draws once.
+    """
+
+    size: Annotated[int, Field(ge=2)] = 8
+    deviation: Literal["sample", "population", "none"] = "sample"
+    overlong: Count | None = None
+    draws: Count = 1
+
+
+class GroupLoss(Section):
+    """The clipped surrogate: the ratio within 1 - clip and 1 + clip_high (clip, where that is not given).
+
+    Its `average` is over responses of their means over tokens (sequence, Shao et al. 2024), over all tokens (token, Yu
+    et al. 2025), or over responses of their sums over tokens by the most tokens of a response (constant, Liu et al.
+    2025).
+    """
+
+    clip: Positive = 0.2
+    clip_high: Positive | None = None
+    average: Literal["sequence", "token", "constant"] = "sequence"
+
+
+class GroupKl(Kl):
+    """KL to the SFT policy in the loss (k3, Shao et al. 2024, eq. 4), or taken from the score of a response (k1)."""
+
+    coef: NonNegative = 0.04
+    place: Literal["loss", "reward"] = "loss"
+
+    @model_validator(mode="after")
+    def _fixed_in_the_loss(self):
+        if self.place == "loss" and self.controller == "adaptive":
+            raise ValueError("kl: controller adaptive moves the penalty in the reward; give place: reward, or fixed")
+        return self
+
+
+class Grpo(Online):
+    """Group relative policy optimisation (Shao et al. 2024), with the choices of Dr. GRPO and DAPO."""
+
+    groups: Groups = Groups()
+    kl: GroupKl = GroupKl()
+    loss: GroupLoss = GroupLoss()
+
+    @model_validator(mode="after")
+    def _groups_fit(self):
+        return check_groups(self, self.groups.size)
+
+
+class LeaveOneOut(Section):
+    """`size` responses per prompt, next to each other; the baseline of each is the mean score of the others."""
+
+    size: Annotated[int, Field(ge=2)] = 4
+
+
+class RlooLoss(Section):
+    """REINFORCE by the importance ratio of a whole response (sequence) or of each token, within 1 ± `clip` if any."""
+
+    clip: Positive | None = 0.2
+    ratio: Literal["sequence", "token"] = "sequence"
+
+
+class Rloo(Online):
+    """REINFORCE leave-one-out (Ahmadian et al. 2024), with the KL penalty in the reward."""
+
+    groups: LeaveOneOut = LeaveOneOut()
+    loss: RlooLoss = RlooLoss()
+
+    @model_validator(mode="after")
+    def _groups_fit(self):
+        return check_groups(self, self.groups.size)
+
+
+def check_groups(stage: Any, size: int) -> Any:
+    """Groups stay whole: `batch.size` and `minibatch` count responses, and are multiples of the size of a group."""
+    for name, count in (("batch.size", stage.batch.size), ("batch.minibatch", stage.batch.minibatch)):
+        if count is not None and count % size:
+            raise ValueError(f"{name} {count} counts responses and must be a multiple of groups.size {size}")
+    return stage
+
+
+def prompts_of(stage: Online) -> int:
+    """Prompts of one iteration; `batch.size` counts the responses to them."""
+    return stage.batch.size // (stage.groups.size if isinstance(stage, Grpo | Rloo) else 1)

@@ -20,7 +20,7 @@ from rlhfjax.config.offline_stages import (
     Reward,
     Sft,
 )
-from rlhfjax.config.online_stages import Online, Ppo, Ptx, Value
+from rlhfjax.config.online_stages import Grpo, Online, Ppo, Ptx, Rloo, Value
 from rlhfjax.config.sections import (
     Batch,
     Count,
@@ -44,6 +44,7 @@ __all__ = [
     "Dpo",
     "Evaluate",
     "ExactMatch",
+    "Grpo",
     "Logging",
     "Lora",
     "Mesh",
@@ -62,6 +63,7 @@ __all__ = [
     "Ratings",
     "Reliability",
     "Reward",
+    "Rloo",
     "RolloutBatch",
     "Run",
     "Sampling",
@@ -117,6 +119,8 @@ class Stages(Section):
     reward: Reward | None = None
     dpo: Dpo | None = None
     ppo: Ppo | None = None
+    grpo: Grpo | None = None
+    rloo: Rloo | None = None
     evaluate: Evaluate | None = None
 
 

@@ -21,9 +21,6 @@ def unread(run: Run) -> Iterator[str]:
     yield from _positions(run)
     for name, section in [*offline(run), *online(run)]:
         yield from _optimizer(f"stages.{name}.optimizer", section.optimizer)
-    for name, section in online(run):
-        if section.rewards != type(section).model_fields["rewards"].default:
-            yield f"stages.{name}.rewards: no stage reads other rewards than [{{model: reward}}] yet; remove it"
     if stages.pretrain:
         why = "documents always fill rows and go on in the next one"
         yield from _named("stages.pretrain.batch", stages.pretrain.batch, ("pack", "overlong"), why)

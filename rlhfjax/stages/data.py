@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from rlhfjax.config import schema
+from rlhfjax.config.online_stages import prompts_of
 from rlhfjax.config.recipe import FACTS
 from rlhfjax.data.pipeline import Batches
 from rlhfjax.stages.job import Job
@@ -37,7 +38,7 @@ def _opened(job: Job, data: list[schema.Data], train: bool) -> Batches:
         case "comparison":
             return reader.comparisons(data, c.batch, shuffle=train)
         case "prompt":
-            return reader.prompts(data, c.batch, shuffle=train)
+            return reader.prompts(data, c.batch.model_copy(update={"size": prompts_of(c)}), shuffle=train)
         case kind:
             raise NotImplementedError(f"batches of {kind} records")
 

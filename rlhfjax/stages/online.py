@@ -125,7 +125,8 @@ def iteration_flops(c: Any, learner: OnlineLearner, mixed: TokenBatch | None) ->
     if any(isinstance(model, EncoderDecoder) for model in models):
         return None
     trained = {name: forward_flops(model.config, learner.params[name]) for name, model in learner.models.items()}
-    frozen = (forward_flops(model.config, learner.frozen["rewards"][title]) for title, model in learner.judges.models.items())
+    scoring = learner.frozen["rewards"]
+    frozen = (forward_flops(model.config, scoring[title]) for title, model in learner.judges.models.items())
     counts = (0.0, 0.0)
     if mixed is not None:
         real = mixed.segments > 0
