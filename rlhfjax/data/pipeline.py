@@ -62,6 +62,40 @@ class Batches:
             yield self.make(**item)
 
 
+@dataclass(frozen=True)
+class PromptBatches(Batches):
+    """Batches of prompts whose records can be had: `origins` has the place of each in one of the `sources`."""
+
+    origins: Any = None
+    sources: Sequence[Any] = ()
+
+    def records(self, step: int) -> list[dict[str, Any]]:
+        """The records of a batch's prompts, row by row as `self[step]` has them: all fields, as their files name them.
+
+        What no model reads is among them, such as an answer. They are read anew from the prepared data.
+        """
+        places = _Steps(self.origins, self.size, self.local)[step]
+        found: list[dict[str, Any]] = [{}] * len(places["row"])
+        for number, source in enumerate(self.sources):
+            rows = np.flatnonzero(places["source"] == number)
+            for row, record in zip(rows, source.__getitems__(places["row"][rows].tolist()), strict=True):
+                found[row] = record.get("extra", {}) | {name: record[name] for name in record if name != "extra"}
+        return found
+
+
+class _Origins:
+    """Beside the prompts of one source: its number, and the row that each of them has in it."""
+
+    def __init__(self, number: int, keep: np.ndarray):
+        self._number, self._keep = number, keep
+
+    def __len__(self) -> int:
+        return len(self._keep)
+
+    def __getitem__(self, i: Any) -> dict[str, np.ndarray]:
+        return {"source": np.asarray(self._number), "row": np.asarray(self._keep[i])}
+
+
 class _Steps:
     """What a batch is made of, by step: its rows stacked, or those of them that this process wants."""
 
@@ -190,20 +224,24 @@ class Reader:
             )
         return batches.RankedItems(kept, batch.candidates, batch.length, self.tokenizer.pad_id)
 
-    def prompts(self, data: Sequence[Data], batch: RolloutBatch, shuffle: bool = True) -> Batches:
+    def prompts(self, data: Sequence[Data], batch: RolloutBatch, shuffle: bool = True) -> PromptBatches:
         """Left-padded prompts, whose `uid` is their place in the order."""
-        sources = [self._prompt_source(entry, batch) for entry in data]
-        made = self._batches(sources, [entry.weight for entry in data], batch.size, types.PromptBatch, shuffle)
-        return replace(made, dataset=_Placed(made.dataset))
+        items, sources = zip(*(self._prompt_source(entry, batch) for entry in data), strict=True)
+        weights = [entry.weight for entry in data]
+        made = self._batches(items, weights, batch.size, types.PromptBatch, shuffle)
+        # Of the same lengths and seed, and so in the same order.
+        places = [_Origins(number, each.keep) for number, each in enumerate(items)]
+        origins = self._batches(places, weights, batch.size, types.PromptBatch, shuffle).dataset
+        return PromptBatches(**vars(made) | {"dataset": _Placed(made.dataset)}, origins=origins, sources=sources)
 
-    def _prompt_source(self, entry: Data, batch: RolloutBatch) -> batches.PromptItems:
-        def make() -> batches.PromptItems:
-            rules, limit = self._rules(entry, batch), batch.prompt_length
-            rows = token_rows.prompt_rows(self.open(entry, "prompt"), self.tokenizer, rules)
+    def _prompt_source(self, entry: Data, batch: RolloutBatch) -> tuple[batches.PromptItems, Any]:
+        def make() -> tuple[batches.PromptItems, Any]:
+            rules, limit, source = self._rules(entry, batch), batch.prompt_length, self.open(entry, "prompt")
+            rows = token_rows.prompt_rows(source, self.tokenizer, rules)
             setting = "batch.prompt_length"
             keep = token_rows.within(entry.name, rows.lengths, limit, batch.overlong, self.report, setting)
             keep = keep[rows.lengths[keep] > 0]
-            return batches.PromptItems(rows, keep, batch.prompt_length, self.tokenizer.pad_id)
+            return batches.PromptItems(rows, keep, batch.prompt_length, self.tokenizer.pad_id), source
 
         return self._once(("prompts", entry.name, batch.prompt_length, batch.overlong, batch.refused), make)
 

@@ -40,7 +40,8 @@ class Tally:
             yield f"{self.barren:,} of {self.rows:,} rows gave no {kind}" + (f", left out: {omits}" if omits else "")
         if self.unread:
             fields = ", ".join(f"{name} ({count:,})" for name, count in self.unread.most_common())
-            yield f"fields that no stage reads, with their rows of {self.rows:,}: {fields}"
+            who = "no model reads, though a reward may" if kind == "prompt" else "no stage reads"
+            yield f"fields that {who}, with their rows of {self.rows:,}: {fields}"
 
 
 @dataclass(frozen=True)

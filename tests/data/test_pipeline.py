@@ -152,6 +152,24 @@ def test_the_uid_of_a_prompt_is_its_place_in_the_order(reader, tokenizer, files)
     np.testing.assert_array_equal(here.tokens, whole.tokens[3::7])
 
 
+def test_records_are_those_of_the_prompts_in_a_batch(tokenizer, files, tmp_path):
+    """Of two sources, shuffled, some too long, in another epoch, and of the rows that this process makes."""
+    for name, mark in (("sums", "+"), ("products", "x")):
+        rows = [{"prompt": f"{i} {mark}{' .' * (i % 3 * 9)}", "answer": {"text": [mark, i]}, "n": i} for i in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [entry(tmp_path, "sums"), entry(tmp_path, "products", weight=0.5)]
+    batch = rollout_batch(size=7, prompt_length=16, overlong="drop")
+    said = []
+    for local in (lambda size: None, lambda size: [5, 1]):
+        batches = Reader(tokenizer, files / "prepared", 3, said.append, local=local).prompts(data, batch)
+        for step in (0, 4):
+            made, records = batches[step], batches.records(step)
+            ids = [row[mask].tolist() for row, mask in zip(made.tokens, made.mask, strict=True)]
+            assert [record["prompt"] for record in records] == [tokenizer.decode(row[1:]) for row in ids]
+            assert all(record["answer"] == {"text": [record["prompt"][2], record["n"]]} for record in records)
+    assert len(said) == 4  # rows were left out: places are not rows of the file
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_once_covers_every_row_once(reader, files, kind):
     opened = reader().reader

@@ -150,7 +150,7 @@ def test_what_was_made_is_said_in_words(tmp_path):
     folder = prepare_files({"train": [path], "validation": [path]}, "prompt", "mine", tmp_path / "data")
     said = "\n".join(what_was_made(folder, "mine"))
     assert "train: a.json: JSON, layout alpaca: " in said
-    assert "fields that no stage reads, with their rows of 3: images (1)" in said
+    assert "fields that no model reads, though a reward may, with their rows of 3: images (1)" in said
     assert "mine: prompt records: 3 in train, 3 in validation" in said
     assert "`rlhfjax data inspect mine@train`" in said
     assert "{source: mine}" in said
@@ -160,8 +160,8 @@ def test_a_tally_adds_up():
     one, two = Tally(5, 3, 2), Tally(1, 1)
     one.unread.update(["label"])
     two.unread.update(["label", "system"])
-    assert list((one + two).words("prompt", "those without a user")) == [
-        "2 of 6 rows gave no prompt, left out: those without a user",
+    assert list((one + two).words("unpaired", "those without a user")) == [
+        "2 of 6 rows gave no unpaired, left out: those without a user",
         "fields that no stage reads, with their rows of 6: label (2), system (1)",
     ]
 

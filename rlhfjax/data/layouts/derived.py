@@ -21,11 +21,17 @@ def layout(
     convert: Convert,
     explain: str,
     omits: str = "",
+    asked: Convert | None = None,
     **more: Any,
 ) -> Layout:
-    """A layout that was made for one record kind, with the other kinds that follow from it; `more` is the layout's."""
+    """A layout that was made for one record kind, with the other kinds that follow from it; `more` is the layout's.
+
+    `asked` gives the prompt where that shall leave the answer beside it, for a reward to compare with.
+    """
     way = Way(explain, convert, omits)
     follows = {other: make(way) for other, make in _FOLLOWS[kind].items()}
+    if asked:
+        follows["prompt"] = follows["prompt"]._replace(convert=asked)
     return Layout(name, fields, fits, {kind: way, **follows}, **more)
 
 

@@ -46,6 +46,12 @@ def answered(ask: _Ask, answer: str, fields: Fields) -> list[Object]:
     return [{"messages": [*messages, said], **tools(fields)}]
 
 
+def asked_alone(ask: _Ask, fields: Fields) -> list[Object]:
+    """The prompt that `ask` makes of the row; the field with its answer stays beside."""
+    messages = ask(fields)
+    return [{"messages": messages, **tools(fields)}]
+
+
 def compared_after(ask: _Ask, fields: Fields) -> list[Object]:
     """The comparison of the texts in chosen and rejected after what `ask` makes of the row."""
     messages = ask(fields)
@@ -98,6 +104,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "demonstration",
         partial(answered, _alpaca, "output"),
         f"{_ALPACA}, output → the answer",
+        asked=partial(asked_alone, _alpaca),
     ),
     layout(
         "dolly",
@@ -106,6 +113,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "demonstration",
         partial(answered, partial(_instruction, "context"), "response"),
         "system + instruction + context → what is asked, response → the answer",
+        asked=partial(asked_alone, partial(_instruction, "context")),
     ),
     layout(
         "self_instruct",

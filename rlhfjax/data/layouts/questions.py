@@ -4,7 +4,7 @@ from functools import partial
 
 from rlhfjax.data.fields import Fields, type_name
 from rlhfjax.data.layouts.derived import layout
-from rlhfjax.data.layouts.instructions import answered, compared_after, has
+from rlhfjax.data.layouts.instructions import answered, asked_alone, compared_after, has
 from rlhfjax.data.layouts.layout import Layout, Object
 from rlhfjax.data.layouts.turns import Message, with_system
 
@@ -52,6 +52,12 @@ def _chosen(fields: Fields) -> list[Object]:
     return [{"messages": [*messages, {"role": "assistant", "content": f"{letter}. {choices[letter]}"}]}]
 
 
+def _choices_alone(fields: Fields) -> list[Object]:
+    row = asked_alone(_question, fields)
+    fields.pop("choices")
+    return row
+
+
 def _answer_to_question(fields: Fields) -> list[Object]:
     return answered(_question, _first(_ANSWERS, fields.left) or "answer", fields)
 
@@ -96,6 +102,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "demonstration",
         _chosen,
         "question + lettered choices → what is asked, the letter and text of answer (or answerKey) → the answer",
+        asked=_choices_alone,
     ),
     layout(
         "question_answer",
@@ -104,6 +111,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "demonstration",
         _answer_to_question,
         f"system + {_either(_QUESTIONS)} → what is asked, {_either(_ANSWERS)} → the answer",
+        asked=partial(asked_alone, _question),
     ),
     layout(
         "mt_bench",
