@@ -1,4 +1,4 @@
-"""What a model says of the targets of a packed batch: log-probabilities, entropies, cross-entropy, values, scores.
+"""Likelihoods of the targets of a packed batch: log-probabilities, entropies, cross-entropy, values, scores.
 
 A target is a token that the batch marks and whose predecessor belongs to the same sequence. Results have the place of
 the token they are about, and are 0 where there is none.

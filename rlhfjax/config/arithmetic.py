@@ -143,12 +143,12 @@ def _heads(run: Run, shape: Shape) -> Iterator[str]:
 
 
 def guessing_heads(run: Run, heads: int) -> Iterator[str]:
-    """What is wrong with stages that shall guess by the heads of a model that has so many."""
+    """Mistakes of stages that take more draft tokens from the heads of a model than it has."""
     for name, section in sampling(run):
         if section.sampling.speculate == "heads" and section.sampling.speculate_tokens > heads:
             yield (
                 f"stages.{name}.sampling.speculate_tokens {section.sampling.speculate_tokens} is more than "
-                f"model.architecture.embedding.mtp_heads {heads}; guess fewer, or by ngram"
+                f"model.architecture.embedding.mtp_heads {heads}; take fewer, or those of ngram"
             )
 
 

@@ -1,4 +1,4 @@
-"""What a configuration comes to: every derived number in a few lines of text."""
+"""The numbers that follow from a configuration, in a few lines of text."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in the words of its file: where, which key, what was expected, what was got."""
+"""Mistakes of a configuration, in the words of its file: where, which key, what was expected, what was got."""
 
 import difflib
 import json

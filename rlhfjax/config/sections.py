@@ -208,8 +208,9 @@ class Sampling(Section):
 
     `stop` ends a response at that single token (default: EOS) from position `stop_after` on.
     `old_log_probs: rollout` keeps the sampler's own; `recompute` takes them from one forward pass (exact ratio 1).
-    `precision` is that of the weights and the cache that sampling reads. `speculate` guesses `speculate_tokens` tokens
-    at a time, by looking up the last `speculate_ngram` tokens in the row or by the model's own heads; responses stay.
+    `precision` is that of the weights and the cache that sampling reads. `speculate` says where
+    `speculate_tokens` draft tokens per call come from: what followed the last `speculate_ngram` tokens in the row, or
+    the model's own heads; responses stay.
     """
 
     max_new_tokens: Count

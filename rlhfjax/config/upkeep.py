@@ -1,4 +1,4 @@
-"""How a run is kept: what is saved and stays, when it stops, what is logged and traced."""
+"""The upkeep of a run: what is saved and stays, when it stops, what is logged and traced."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""Sampling with a cache: prefill once, then one token a row until every row has ended.
+"""Sampling with a cache: prefill once, then one token per row until every row has ended.
 
 A row's randomness depends on its own uid and position alone, so a prompt's sample does not depend on its neighbours.
 """
@@ -15,8 +15,8 @@ from rlhfjax.types import Params, PromptBatch, Rollout
 def generate(model: Sampler, params: Params, prompts: PromptBatch, key: jax.Array, sampling: SamplingParams) -> Rollout:
     """Responses to a batch of prompts, [B, max_new_tokens] tokens, padded after the end.
 
-    Guesses (`sampling.speculation`) and continuous batching (`sampling.slots`) change how long it takes, not what is
-    drawn.
+    Draft tokens (`sampling.speculation`) and continuous batching (`sampling.slots`) change how long it takes, not what
+    is drawn.
     """
     if sampling.speculation:
         return speculate(model, params, prompts, key, sampling, sampling.speculation)

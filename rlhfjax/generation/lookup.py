@@ -1,4 +1,4 @@
-"""Guesses of what comes next, looked up in what a row holds already (prompt lookup decoding, Saxena 2023)."""
+"""Draft tokens looked up in what a row holds already (prompt lookup decoding, Saxena 2023)."""
 
 import jax
 import jax.numpy as jnp

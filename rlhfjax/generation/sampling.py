@@ -1,4 +1,4 @@
-"""How a token is drawn: filters, one inversion of the cumulative probabilities, log-probabilities of what was drawn."""
+"""Drawing a token: filters, one inversion of the cumulative probabilities, log-probabilities of what was drawn."""
 
 import math
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class SamplingParams:
     """How to draw; `temperature` 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
     `stop_id` and each of `stop_ids` end a response from position `stop_after` on, `pad_id` fills what follows. The
-    `top_log_probs` likeliest tokens are reported for every position. `speculation` says how to guess ahead.
+    `top_log_probs` likeliest tokens are reported for every position. `speculation` says where draft tokens come from.
     With `slots`, at most so many responses are written at a time, and one that ends makes room for the next.
     """
 
@@ -53,7 +53,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Speculation:
-    """How to guess: `tokens` at a time, by `ngram` (lookup of the last `longest` … 1 tokens in the row) or `heads`."""
+    """Draft tokens: `tokens` per call, by `ngram` (lookup of the last `longest` … 1 tokens in the row) or `heads`."""
 
     kind: str
     tokens: int
@@ -61,7 +61,7 @@ class Speculation:
 
 
 class Drawn(NamedTuple):
-    """A token a row, its log-probability in nats, and the likeliest tokens with theirs.
+    """A token per row, its log-probability in nats, and the likeliest tokens with theirs.
 
     Log-probabilities are those of the unfiltered policy at the sampling temperature (greedy: 1).
     """
@@ -81,7 +81,7 @@ def uniforms(key: jax.Array, uid: Int[Array, "B"], count: int) -> Float[Array, "
 
 
 def draw(noise: Float[Array, "B 2"], logits: Float[Array, "B V"], sampling: SamplingParams) -> Drawn:
-    """One token a row by `noise`."""
+    """One token per row by `noise`."""
     greedy = sampling.temperature == 0
     logits = logits if greedy else apply_temperature(logits, sampling.temperature)
     blocks = _blocks(logits)

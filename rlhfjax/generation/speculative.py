@@ -1,12 +1,12 @@
-"""Self-speculative decoding: guess some tokens, read them all in one call, keep those that would have been drawn.
+"""Self-speculative decoding: draft some tokens, read them all in one call, keep those that would have been drawn.
 
 The sampler's own draw decides: token t is what the plain sampler draws with the noise of position t from the
-probabilities at position t, and a guess is kept when it is that token. So the responses are those of plain decoding,
-token for token, greedy or sampled, whatever is guessed; guesses only change how many calls they take. A guess by lookup
-has no randomness, and is kept as often as by the rule of Leviathan et al. 2023 (with probability min(1, p/q), else a
-draw from what is left; q is one point). Heads draw theirs with the noise of the position that they guess, so that equal
-distributions draw equal tokens (the coupling of Daliri, Musco and Suresh 2024, here by inversion). That rule would keep
-1 - TV(p, q) of these, a bit more, but what a row says would then depend on what was guessed.
+probabilities at position t, and a draft token is kept when it is that token. So the responses are those of plain
+decoding, token for token, greedy or sampled, whatever the draft; it only changes how many calls they take. A draft by
+lookup has no randomness, and is kept as often as by the rule of Leviathan et al. 2023 (with probability min(1, p/q),
+else a draw from what is left; q is one point). Heads draw theirs with the noise of the position that they draft, so
+that equal distributions draw equal tokens (the coupling of Daliri, Musco and Suresh 2024, here by inversion). That rule
+would keep 1 - TV(p, q) of these, a bit more, but what a row says would then depend on the draft.
 """
 
 from dataclasses import replace
@@ -26,8 +26,8 @@ def verify(
 ) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
     """How many of the k + 1 drawn tokens a row keeps, and whether it ends with the last one.
 
-    The token drawn after a guess counts if all guesses before it are what was drawn, no token before it ended the row,
-    and the row has room for it.
+    The token drawn after a draft token counts if all of those before it are what was drawn, no token before it
+    ended the row, and the row has room for it.
     """
     right = (guesses == drawn[:, :-1]) & ~stops[:, :-1]
     going_on = jnp.cumprod(right.astype(jnp.int32), axis=1)
@@ -61,7 +61,7 @@ def speculate(
     speculation: Speculation,
     rows: Int[Array, ""] | int | None = None,
 ) -> Rollout:
-    """The responses that `generate` gives at the same key, and what guessing did (`Rollout.counts`); one compiled loop.
+    """The responses that `generate` gives at the same key, and what drafts did (`Rollout.counts`); one compiled loop.
 
     Every row goes on by itself: slots of its cache beyond what it kept are written again by the next call. Only the
     first `rows` are answered (None: all).

@@ -1,4 +1,4 @@
-"""What stands between the matrices of a feed-forward block."""
+"""Activations: the functions between the matrices of a feed-forward block."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Which kind of model a configuration describes."""
+"""The kinds of models, told apart by their configuration."""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias

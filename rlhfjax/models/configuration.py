@@ -1,4 +1,4 @@
-"""What there is to say of a decoder: its shape and its style."""
+"""The configuration of a decoder: its shape and its style."""
 
 from dataclasses import dataclass
 

@@ -177,7 +177,7 @@ class Decoder(nn.Module):
 
         Where layers are few that is a good part of the work, a fifth of a reward model of four.
         """
-        # The kernels are spread over the mesh of the moment, so their trace is not for others.
+        # Kernels are traced for the current mesh; a cached trace would serve a model on another one.
         shared = self.config.attention in ("auto", "xla", "blocked")
         block = _traced_once(self.config) if shared else _traced_once.__wrapped__(self.config)
         stacked = self.variables["params"]["blocks"]

@@ -1,4 +1,4 @@
-"""A decoder that samples: weights laid out for one token a row, a cache of keys and values, and `extend`.
+"""A decoder that samples: weights laid out for one token per row, a cache of keys and values, and `extend`.
 
 Training reads the layers in a scan over stacked parameters. A loop that samples would copy each layer's weights and the
 whole cache in every step of it, so here the layers stand apart and are unrolled, and the cache is updated in place.
@@ -98,7 +98,7 @@ def arrange(
     Adapters are merged, unless what is below them is quantised. With `fused`, matrices that read the same input become
     one; on a mesh that splits heads they had better stay apart. Each is cut into `parts` blocks of outputs (None: one a
     core), which XLA can multiply beside each other on a CPU. Where only one of `rows` decodes, a CPU reads blocks of
-    [outputs, in] faster; parts 0 asks for that, one a core.
+    [outputs, in] faster; parts 0 asks for that, one per core.
     """
     if isinstance(params, Weights):
         return params
@@ -196,7 +196,7 @@ def _norm(config: DecoderConfig, params: Params, name: str, x: Array) -> Array:
 
 
 def _attention(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: Array, store: Any, read: Any) -> Any:
-    """Attention of T new tokens a row, or of those at `read`, to what `store` answers with once it has their keys and
+    """Attention of T new tokens per row, or of those at `read`, to what `store` answers with once it has their keys and
     values.
     """
     c, batch = config, len(x)
@@ -280,7 +280,7 @@ def _forward(
     store: Store,
     read: Int[Array, "B N"] | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple, tuple]:
-    """Hidden states of T tokens a row that see the slots up to their own, and the keys and values of every layer.
+    """Hidden states of T tokens per row that see the slots up to their own, and the keys and values of every layer.
 
     With `read` the states of these columns of each row alone, [B, N, D].
     """
@@ -307,7 +307,7 @@ def extend(
     """Append the first `counts` of T tokens to each row, behind its own end; their hidden states.
 
     Every token sees its row up to itself. The states of the others mean nothing, and nothing is kept of them. With T 1
-    this is decoding, with more the verification of guesses.
+    this is decoding, with more the verification of draft tokens.
     """
     batch, length = tokens.shape
     steps = jnp.arange(length, dtype=jnp.int32)[None, :]

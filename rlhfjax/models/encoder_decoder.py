@@ -216,7 +216,7 @@ class EncoderDecoder:
     def decode(
         self, params: Params, cache: CrossCache, tokens: Int[Array, "B"]
     ) -> tuple[Float[Array, "B V"], CrossCache]:
-        """Append one token a row; logits of the next. A row that is full keeps nothing more."""
+        """Append one token per row; logits of the next. A row that is full keeps nothing more."""
         kept = (cache.keys, cache.values, cache.cross_keys, cache.cross_values)
         return self._append(params, kept, None, cache.prompt_mask, cache.lengths, tokens)
 

@@ -1,7 +1,7 @@
 """Mixture-of-experts feed-forward: a router, and two exact ways of taking tokens to their experts and back.
 
-`dropless` computes every assignment. `bounded` gives each expert a fixed number of slots a row and drops what is over;
-the residual stream carries dropped tokens past the block.
+`dropless` computes every assignment. `bounded` gives each expert a fixed number of slots per row and drops what is
+over; the residual stream carries dropped tokens past the block.
 """
 
 import math
@@ -149,7 +149,7 @@ def _weighted(out: Float[Array, "*B K D"], weights: Float[Array, "*B K"]) -> Flo
 
 
 class Matrix(nn.Module):
-    """A matrix, or one an expert, and its bias: leaves named like those of any other layer."""
+    """A matrix, or one per expert, and its bias: leaves named like those of any other layer."""
 
     shape: tuple[int, ...]
     std: float

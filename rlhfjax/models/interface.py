@@ -1,4 +1,4 @@
-"""What the rest of the program sees of a model: functions of (parameters, arrays).
+"""Models as the rest of the program sees them: functions of (parameters, arrays).
 
 `response_logits(params, prompt, …)` and `response_values` put a left-padded prompt before a right-padded response, so
 that nobody else has to know where in a sequence the response begins.
@@ -220,7 +220,7 @@ class LanguageModel:
     def decode(
         self, params: Params | Weights, cache: Cache, tokens: Int[Array, "B"]
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Append one token a row; logits of the next. A row that is full keeps nothing more."""
+        """Append one token per row; logits of the next. A row that is full keeps nothing more."""
         weights = self.arrange(params)
         hidden, cache = self.extend(weights, cache, tokens[:, None], jnp.ones_like(tokens))
         return decoding.unembed(self.config, weights, hidden[:, 0]), cache

@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward pass; the rest of it is computed again (Chen et al. 2016)."""
+"""Rematerialisation: what a layer keeps for its backward pass; the rest is computed again (Chen et al. 2016)."""
 
 from typing import Any
 

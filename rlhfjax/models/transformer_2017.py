@@ -198,7 +198,7 @@ class Transformer(nn.Module):
         return self.encoder(self._embedded(tokens, positions), same_segment(segments, segments))[0]
 
     def decode(self, tokens, positions, segments, memory, memory_segments, cache=None):
-        """[B, T] tokens to [B, T, width]; with a cache one token a row, and the cache with it at its own position."""
+        """[B, T] tokens to [B, T, width]; with a cache one token per row, and the cache with it at its own position."""
         if cache is None:
             mask = attention_mask(segments, segments, 0)
         else:

@@ -1,4 +1,4 @@
-"""What a worker does with examples: call a function, run a command, match a pattern. Standard library alone.
+"""A worker's work on examples: call a function, run a command, match a pattern. Standard library alone.
 
 Each kind is loaded once and gives a function from examples to an answer: `values`, for each a number, or a text that
 says what came instead of one; or `error`, what went wrong with all of them.

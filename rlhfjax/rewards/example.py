@@ -1,4 +1,4 @@
-"""What a reward sees of one response."""
+"""One response as a reward sees it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

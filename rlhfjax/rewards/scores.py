@@ -1,4 +1,4 @@
-"""What the rewards of a batch come to: a number for each response and reward, their weighted sum, and what failed."""
+"""Scores of a batch: a number for each response and reward, their weighted sum, and the failures."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What all processes of a run must have in common before one of them begins."""
+"""Agreement: the settings that all processes of a run must share before one of them begins."""
 
 from collections.abc import Iterator
 from pathlib import Path

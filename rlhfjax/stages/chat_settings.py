@@ -1,4 +1,4 @@
-"""What chat templates are told in a run: variables from the configuration, and one date for all of its attempts."""
+"""Settings of chat templates in a run: variables from the configuration, and one date for all of its attempts."""
 
 import datetime
 from collections.abc import Mapping, Sequence

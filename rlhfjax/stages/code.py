@@ -1,4 +1,4 @@
-"""Which code runs: digests of the installed package, and the commit of the checkout that it may come from."""
+"""The code that runs: digests of the installed package, and the commit of the checkout that it may come from."""
 
 import hashlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept between runs: a directory of machine code that only its owner may fill."""
+"""The cache of compiled programs between runs: a directory of machine code that only its owner may fill."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""What two attempts ran under, compared: configuration, code, packages, flags, machine, devices and data."""
+"""Conditions of two attempts, compared: configuration, code, packages, flags, machine, devices and data."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -224,7 +224,7 @@ class _RewardScorer:
         self.gain: float = facts.get("normalized_gain", 1.0)  # what normalisation multiplied the scores with
 
     def __call__(self, prompts: list[tuple[int, ...]], responses: list[tuple[int, ...]]) -> np.ndarray:
-        """One score a pair of ids, the response with its end; equal pairs are computed once.
+        """One score per pair of ids, the response with its end; equal pairs are computed once.
 
         A text beyond the context is read without its last words, and that is told.
         """

@@ -26,7 +26,7 @@ def pairs_of(job: Job, entry: schema.Data) -> list[tuple[list[int], list[int]]]:
 
 
 def exact_match(job: Job, model: SequenceModel, params: Params) -> dict[str, float]:
-    """Share of responses that end and have the text of the demonstration, by the name of the data set."""
+    """Share of responses that end and have the text of the demonstration, by the name of the dataset."""
     c: schema.Evaluate = job.config
     assert c.exact_match is not None
     t, e = job.tokenizer, c.exact_match

@@ -1,4 +1,4 @@
-"""What this process does with host memory that it no longer needs."""
+"""Freed host memory: kept by this process or given back to the system."""
 
 import ctypes
 import gc

@@ -1,4 +1,4 @@
-"""What a run reads, as it is now: records of every source, checkpoints and tokenizer that it was given, its mesh."""
+"""Inputs of a run as they are now: records of every source, given checkpoints and tokenizer, the mesh."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a batch really holds, token by token: masks, positions, segments, and where the score is read."""
+"""A batch token by token: masks, positions, segments, and the place where the score is read."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -46,7 +46,7 @@ from rlhfjax.training.metrics_catalogue import METRICS, metric_of
 def make_jobs(
     run: Run, run_dir: Path, stages: list[str], report: Callable[[str], None], date: datetime.date
 ) -> list[Job]:
-    """One job a stage; `date` is what chat templates write.
+    """One job per stage; `date` is what chat templates write.
 
     Raises ConfigError when batch sizes or the mesh do not fit the devices that are here.
     """

@@ -1,4 +1,4 @@
-"""manifest.jsonl: one line an attempt, with all that is needed to know what ran, and to run it again."""
+"""manifest.jsonl: one line per attempt, with all that is needed to know what ran, and to run it again."""
 
 import datetime
 import json

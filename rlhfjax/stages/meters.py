@@ -1,4 +1,4 @@
-"""What validation measures: held-out loss, ranked pairs in their order, the reward model's score of samples."""
+"""Measures of validation: held-out loss, ranked pairs in their order, the reward model's score of samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from rlhfjax.types import Params
 
 @dataclass(frozen=True)
 class Meter:
-    """The mean over a data set of what `total(params, batch, rows)` gives the sum and the count of, batch by batch."""
+    """The mean over a dataset of what `total(params, batch, rows)` gives the sum and the count of, batch by batch."""
 
     total: Any
     mesh: jax.sharding.Mesh
@@ -41,7 +41,7 @@ class Meter:
 
 
 def loss_meter(job: Job, model: SequenceModel) -> Meter:
-    """Mean loss over every target token of a data set, nats per token."""
+    """Mean loss over every target token of a dataset, nats per token."""
     algorithm = language_modelling(model, gather=job.mesh.size == 1)
 
     @jax.jit
@@ -75,7 +75,7 @@ def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[P
 def accuracy_meter(
     job: Job, algorithm: RewardModelling | Dpo, pack: Pack | None, metric: str = "train/rm/accuracy"
 ) -> Meter:
-    """Share of the ranked pairs of a data set that the scores, or implicit rewards, order as people did."""
+    """Share of the ranked pairs of a dataset that the scores, or implicit rewards, order as people did."""
 
     @jax.jit
     def total(params, batch, rows):
@@ -90,7 +90,7 @@ def accuracy_meter(
 
 
 def named(metric: str, values: dict[str, float]) -> dict[str, float]:
-    """One metric a data set, and their mean under the plain name."""
+    """One metric per dataset, and their mean under the plain name."""
     if not values:
         return {}
     each = {f"{metric}/{name}": value for name, value in values.items()}

@@ -66,12 +66,12 @@ def default_slots() -> int:
 
 
 def sampler_of(model: SequenceModel, sampling: schema.Sampling) -> SequenceModel:
-    """The model at the precision of sampling; raises ConfigError when it has not the heads that shall guess."""
+    """The model at the precision of sampling; raises ConfigError when it lacks heads for as many draft tokens."""
     if isinstance(model, LanguageModel):
         if sampling.speculate == "heads" and model.config.mtp_heads < sampling.speculate_tokens:
             raise ConfigError(
                 f"sampling.speculate_tokens {sampling.speculate_tokens}: expected as many heads, got a model with "
-                f"{model.config.mtp_heads}; guess fewer tokens, or by ngram"
+                f"{model.config.mtp_heads}; take fewer draft tokens, or those of ngram"
             )
         return replace(model, precision=sampling.precision)
     if (sampling.precision, sampling.speculate) != ("full", "none"):

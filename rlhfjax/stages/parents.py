@@ -1,4 +1,4 @@
-"""What a stage starts from: the models of earlier stages, by step and digest, and the tokenizer."""
+"""Parents of a stage: the models of earlier stages, by step and digest, and the tokenizer."""
 
 import hashlib
 import json

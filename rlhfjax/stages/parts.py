@@ -1,4 +1,4 @@
-"""How many packed rows go through the models together, and what shares a row."""
+"""Parts: the packed rows that go through the models together, and the sequences that share a row."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -51,8 +51,8 @@ def responses_a_row(c: schema.Ppo, group: int, policy: SequenceModel, *others: S
 def ranking_packer(job: Job, model: SequenceModel, opened: Iterable[Batches], ends: bool = False) -> Pack | None:
     """How the comparisons of these data become packed rows with each prompt once, `batch.micro` rows at a time.
 
-    None where candidates are read one a row: by models that can't share a prompt, and where comparisons are very long.
-    `ends` as in `packed_ranking`.
+    None where candidates are read one per row: by models that can't share a prompt, and where comparisons are
+    very long. `ends` as in `packed_ranking`.
     """
     c: schema.Reward | schema.Dpo = job.config
     width = max(batches.longest for batches in opened)

@@ -129,7 +129,7 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
     refuse_other_data(run, run_dir, stages[0], manifest.before, begins["data"])
     manifest.note(**begins)
     if change := other_layout(manifest.before, manifest.line):
-        report(f"{jobs[0].stage}: continues {change}; it is rounded otherwise, and not bitwise the run without a break")
+        report(f"{jobs[0].stage}: continues {change}; from here on results match within rounding, not bitwise")
     for job in jobs:
         job.shared["began"] = began
         if job is next((j for j in jobs if j.stage != TOKENIZER), None):

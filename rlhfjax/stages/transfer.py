@@ -91,7 +91,7 @@ def export_checkpoint(
 def lineage(step_dir: Path) -> dict[str, dict[str, Any]]:
     """Where a checkpoint comes from, as headings and facts: its stage, its run, its data by name, its figures.
 
-    Names of data are those of data sets, or of files without the folders they are in; texts are nowhere in it.
+    Names of data are those of datasets, or of files without the folders they are in; texts are nowhere in it.
     """
     stage_dir = step_dir.parent.parent
     complete, run = _json_lines(stage_dir / COMPLETE), _json_lines(stage_dir.parent / "manifest.jsonl")
@@ -121,7 +121,7 @@ def lineage(step_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def _public(name: str) -> str:
-    """SOURCE@SPLIT without the folders of a file; names of data sets stay, such as movies/chat."""
+    """SOURCE@SPLIT without the folders of a file; names of datasets stay, such as movies/chat."""
     source, _, split = name.rpartition("@")
     is_file = source.startswith(("/", ".", "~")) or source.endswith(".jsonl")
     return f"{Path(source).name if is_file else source}@{split}"

@@ -1,4 +1,4 @@
-"""How much of the machine a step uses: floating-point operations of the model over those that the devices could do.
+"""Use of the machine: floating-point operations of the model over those that the devices could do.
 
 Model FLOPs are those of the equations on real tokens: padding, recomputation (remat) and whatever the compiler adds do
 not count (Chowdhery et al. 2022, appendix B). Attention counts what a causal token sees, which is half of the square.

@@ -40,7 +40,7 @@ _LEARNING = (
            "mean over tokens (dpo: 1/C(K,2) per prompt, mean over prompts)",
            "-log p of the next token (dpo: the preference loss of loss.kind)"),
     Metric("loss/validation", "nats", _TARGETS, _TOKEN_MEAN, "-log p of the next token on held-out data, dropout off"),
-    Metric("loss/validation/NAME", "nats", _TARGETS, _TOKEN_MEAN, "the same on the data set NAME"),
+    Metric("loss/validation/NAME", "nats", _TARGETS, _TOKEN_MEAN, "the same on the dataset NAME"),
     Metric("eval/reward_score", "score", "validation prompts", "mean", "reward model's score of samples (select_by)"),
     Metric("grad/norm", "-", "parameters", "L2 norm", "gradient before clipping (offline stages)"),
 )  # fmt: skip
@@ -76,7 +76,7 @@ _PREFERENCES = (
     Metric("logps/chosen", "nats", "pairs without ties", "sum over tokens, mean over pairs",
            "log-probability of the better response"),
     Metric("logps/rejected", "nats", "pairs without ties", "sum over tokens, mean over pairs", "of the worse one"),
-    Metric("eval/dpo/accuracy", "fraction", "pairs without ties", "mean over pairs, then data sets",
+    Metric("eval/dpo/accuracy", "fraction", "pairs without ties", "mean over pairs, then datasets",
            "rewards/accuracies of held-out rankings"),
     Metric("eval/dpo/accuracy/NAME", "fraction", "pairs without ties", "mean over pairs", "the same on NAME alone"),
 )  # fmt: skip
@@ -85,7 +85,7 @@ _REWARD_MODEL = (
     Metric("train/rm/loss", "nats", "pairs without ties", "1/C(K,2) a prompt, mean over prompts", "ranking loss"),
     Metric("train/rm/accuracy", "fraction", "pairs without ties", "mean over pairs",
            "pairs whose better response scores higher"),
-    Metric("eval/rm/accuracy", "fraction", "pairs without ties", "mean over pairs, then data sets",
+    Metric("eval/rm/accuracy", "fraction", "pairs without ties", "mean over pairs, then datasets",
            "held-out rankings"),
     Metric("eval/rm/accuracy/NAME", "fraction", "pairs without ties", "mean over pairs", "the same on NAME alone"),
     Metric("eval/rm/normalized_mean", "score", "responses of normalize.data", "mean", "after normalisation: 0"),
@@ -139,7 +139,7 @@ _GUESSES = (
     Metric("mtp/loss/NAME", "nats", "targets NAME + 1 ahead", _TOKEN_MEAN, "-log p of head NAME, before mtp_coef"),
     Metric("mtp/hit_rate/NAME", "fraction", "targets NAME + 1 ahead", _TOKEN_MEAN,
            "how often the likeliest token of head NAME is right"),
-    Metric("speculation/kept", "fraction", "guesses", "mean", "guessed tokens that were what the sampler drew"),
+    Metric("speculation/kept", "fraction", "draft tokens", "mean", "draft tokens that were what the sampler drew"),
     Metric("speculation/tokens_per_call", "tokens", "response tokens after the first", "mean over calls",
            "tokens that a row gains by one call of the model; 1 without speculation"),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The online loop: four compiled steps an iteration, whatever the algorithm."""
+"""The online loop: four compiled steps per iteration, whatever the algorithm."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Where the time goes: seconds of the parts of a step, and traces that XProf and TensorBoard open."""
+"""Profiles: seconds of the parts of a step, and traces that XProf and TensorBoard open."""
 
 import time
 from collections.abc import Iterator

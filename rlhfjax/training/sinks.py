@@ -90,7 +90,7 @@ def _opened(path: Path) -> int:
 
 
 class Board:
-    """Scalars for TensorBoard: an event file with one event a step.
+    """Scalars for TensorBoard: an event file with one event per step.
 
     A run that continues hides what an earlier event file holds after `start_step`.
     """

@@ -1,4 +1,4 @@
-"""What stands beside the loop of a stage: deadlines, requests to stop, faults on purpose, and how long things took."""
+"""Supervision of a loop: deadlines, requests to stop, faults on purpose, and how long things took."""
 
 import time
 from collections.abc import Callable

@@ -54,7 +54,7 @@ def test_value_and_gradient_equal_the_pairs_one_by_one():
 
 
 def test_one_forward_pass_a_candidate():
-    # fails with a pass for each pair, C(4,2) x 2 rows a prompt
+    # fails with a pass for each pair, C(4,2) x 2 rows per prompt
     calls = []
 
     def counted(self, params, tokens, *rest):

@@ -71,7 +71,7 @@ def test_the_first_gradient_is_that_of_reinforce(ratio, clip):
     assert (float(metrics["policy/clipfrac_avg"]), float(metrics["val/ratio_err"])) == (0, pytest.approx(0, abs=1e-6))
 
 
-# fails when a response counts once a token, and when its ratio is that of its row
+# fails when a response counts once per token, and when its ratio is that of its row
 @pytest.mark.parametrize("clip", [0.2, None])
 @pytest.mark.parametrize("ratio", ["sequence", "token"])
 def test_the_loss_is_that_of_loops_however_tokens_lie_in_rows(ratio, clip):

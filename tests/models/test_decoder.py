@@ -86,7 +86,7 @@ def test_columns_read_alone_are_those_of_all(case):
 @ON_CPU
 @pytest.mark.parametrize(("attention", "functions"), [("auto", 2), ("splash", 4)])
 def test_models_of_one_shape_share_the_traces_of_their_layers(attention, functions, monkeypatch):
-    # Broken once: without the cache 4 of each. A kernel is traced for the mesh of the moment, so it is not shared.
+    # Broken once: without the cache 4 of each. A kernel is traced for the current mesh, so it is not shared.
     monkeypatch.setattr(kernels, "INTERPRET", True)
     model, tokens, mask = tiny(attention=attention), random_tokens(2, 16), jnp.ones((2, 16), bool)
     first, second = scalar_params_of(model, 0), scalar_params_of(model, 1)

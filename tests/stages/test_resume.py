@@ -81,8 +81,8 @@ def test_on_another_mesh_it_goes_on_and_says_that_bits_differ(copied, finished, 
     run_recipe(run, run_dir, only="pretrain")
     said = " ".join(capsys.readouterr().err.split())
     assert (
-        "pretrain: continues on another layout (devices 1 cpu -> 8 cpu, mesh 1 -> data 2 x fsdp 2 x tensor 2); it is "
-        "rounded otherwise, and not bitwise the run without a break"
+        "pretrain: continues on another layout (devices 1 cpu -> 8 cpu, mesh 1 -> data 2 x fsdp 2 x tensor 2); from "
+        "here on results match within rounding, not bitwise"
     ) in said
     again, straight = rows_of(run_dir / "pretrain" / "metrics.jsonl"), rows_of(finished / "pretrain" / "metrics.jsonl")
     assert again[:3] == straight[:3]

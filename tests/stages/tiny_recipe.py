@@ -1,4 +1,4 @@
-"""A whole recipe in miniature: sixteen wide, a few steps a stage, on a few words of synthetic text."""
+"""A whole recipe in miniature: sixteen wide, a few steps per stage, on a few words of synthetic text."""
 
 import json
 import random

@@ -292,7 +292,7 @@ ls "$DISK/run"
 @pytest.mark.faults
 @pytest.mark.parametrize("seen_before", [True, False], ids=["before", "during"])
 def test_a_full_disk_stops_with_42_and_room_is_all_that_it_takes(tmp_path, seen_before):
-    """64 MB, 26 of them taken by others, and 15 MB a step. `during`: the check before a save is told of more room."""
+    """64 MB, 26 of them taken by others, and 15 MB per step. `during`: the check before a save is told of more room."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
         pytest.skip("mounting a small disk needs `unshare -m`, which this user may not")
     blind = "import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1, 1, 10**12)\n"

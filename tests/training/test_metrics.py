@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.jsonl: one row a step, also after an interruption."""
+"""metrics.jsonl and samples.jsonl: one row per step, also after an interruption."""
 
 import json
 import resource

@@ -1,6 +1,6 @@
 """Checkpoints: the only place that knows Orbax.
 
-A step directory holds one item a model (`policy`, `value`, `reward`, `average`), so that each can be read alone, the
+A step directory holds one item per model (`policy`, `value`, `reward`, `average`), so that each can be read alone, the
 `training` state, the tokenizer, and `meta`: what is needed to build the models again. Beside them lies a manifest of
 every file's digest and every array's; it is compared before anything is read.
 """

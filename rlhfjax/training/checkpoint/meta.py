@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, where checkpoints are, and whether they are what was written."""
+"""Facts that a checkpoint holds of itself, places of checkpoints, and their comparison with what was written."""
 
 import base64
 import binascii

@@ -1,4 +1,4 @@
-"""Which steps stay when a new one is saved."""
+"""Retention: the steps that stay when a new one is saved."""
 
 import json
 import math
