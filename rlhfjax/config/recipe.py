@@ -54,6 +54,8 @@ class StageFacts:
 TOKENIZER, SUPERVISED = "tokenizer", "sft"
 _MIXED = True
 _POLICY = (SUPERVISED, "pretrain")
+_RANKINGS = (Reads("data", "comparison", _MIXED), Reads("validation", "comparison"))
+_PROMPTS = (Reads("data", "prompt", _MIXED), Reads("ptx.data", "document", _MIXED))
 _PER_TOKEN, _PER_PAIR = "nats per token", "nats per ranked pair"
 
 STAGES = (
@@ -84,11 +86,7 @@ STAGES = (
         "reward",
         key=3,
         module="reward",
-        reads=(
-            Reads("data", "comparison", _MIXED),
-            Reads("validation", "comparison"),
-            Reads("normalize.data", "demonstration"),
-        ),
+        reads=(*_RANKINGS, Reads("normalize.data", "demonstration")),
         role="reward",
         starts_from=_POLICY,
         unit=_PER_PAIR,
@@ -98,7 +96,7 @@ STAGES = (
         "dpo",
         key=6,
         module="dpo",
-        reads=(Reads("data", "comparison", _MIXED), Reads("validation", "comparison")),
+        reads=_RANKINGS,
         role="policy",
         starts_from=_POLICY,
         unit=_PER_PAIR,
@@ -108,7 +106,7 @@ STAGES = (
         "ppo",
         key=4,
         module="ppo",
-        reads=(Reads("data", "prompt", _MIXED), Reads("ptx.data", "document", _MIXED)),
+        reads=_PROMPTS,
         role="policy",
         starts_from=_POLICY,
         needs=("reward",),
@@ -120,7 +118,7 @@ STAGES = (
         "grpo",
         key=7,
         module="grpo",
-        reads=(Reads("data", "prompt", _MIXED), Reads("ptx.data", "document", _MIXED)),
+        reads=_PROMPTS,
         role="policy",
         starts_from=_POLICY,
         needs=("reward",),
@@ -132,7 +130,7 @@ STAGES = (
         "rloo",
         key=8,
         module="rloo",
-        reads=(Reads("data", "prompt", _MIXED), Reads("ptx.data", "document", _MIXED)),
+        reads=_PROMPTS,
         role="policy",
         starts_from=_POLICY,
         needs=("reward",),

@@ -24,6 +24,10 @@ from .test_loading import models_in
 
 TRAINED = [facts.name for facts in STAGES if facts.role]
 DPO = "stages.dpo={data: [{source: c.jsonl}], steps: 5, batch: {size: 8, length: 16}, optimizer: {lr: 1}}"
+GRPO = (
+    "stages.grpo={data: [{source: d.jsonl}], steps: 5, batch: {size: 8, prompt_length: 8}, optimizer: {lr: 1}, "
+    "sampling: {max_new_tokens: 8}}"
+)
 
 
 @pytest.fixture
@@ -63,13 +67,12 @@ def test_all_data_of_a_section_have_their_kind(stage):
 
 def test_entries_come_with_their_kinds(load):
     run = load("stages.sft.validation=[{source: v.jsonl}]")
-    found = {stage: [(entry.source, kind) for entry, kind in entries_of(run, stage)] for stage in NAMES}
+    found = {stage: [(entry.source, kind) for entry, kind in entries_of(run, stage)] for stage in stages_of(run)}
     assert found == {
         "tokenizer": [("a.jsonl", "document")],
         "pretrain": [("a.jsonl", "document")],
         "sft": [("b.jsonl", "demonstration"), ("v.jsonl", "demonstration")],
         "reward": [("c.jsonl", "comparison"), ("b.jsonl", "demonstration")],
-        "dpo": [],
         "ppo": [("d.jsonl", "prompt"), ("a.jsonl", "document")],
         "evaluate": [("d.jsonl", "prompt")],
     }
@@ -87,15 +90,15 @@ def test_entries_come_with_their_kinds(load):
         ([DPO], {"sft": ["pretrain"], "reward": ["sft"], "dpo": ["sft"], "ppo": ["sft", "reward"],
                  "evaluate": ["pretrain", "sft", "reward", "dpo", "ppo"]}),
         (["stages.sft=null", "stages.reward.start_from=pretrain"],
-         {"sft": [], "reward": ["pretrain"], "dpo": [], "ppo": ["pretrain", "reward"],
+         {"reward": ["pretrain"], "ppo": ["pretrain", "reward"],
           "evaluate": ["pretrain", "reward", "ppo"]}),
         (["stages.reward.start_from=pretrain", "stages.pretrain=null"],
-         {"sft": [], "reward": [], "dpo": [], "ppo": ["sft", "reward"], "evaluate": ["sft", "reward", "ppo"]}),
+         {"ppo": ["sft", "reward"], "evaluate": ["sft", "reward", "ppo"]}),
     ],
 )  # fmt: skip
 def test_stages_whose_models_a_stage_reads(load, overrides, expected):
     run = load(*overrides)
-    assert {stage: parents_of(run, stage) for stage in NAMES} == {"tokenizer": [], "pretrain": []} | expected
+    assert {stage: found for stage in NAMES if (found := parents_of(run, stage))} == expected
 
 
 @pytest.mark.parametrize(
@@ -122,6 +125,7 @@ def test_a_reward_model_is_needed_where_rewards_or_the_value_model_name_it(load,
         ([], ["sft", "ppo"]),
         ([DPO], ["sft", "ppo"]),
         ([DPO, "stages.ppo=null"], ["sft", "dpo"]),
+        ([DPO, GRPO], ["sft", "grpo"]),
         (["stages.ppo=null"], ["sft"]),
         (["stages.ppo=null", "stages.sft=null"], []),
         (["stages.sft=null"], ["pretrain", "ppo"]),
