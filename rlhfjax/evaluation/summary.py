@@ -75,9 +75,10 @@ def _online_figure(run: ReportData, stage: str) -> str:
     figure = f"score {number(scores[0])} → {number(scores[-1])}, {figure}" if scores.size else figure
     rows = run.evaluation.policies if run.evaluation else []
     served = next((row for row in rows if row.name == stage), None)
-    if served is None or served.reward is None or served.kl is None:
+    if served is None or served.kl is None:
         return f"{figure}, in training"
-    return f"{figure}, in training; served: score {number(served.reward)}, KL {number(served.kl, 1)}"
+    score = "" if served.reward is None else f"score {number(served.reward)}, "
+    return f"{figure}, in training; served: {score}KL {number(served.kl, 1)}"
 
 
 def _evaluation_figure(run: ReportData) -> str:

@@ -92,7 +92,7 @@ def _evaluate(job: Job, watch: Watch) -> Facts:
         judge_accuracy=judge_accuracy,
         win_rates=rows,
         exact_match={stage: exact_match(job, *policies[stage]) for stage in policies} if job.config.exact_match else {},
-        policies=[_policy_row(stage, made) for stage, made in responses.items()],
+        policies=[_policy_row(stage, made, scored=bool(scorer)) for stage, made in responses.items()],
         samples=_samples(responses, judges),
     )
     processes.by_first(partial(_write, job, result), "evaluation")
@@ -295,7 +295,7 @@ def _accuracies(
     return accuracy, judge_accuracy, judges, calibrated
 
 
-def _policy_row(stage: str, made: Responses) -> PolicyRow:
+def _policy_row(stage: str, made: Responses, scored: bool) -> PolicyRow:
     return policy_row(
         stage,
         made.tokens,
@@ -303,7 +303,7 @@ def _policy_row(stage: str, made: Responses) -> PolicyRow:
         words=[text.split() for text in made.answers],
         kl=made.kl,
         entropy=made.entropies,
-        reward=made.scores,
+        reward=made.scores if scored else None,
         prompts=made.prompts,
     )
 

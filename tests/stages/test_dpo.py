@@ -83,6 +83,7 @@ def test_what_was_preferred_is_measured_and_compared_with_what_it_began_as(prefe
     found = read_run(preferring).evaluation
     assert [policy.name for policy in found.policies] == ["sft", "dpo"]
     assert [policy.kl == 0 for policy in found.policies] == [True, False]
+    assert [policy.reward for policy in found.policies] == [None, None]  # without a reward model there is no 0 either
     assert list(found.heldout_losses) == ["pretrain", "sft", "dpo"]
     assert list(found.stage_seconds) == ["tokenizer", "pretrain", "sft", "dpo", "evaluate"]
     assert list(found.samples[0].responses) == ["sft", "dpo"]
