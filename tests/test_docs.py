@@ -20,6 +20,7 @@ from rlhfjax import errors
 from rlhfjax.cli import app
 from rlhfjax.config import load_config, resolved
 from rlhfjax.config.reading import read_yaml
+from rlhfjax.config.rewards import KINDS as KINDS_OF_REWARDS
 from rlhfjax.data.records import KINDS, parse_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,6 +252,21 @@ def test_the_configuration_shown_is_that_of_quickstart():
 
     [block] = blocks(CONFIGURATION, "yaml")
     assert list(differences(read_yaml(block.text)[0], resolved(load_config("quickstart")), "quickstart")) == []
+
+
+def test_the_online_stage_shown_loads_in_the_place_of_ppo(tmp_path):
+    [block] = blocks(ROOT / "docs" / "online.md", "yaml")
+    stage = block.text.removeprefix("stages:\n")
+    quickstart = (ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8")
+    text, count = re.subn(r"^  ppo:\n.*?(?=^  evaluate:)", lambda _: stage, quickstart, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "own.yaml").write_text(text, encoding="utf-8")
+    shown = [next(iter(term)) for term in read_yaml(block.text)[0]["stages"]["grpo"]["rewards"]]
+    assert (count, shown) == (1, [term.kind for term in load_config(str(tmp_path / "own.yaml")).stages.grpo.rewards])
+
+
+def test_the_rewards_shown_are_all_there_are():
+    text = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+): ", text, re.MULTILINE)) == KINDS_OF_REWARDS.keys()
 
 
 def heading_anchors(path):
