@@ -1,4 +1,4 @@
-"""What a loop asks of an algorithm, offline and online, and how objectives are put together.
+"""Contracts of algorithms, offline and online: what a loop asks of them, and how objectives are put together.
 
 A loss adds up over the parts of a batch, so that micro batches, packed rows and devices do not change it: `weight` is
 the count of the whole batch by which each part is normalised.

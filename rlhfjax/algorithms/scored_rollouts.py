@@ -1,4 +1,4 @@
-"""What online algorithms share: the scores that they maximise, and what is measured of a scored rollout."""
+"""Scored rollouts: the scores that all online algorithms maximise, and the measures of them."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float

@@ -1,4 +1,4 @@
-"""What is trained: the shape of the model, or the checkpoint that it comes from, and its adapters."""
+"""The model that is trained: its shape, or the checkpoint that it comes from, and its adapters."""
 
 import re
 from typing import Annotated, Any, Literal

@@ -90,7 +90,7 @@ class FunctionReward(CalledTerm):
 
 
 class CommandReward(CalledTerm):
-    """A program that gets one JSON object a line, an example each, and writes one number a line; run once a call."""
+    """A program that gets one JSON object per line, an example each, and writes one number per line; run once per call."""
 
     kind = "command"
 

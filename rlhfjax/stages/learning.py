@@ -1,4 +1,4 @@
-"""What stands around the loop of a stage that learns, offline and online alike.
+"""The envelope around the loop of a stage that learns, offline and online alike.
 
 A stage goes on from its newest checkpoint, saves with what its guards know, goes back where a guard wants it, and
 closes what it opened, whatever happens.

@@ -1,4 +1,4 @@
-"""What an online stage computes, apart from running it: its learner and the jitted steps of an iteration."""
+"""Programs of an online stage, apart from running it: its learner and the jitted steps of an iteration."""
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What holds of the data of a recipe: one form throughout, and that a stage which has begun goes on with the same."""
+"""Rules for the data of a recipe: one form throughout, and that a stage which has begun goes on with the same."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

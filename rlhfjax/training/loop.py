@@ -1,4 +1,4 @@
-"""What both loops have beside them: rows of metrics, a progress line, guards, deadlines and traces.
+"""Companions of both loops: rows of metrics, a progress line, guards, deadlines and traces.
 
 None of it changes a number that is trained on.
 """
