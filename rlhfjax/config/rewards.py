@@ -90,7 +90,7 @@ class FunctionReward(CalledTerm):
 
 
 class CommandReward(CalledTerm):
-    """A program that gets one JSON object per line, an example each, and writes one number per line; run once per call."""
+    """A program, run once per call: it gets one JSON object per line, an example each, and writes one number per line."""
 
     kind = "command"
 
