@@ -90,7 +90,7 @@ class FunctionReward(CalledTerm):
 
 
 class CommandReward(CalledTerm):
-    """A program, run once per call: it gets one JSON object per line, an example each, and writes one number per line."""
+    """A program, run once per call: it gets one JSON object per line, one per example, and writes a number for each."""
 
     kind = "command"
 
