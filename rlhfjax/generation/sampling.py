@@ -1,15 +1,19 @@
 """Drawing a token: filters, one inversion of the cumulative probabilities, log-probabilities of what was drawn."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.functional.logits import apply_temperature, filter_logits
 from rlhfjax.types import Params
+
+_NO_TOKEN = -1
 
 
 class Sampler(Protocol):
@@ -28,9 +32,13 @@ class Sampler(Protocol):
     def empty_cache(self, rows: int, prompt: int, new_tokens: int) -> Any: ...
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class SamplingParams:
     """How to draw; `temperature` 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
+
+    As an argument of a compiled function it is static: what is off costs nothing there, and other settings are another
+    program. Rows that differ, and settings that may change, are `RowSampling`.
 
     `stop_id` and each of `stop_ids` end a response from position `stop_after` on, `pad_id` fills what follows. The
     `top_log_probs` likeliest tokens are reported for every position. `speculation` says where draft tokens come from.
@@ -49,6 +57,55 @@ class SamplingParams:
     top_log_probs: int = 0
     speculation: "Speculation | None" = None
     slots: int | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RowSampling:
+    """How to draw for each of B rows: the settings of `SamplingParams` as arrays, which no program is compiled for.
+
+    `stops` are the ids that end a row's response, -1 where there are fewer. What is reported of each token has a shape,
+    so `top_log_probs` is one static number for all rows.
+    """
+
+    max_new_tokens: Int[Array, "B"]
+    stops: Int[Array, "B E"]
+    stop_after: Int[Array, "B"]
+    temperature: Float[Array, "B"]
+    top_k: Int[Array, "B"]
+    top_p: Float[Array, "B"]
+    min_p: Float[Array, "B"]
+    top_log_probs: int = field(default=0, metadata={"static": True})
+
+    @property
+    def filtered(self) -> Bool[Array, "B"]:
+        """Which rows draw from less than the whole distribution."""
+        return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
+
+
+Sampling = SamplingParams | RowSampling
+
+
+def by_row(settings: Sequence[SamplingParams], stops: int, top_log_probs: int = 0) -> RowSampling:
+    """Settings of one row each, in numpy, with room for so many stop ids."""
+    ends = np.full((len(settings), stops), _NO_TOKEN, np.int32)
+    for row, one in enumerate(settings):
+        ids = dict.fromkeys((one.stop_id, *one.stop_ids))
+        ends[row, : len(ids)] = list(ids)
+
+    def column(name: str, dtype: type) -> Any:
+        return np.asarray([getattr(one, name) for one in settings], dtype)
+
+    return RowSampling(
+        column("max_new_tokens", np.int32),
+        ends,  # pyright: ignore[reportArgumentType]
+        column("stop_after", np.int32),
+        column("temperature", np.float32),
+        column("top_k", np.int32),
+        column("top_p", np.float32),
+        column("min_p", np.float32),
+        top_log_probs,
+    )
 
 
 @dataclass(frozen=True)
@@ -80,15 +137,22 @@ def uniforms(key: jax.Array, uid: Int[Array, "B"], count: int) -> Float[Array, "
     return jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,))))(keys)
 
 
-def draw(noise: Float[Array, "B 2"], logits: Float[Array, "B V"], sampling: SamplingParams) -> Drawn:
+def draw(noise: Float[Array, "B 2"], logits: Float[Array, "B V"], sampling: Sampling) -> Drawn:
     """One token per row by `noise`."""
     greedy = sampling.temperature == 0
-    logits = logits if greedy else apply_temperature(logits, sampling.temperature)
+    if isinstance(sampling, RowSampling):
+        # From the largest on, so that at any temperature it stays the largest however a division is rounded.
+        logits = logits - logits.max(axis=-1, keepdims=True)
+        logits = apply_temperature(logits, jnp.where(greedy, 1.0, sampling.temperature))
+    elif not greedy:
+        logits = apply_temperature(logits, sampling.temperature)
     blocks = _blocks(logits)
     largest = blocks.max(axis=1).max(axis=-1, keepdims=True)
     sums = jnp.exp(blocks - largest[:, None, :]).sum(axis=1)
     normalizer = largest[:, 0] + jnp.log(sums.sum(axis=-1))
-    if greedy:
+    if isinstance(sampling, RowSampling):
+        token = _drawn_by_row(noise, logits, _inverted(noise, blocks, largest, sums), sampling)
+    elif greedy:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     elif sampling.top_k or sampling.top_p < 1 or sampling.min_p:
         kept = filter_logits(logits, 1.0, sampling.top_k, sampling.top_p, sampling.min_p)
@@ -100,8 +164,22 @@ def draw(noise: Float[Array, "B 2"], logits: Float[Array, "B V"], sampling: Samp
     return Drawn(token, chosen - normalizer, ids.astype(jnp.int32), top - normalizer[:, None])
 
 
+def _drawn_by_row(noise: Array, logits: Array, drawn: Int[Array, "B"], rows: RowSampling) -> Int[Array, "B"]:
+    """Each row's token by its own settings; `drawn` is what the whole distribution gives.
+
+    Rows without filters keep `drawn` whatever their neighbours ask for, and no row is filtered where none asks for it.
+    """
+
+    def filtered() -> Array:
+        kept = filter_logits(logits, 1.0, rows.top_k, rows.top_p, rows.min_p)
+        return jnp.where(rows.filtered, categorical(noise, kept), drawn)
+
+    token = jax.lax.cond(rows.filtered.any(), filtered, lambda: drawn)
+    return jnp.where(rows.temperature == 0, jnp.argmax(logits, axis=-1).astype(jnp.int32), token)
+
+
 def categorical(noise: Float[Array, "B 2"], logits: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """A token of softmax(logits) a row, by inversion in two steps: first a block of tokens, then one of the block.
+    """A token of softmax(logits) per row, by inversion in two steps: first a block of tokens, then one of the block.
 
     Each step has a uniform number of its own, so that rare tokens are drawn as precisely as frequent ones. It reads
     the logits once; Gumbel noise would need as many random numbers as there are logits.
@@ -137,7 +215,10 @@ def _invert(u: Float[Array, "B"], weights: Float[Array, "B N"]) -> Int[Array, "B
     return place.astype(jnp.int32)
 
 
-def stops(token: Int[Array, "B"], position: Array, sampling: SamplingParams) -> Bool[Array, "B"]:
+def stops(token: Int[Array, "B"], position: Array, sampling: Sampling) -> Bool[Array, "B"]:
     """Whether a token at this position of its response ends it."""
-    ids = jnp.asarray((sampling.stop_id, *sampling.stop_ids), jnp.int32)
-    return (token[:, None] == ids[None, :]).any(axis=1) & (position >= sampling.stop_after)
+    if isinstance(sampling, RowSampling):
+        ids = sampling.stops
+    else:
+        ids = jnp.asarray((sampling.stop_id, *sampling.stop_ids), jnp.int32)[None, :]
+    return (token[:, None] == ids).any(axis=1) & (position >= sampling.stop_after)

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from rlhfjax.generation.sampling import Drawn, Sampler, SamplingParams, draw, stops, uniforms
+from rlhfjax.generation.sampling import Drawn, RowSampling, Sampler, SamplingParams, uniforms
+from rlhfjax.generation.session import Slots, Step, admit, empty_slots, step
 from rlhfjax.generation.speculative import speculate
 from rlhfjax.types import Params, PromptBatch, Rollout
 
@@ -26,13 +27,7 @@ class Made(NamedTuple):
     finished: Bool[Array, "N"]
 
 
-class Slots(NamedTuple):
-    """What decodes: each slot's response (N and more: none), its next position, its last token, its cache."""
-
-    owner: Int[Array, "S"]
-    position: Int[Array, "S"]
-    token: Int[Array, "S"]
-    cache: Any
+_Carry = tuple[Array, Array, Slots, Made]  # responses admitted, each slot's response, the slots, what was written
 
 
 def rollout(
@@ -44,15 +39,17 @@ def rollout(
     slots: int | None = None,
     samples: int = 1,
     asked: Int[Array, ""] | None = None,
+    rows: RowSampling | None = None,
 ) -> Rollout:
     """What `generate` returns, token for token, with at most `slots` rows decoding at a time (None: all of them).
 
     With `samples` n, each prompt has n rows beside each other, and sample j of a prompt has the uid n · uid + j.
-    Only the first `asked` prompts are answered (None: all), so that one program serves any number of them.
+    Only the first `asked` prompts are answered (None: all), so that one program serves any number of them. With `rows`
+    each prompt's responses are drawn as its row says, within the shapes of `sampling`.
     """
     if sampling.speculation:  # rows advance unevenly as it is, and none is read again
-        rows = None if asked is None else asked * samples
-        return speculate(model, params, _each(prompts, samples), key, sampling, sampling.speculation, rows)
+        limit = None if asked is None else asked * samples
+        return speculate(model, params, _each(prompts, samples), key, sampling, sampling.speculation, limit)
     count = len(prompts.tokens) * samples
     slots = min(slots or count, count)
     params = model.arrange(params, slots)
@@ -60,51 +57,46 @@ def rollout(
     wanted = count if asked is None else asked * samples
     logits, read = _read(model, params, prompts, slots, asked)
     admitted = max(1, slots // 4) if slots < count else count
+    settings = sampling if rows is None else rows
 
-    def fill(carry: tuple[Array, Slots, Made]) -> tuple[Array, Slots, Made]:
+    def fill(carry: _Carry) -> _Carry:
         """Give free slots the next responses, and draw the first token of each."""
-        waiting, state, made = carry
-        free = jnp.argsort(state.owner < count, stable=True)[:admitted].astype(jnp.int32)
-        owner = waiting + jnp.arange(admitted, dtype=jnp.int32)
-        taken = (state.owner[free] >= count) & (owner < wanted)
+        waiting, owner, state, made = carry
+        free = jnp.argsort(state.active, stable=True)[:admitted].astype(jnp.int32)
+        mine = waiting + jnp.arange(admitted, dtype=jnp.int32)
+        taken = ~state.active[free] & (mine < wanted)
         place = jnp.where(taken, free, slots + jnp.arange(admitted, dtype=jnp.int32))
-        source = jnp.minimum(owner, count - 1) // samples
-        cache = state.cache.put(read.take(source), place)
-        owner = jnp.where(taken, owner, count + jnp.arange(admitted, dtype=jnp.int32))
-        position = jnp.zeros(admitted, jnp.int32)
-        drawn = draw(_noise_at(noise, owner, position), logits[source], sampling)
-        owner, made = _record(made, drawn, owner, position, sampling)
+        known = jnp.minimum(mine, count - 1)
+        source = known // samples
+        own = jax.tree.map(lambda x: x[source], settings)
+        state, new = admit(state, place, read.take(source), logits[source], noise[known], own)
+        made = _record(made, new, mine, jnp.zeros(admitted, jnp.int32))
+        owner = owner.at[place].set(mine, mode="drop", unique_indices=True)
+        return waiting + taken.sum(dtype=jnp.int32), owner, state, made
 
-        def put(mine: Array, theirs: Array) -> Array:
-            return mine.at[place].set(theirs, mode="drop", unique_indices=True)
-
-        state = Slots(put(state.owner, owner), put(state.position, position + 1), put(state.token, drawn.token), cache)
-        return waiting + taken.sum(dtype=jnp.int32), state, made
-
-    def step(carry: tuple[Slots, Made]) -> tuple[Slots, Made]:
-        state, made = carry
-        logits, cache = model.decode(params, state.cache, state.token)
-        drawn = draw(_noise_at(noise, state.owner, state.position), logits, sampling)
-        owner, made = _record(made, drawn, state.owner, state.position, sampling)
-        return Slots(owner, state.position + 1, drawn.token, cache), made
-
-    def fill_and_decode(carry: tuple[Array, Slots, Made]) -> tuple[Array, Slots, Made]:
-        waiting, state, made = fill(carry)
+    def fill_and_decode(carry: _Carry) -> _Carry:
+        waiting, owner, state, made = fill(carry)
 
         def goes_on(inner: tuple[Slots, Made]) -> Array:
-            active = inner[0].owner < count
+            active = inner[0].active
             return active.any() & (active.all() | (waiting >= wanted))
 
-        return waiting, *jax.lax.while_loop(goes_on, step, (state, made))
+        def decode(inner: tuple[Slots, Made]) -> tuple[Slots, Made]:
+            state, made = inner
+            after, new = step(model, params, state)
+            return after, _record(made, new, owner, state.position)
 
-    def unfinished(carry: tuple[Array, Slots, Made]) -> Array:
-        waiting, state, _ = carry
-        return (waiting < wanted) | (state.owner < count).any()
+        return waiting, owner, *jax.lax.while_loop(goes_on, decode, (state, made))
+
+    def unfinished(carry: _Carry) -> Array:
+        waiting, _, state, _ = carry
+        return (waiting < wanted) | state.active.any()
 
     cache = model.empty_cache(slots, prompts.tokens.shape[1], sampling.max_new_tokens)
-    nobody = jnp.zeros(slots, jnp.int32)
-    start = jnp.int32(0), Slots(nobody + count, nobody, nobody, cache), _nothing(count, sampling)
-    _, _, made = jax.lax.while_loop(unfinished, fill_and_decode, start)
+    some = jnp.zeros(slots, jnp.int32)
+    state = empty_slots(cache, noise[some], jax.tree.map(lambda x: x[some], settings))
+    start = jnp.int32(0), some, state, _nothing(count, sampling)
+    *_, made = jax.lax.while_loop(unfinished, fill_and_decode, start)
     return _rollout(prompts, made, samples, sampling)
 
 
@@ -160,10 +152,6 @@ def _read(model: Sampler, params: Any, prompts: PromptBatch, slots: int, asked: 
     return jax.lax.while_loop(lambda carry: carry[0] < wanted, read_group, start)[1:]
 
 
-def _noise_at(noise: Float[Array, "N R 2"], owner: Int[Array, "S"], position: Int[Array, "S"]) -> Float[Array, "S 2"]:
-    return noise.at[owner, position].get(mode="clip")
-
-
 def _nothing(count: int, sampling: SamplingParams) -> Made:
     shape = (count, sampling.max_new_tokens)
     top = (*shape, sampling.top_log_probs)
@@ -176,21 +164,18 @@ def _nothing(count: int, sampling: SamplingParams) -> Made:
     return Made(drawn, jnp.zeros(count, jnp.int32), jnp.zeros(count, bool))
 
 
-def _record(
-    made: Made, drawn: Drawn, owner: Int[Array, "S"], position: Int[Array, "S"], sampling: SamplingParams
-) -> tuple[Int[Array, "S"], Made]:
-    """The responses with one token more in those that slots own, and who owns them after that."""
-    count = len(made.lengths)
-    nobody = count + jnp.arange(len(owner), dtype=jnp.int32)  # beyond the end, where nothing is written
-    owner = jnp.where(owner < count, owner, nobody)
-    written = jax.tree.map(
-        lambda rows, new: rows.at[owner, position].set(new, mode="drop", unique_indices=True), made.drawn, drawn
+def _record(made: Made, new: Step, owner: Int[Array, "S"], position: Int[Array, "S"]) -> Made:
+    """The responses with one token more in those that `owner` names, of the rows that wrote one."""
+    nobody = len(made.lengths) + jnp.arange(len(owner), dtype=jnp.int32)  # beyond the end, where nothing is written
+    owner = jnp.where(new.written, owner, nobody)
+    drawn = jax.tree.map(
+        lambda rows, values: rows.at[owner, position].set(values, mode="drop", unique_indices=True),
+        made.drawn,
+        new.drawn,
     )
-    stopped = stops(drawn.token, position, sampling)
-    ends = stopped | (position + 1 >= sampling.max_new_tokens)
     lengths = made.lengths.at[owner].set(position + 1, mode="drop", unique_indices=True)
-    finished = made.finished.at[owner].set(stopped, mode="drop", unique_indices=True)
-    return jnp.where(ends, nobody, owner), Made(written, lengths, finished)
+    finished = made.finished.at[owner].set(new.stopped, mode="drop", unique_indices=True)
+    return Made(drawn, lengths, finished)
 
 
 def _rollout(prompts: PromptBatch, made: Made, samples: int, sampling: SamplingParams) -> Rollout:
