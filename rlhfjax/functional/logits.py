@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 LEAST_TEMPERATURE = 1e-15
+_CANDIDATES = 256  # the likeliest tokens, among which nearly every row that is cut off is cut off
 
 PerRow = Float[Array, "*B"] | float
 PerRowCount = Int[Array, "*B"] | int
@@ -73,12 +74,19 @@ def _truncate(logits: Float[Array, "*B V"], k: PerRowCount, p: PerRow) -> Float[
     logits = jnp.asarray(logits, jnp.float32)
     if isinstance(k, int) and k == 0 and isinstance(p, (int, float)) and p >= 1:
         return logits  # no sort in the compiled program when both are known to be off
-    # The whole vocabulary is sorted only where nothing says how many tokens can stay.
-    bound = k if isinstance(k, int) and 0 < k < logits.shape[-1] else None
+    if not isinstance(k, int) and logits.shape[-1] > _CANDIDATES:
+        return _truncate_rows(logits, k, p)
     per_row = logits.shape[:-1]
-    k = jnp.broadcast_to(jnp.asarray(k, jnp.int32), per_row)[..., None]
-    p = jnp.broadcast_to(jnp.asarray(p, jnp.float32), per_row)[..., None]
+    counts = jnp.broadcast_to(jnp.asarray(k, jnp.int32), per_row)[..., None]
+    shares = jnp.broadcast_to(jnp.asarray(p, jnp.float32), per_row)[..., None]
+    # The whole vocabulary is sorted only where nothing says how many tokens can stay.
+    return _truncate_sorted(logits, counts, shares, k if isinstance(k, int) and 0 < k < logits.shape[-1] else None)
 
+
+def _truncate_sorted(
+    logits: Float[Array, "*B V"], k: Int[Array, "*B 1"], p: Float[Array, "*B 1"], bound: int | None = None
+) -> Float[Array, "*B V"]:
+    """`_truncate` by the order of all logits, or of the `bound` largest where no row keeps more."""
     if bound is None:
         order = jnp.argsort(logits, axis=-1, stable=True, descending=True)
         descending = jnp.take_along_axis(logits, order, axis=-1)
@@ -93,3 +101,31 @@ def _truncate(logits: Float[Array, "*B V"], k: PerRowCount, p: PerRow) -> Float[
 
     kept = jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, keep, axis=-1, inplace=False)
     return jnp.where(kept, logits, -jnp.inf)
+
+
+def _truncate_rows(logits: Float[Array, "*B V"], k: PerRowCount, p: PerRow) -> Float[Array, "*B V"]:
+    """`_truncate` by settings of each row that only a run knows: it sorts a vocabulary where a row asks for it alone.
+
+    A row is read off its `_CANDIDATES` likeliest tokens if what it keeps is among them, whatever the others ask for.
+    """
+    count, per_row = logits.shape[-1], logits.shape[:-1]
+    k, p = jnp.broadcast_to(jnp.asarray(k, jnp.int32), per_row), jnp.broadcast_to(jnp.asarray(p, jnp.float32), per_row)
+    k = jnp.where((k <= 0) | (k > count), count, k)[..., None]
+    p = p[..., None]
+    descending, order = jax.lax.top_k(logits, _CANDIDATES)
+    place = jax.lax.broadcasted_iota(jnp.int32, order.shape, order.ndim - 1)
+    among = jnp.where(place < k, descending, -jnp.inf)
+    # Top-p counts shares of what top-k leaves: of the candidates where k is as small, else of the whole row.
+    total = jnp.where(k <= _CANDIDATES, *(jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in (among, logits)))
+    mass = jnp.cumsum(jnp.exp(among - total), axis=-1)
+    mass_before = jnp.concatenate([jnp.zeros_like(mass[..., :1]), mass[..., :-1]], axis=-1)
+    keep = (place < k) & ((p >= 1) | (place == 0) | (mass_before < p))
+    kept = jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, keep, axis=-1, inplace=False)
+    whole = (k == count) & (p >= 1)
+    enough = whole | (k <= _CANDIDATES) | ((k == count) & (mass[..., -1:] >= p))
+    found = jnp.where(kept | whole, logits, -jnp.inf)
+
+    def with_sorted() -> Float[Array, "*B V"]:
+        return jnp.where(enough, found, _truncate_sorted(logits, k, p))
+
+    return jax.lax.cond(enough.all(), lambda: found, with_sorted)
