@@ -1,12 +1,13 @@
 """The sampler, mostly on a table of logits: what it draws, when it stops, what it reports."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from bigram import Bigram
 from tiny import left_mask, params_of, random_tokens, tiny
 
 from rlhfjax.generation import SamplingParams, generate
@@ -14,20 +15,6 @@ from rlhfjax.types import PromptBatch
 
 STOP, PAD = 5, 0
 LOGITS = np.asarray([1.0, 0.2, -0.7, 2.0, -2.5, 0.4], np.float32)
-
-
-@dataclass(frozen=True)
-class Bigram:
-    """Logits of the next token are row `token` of the parameters: a model whose every probability is known."""
-
-    def arrange(self, params, rows=None):
-        return params
-
-    def prefill(self, params, prompt, prompt_mask, new_tokens):
-        return params[prompt[:, -1]], prompt[:, -1]
-
-    def decode(self, params, cache, tokens):
-        return params[tokens], tokens
 
 
 def prompts(count: int, last: int = 0) -> PromptBatch:
