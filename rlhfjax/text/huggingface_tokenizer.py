@@ -27,7 +27,7 @@ import tokenizers
 
 from rlhfjax.errors import ConfigError, DataError, IntegrityError
 from rlhfjax.text.chat_writing import ChatSettings, ChatWriter, Message
-from rlhfjax.text.continuation import prefixes_every_part, taking_prefix, without_prefix
+from rlhfjax.text.continuation import parts_of, prefixes_every_part, taking_prefix, without_prefix
 from rlhfjax.text.huggingface_files import files, read_files
 from rlhfjax.text.sentencepiece_json import SPACE
 from rlhfjax.text.space_symbol import Spelling, encode, spelling
@@ -251,6 +251,15 @@ class HuggingFaceTokenizer:
     def chat(self) -> ChatSettings:
         """What the template is told besides the conversation."""
         return self.writer.settings
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids of single bytes, a run of which is decoded as one: a byte that fits nowhere makes all of it U+FFFD."""
+        given = self.description["tokenizer"]
+        if not any(part["type"] == "ByteFallback" for part in parts_of(given.get("decoder"))):
+            return frozenset()
+        ids = (self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(index for index in ids if index is not None)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens dropped; bytes that are no UTF-8 (a cut character) become U+FFFD.

@@ -175,6 +175,11 @@ class Tokenizer:
         """`encode_continuation` of each text."""
         return self.encode_batch(texts)
 
+    @property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids whose text later ids may change: none, since each character is decoded by itself."""
+        return frozenset()
+
     def decode_continuation(self, ids: Iterable[int], after: int | None = None) -> str:
         """Text of ids that go on after others: that of `decode`, whatever id is before them."""
         return self.decode(ids)
