@@ -250,6 +250,79 @@ def test_stop_ids_and_the_likeliest_tokens(policy):
     assert likeliest.tokens == free.tokens
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.0}, {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "stop_ids": [7, 9]}]
+)
+def test_a_stream_is_what_generate_gives(policy, settings):
+    # fails when the end of the text that was held back is lost: seen
+    [[made]] = policy.generate(["the movie"], max_new_tokens=12, seed=4, top_log_probs=2, **settings)
+    stream = policy.stream("the movie", seed=4, max_new_tokens=12, top_log_probs=2, **settings)
+    pieces = list(stream)
+    assert "".join(pieces) == made.text == stream.completion.text
+    assert all(pieces)
+    assert (stream.completion.tokens, stream.completion.finish_reason) == (made.tokens, made.finish_reason)
+    np.testing.assert_allclose(stream.completion.log_probs, made.log_probs, atol=1e-5)
+    assert [list(top) for top in stream.completion.top_log_probs] == [list(top) for top in made.top_log_probs]
+
+
+def test_a_stop_string_ends_a_response_before_it(policy, tokenizer):
+    def answers(**settings):
+        made = policy.generate(["the movie", [5, 6]], max_new_tokens=24, seed=1, n=3, **settings)
+        return [one for row in made for one in row]
+
+    free = answers()
+    stop = [free[0].text[5:8], free[4].text[9:11]]  # within words, so seldom where a token begins or ends
+    stopped = answers(stop=stop)
+    for cut, other, made in zip(stopped, answers(stop=stop, speculate=2), free, strict=True):
+        places = [place for text in stop if (place := made.text.find(text)) >= 0]
+        assert cut.text == other.text == (made.text[: min(places)] if places else made.text)
+        assert cut.tokens == other.tokens == made.tokens[: len(cut.tokens)]
+        assert cut.finish_reason == other.finish_reason == ("stop" if places else made.finish_reason)
+        assert len(cut.log_probs) == len(cut.tokens)
+        if places:  # the last token completed the string
+            assert not any(text in tokenizer.decode(cut.tokens[:-1]) for text in stop)
+    assert sum(cut.text != made.text for cut, made in zip(stopped, free, strict=True)) >= 2
+    stream = policy.stream("the movie", stop, seed=1, max_new_tokens=24)
+    assert ("".join(stream), stream.completion.tokens) == (stopped[0].text, stopped[0].tokens)
+
+
+def test_a_session_writes_for_several_and_forgets_who_leaves(policy):
+    session = policy.session(slots=2, context=32)
+    prompts = ["the movie", "a bad film", "the", [5, 6]]
+    streams = [session.submit(p, seed=2, uid=i, max_new_tokens=9) for i, p in enumerate(prompts)]
+    session.step()
+    streams[0].close()
+    assert list(streams[3])  # waits for its turn, and lets the others go on
+    while session.busy:
+        session.step()
+    wanted = policy.generate(prompts, seed=2, max_new_tokens=9)
+    assert [s.take() for s in streams[1:3]] == [wanted[1][0].text, wanted[2][0].text]
+    assert [s.completion.tokens for s in streams[1:]] == [row[0].tokens for row in wanted[1:]]
+    first = streams[0].completion
+    assert (first.tokens, first.finish_reason) == (wanted[0][0].tokens[:2], "cancelled")
+    with pytest.raises(ConfigError, match="32 together, got"):
+        session.submit("the", max_new_tokens=31)
+
+
+def test_a_model_without_a_tokenizer_streams_ids(policy):
+    alone = type(policy)("policy", policy.network, policy.params, None)
+    stream = alone.stream([5, 6], max_new_tokens=4)
+    assert list(stream) == []
+    assert stream.completion.tokens == alone.generate([[5, 6]], max_new_tokens=4)[0][0].tokens
+    with pytest.raises(ConfigError, match="expected a model with a tokenizer"):
+        alone.stream([5, 6], stop=["x"], max_new_tokens=4)
+
+
+def test_other_settings_are_not_another_program(policy):
+    policy.generate(["the"], max_new_tokens=9)
+    run = policy._programs.run
+    programs = run._cache_size()
+    for seed in range(12):
+        settings = {"temperature": seed / 9, "top_k": seed % 3, "top_p": 1 - seed / 20, "min_p": seed / 99}
+        policy.generate(["the"], max_new_tokens=16 - seed, seed=seed, stop_ids=range(1, 1 + seed % 7), **settings)
+    assert run._cache_size() == programs
+
+
 def test_any_end_that_the_tokenizer_names_ends_a_response(policy, tokenizer, tmp_path):
     # fails where the first alone ends one: seen
     [[free]] = policy.generate(["the"], max_new_tokens=8, temperature=0.0)
@@ -286,6 +359,8 @@ def test_nothing_to_generate_is_nothing(policy):
         ({"prompts": ["the"], "n": 2**20 + 1}, "at most 1,048,576 responses"),
         ({"prompts": ["the"], "max_new_tokens": 4, "speculate": 2**31}, "up to its context"),
         ({"prompts": ["the"], "top_p": 0.0}, "top_p"),
+        ({"prompts": ["the"], "stop": "film"}, "stop: expected a list of texts, none of them empty, got 'film'"),
+        ({"prompts": ["the"], "stop": ["film", ""]}, "none of them empty"),
         ({"prompts": ["the"], "max_new_tokens": CONTEXT}, f"at most {CONTEXT} tokens"),
     ],
 )

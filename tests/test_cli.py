@@ -314,13 +314,13 @@ def test_metrics_lists_every_metric():
 def test_generate_passes_everything_on(calls):
     result = call(
         "generate", "CKPT", "--prompt", "hi", "--max-new-tokens", 5, "--temperature", 0.5, "--top-k", 3, "--top-p", 0.9,
-        "--seed", 7, "--n", 2,
+        "--seed", 7, "--n", 2, "--stop", ".", "--stop", "\n",
     )  # fmt: skip
     assert result.stdout == "[1] a0\n[2] a1\n"
     assert calls == [
         ("load", ("CKPT",), {}),
         ("generate", (["hi"],),
-         {"max_new_tokens": 5, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 7, "n": 2}),
+         {"max_new_tokens": 5, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "stop": [".", "\n"], "seed": 7, "n": 2}),
     ]  # fmt: skip
 
 

@@ -190,6 +190,9 @@ def generate(
     min_p: Annotated[
         float, typer.Option(metavar="P", min=0, max=1, help="Only those P times as likely as the likeliest; 0: all.")
     ] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Text that ends a response before it; may be repeated.")
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="S", min=0, help="Equal seeds draw equal responses.")] = 0,
     n: Annotated[int, typer.Option("--n", metavar="N", min=1, help="Responses to draw.")] = 1,
     speculate: Annotated[
@@ -213,8 +216,8 @@ def generate(
       rlhfjax generate runs/smollm2_chat --message system="Be brief." --message "Why is the sea salty?"
       rlhfjax generate runs/quickstart --prompts prompts.jsonl > answers.jsonl
     """
-    drawn = (temperature, top_k, top_p, min_p, seed, n, speculate)
-    _one_way_to_generate(beams, length_penalty, drawn != (1.0, 0, 1.0, 0.0, 0, 1, 0))
+    drawn = (temperature, top_k, top_p, min_p, stop or None, seed, n, speculate)
+    _one_way_to_generate(beams, length_penalty, drawn != (1.0, 0, 1.0, 0.0, None, 0, 1, 0))
     if prompts and (prompt is not None or message):
         raise ConfigError("--prompts: expected it without --prompt and --message")
     given = None if prompts else asking.prompt_of(prompt, message, "--prompts")
@@ -230,6 +233,7 @@ def generate(
         return
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     settings |= {"min_p": min_p} if min_p else {}
+    settings |= {"stop": stop} if stop else {}
     settings |= {"speculate": speculate} if speculate else {}
     with asking.named(prompts):
         answers = model.generate(asked, **settings, seed=seed, n=n)
@@ -246,8 +250,8 @@ def generate(
 def _one_way_to_generate(beams: int | None, length_penalty: float | None, sampled: bool) -> None:
     if beams and sampled:
         raise ConfigError(
-            "--beams: a search draws nothing; remove --temperature, --top-k, --top-p, --min-p, --seed, --n and "
-            "--speculate"
+            "--beams: a search draws nothing; remove --temperature, --top-k, --top-p, --min-p, --stop, --seed, "
+            "--n and --speculate"
         )
     if length_penalty is not None and not beams:
         raise ConfigError("--length-penalty: expected --beams with it")
