@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhfjax.functional import kl_estimate
-from rlhfjax.models import EncoderDecoder
+from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.heads import with_head
 from rlhfjax.models.lora import has_adapters, split
 from rlhfjax.sharding import processes, state_shardings
@@ -19,8 +19,8 @@ from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts, Learning, Stored, meta_for, rate_of
 from rlhfjax.stages.models import sampling_params
-from rlhfjax.stages.online_programs import OnlineLearner, build, passes_of, policy_average
-from rlhfjax.stages.rewards import HostRewards, Judges
+from rlhfjax.stages.online_programs import OnlineLearner, build, optimizer_of, passes_of, policy_average
+from rlhfjax.stages.rewards import HostRewards, Judges, load_judges
 from rlhfjax.training.flops import OnlineFlops, attended, forward_flops
 from rlhfjax.training.online import train_online
 from rlhfjax.training.state import init_state
@@ -30,6 +30,19 @@ SHOWN = (
     *("objective/scores", "objective/kl", "objective/length", "loss/ptx"),
     *("timing/rollout_share", "timing/update_share", "perf/mfu"),
 )
+
+
+def policy_learner(job: Job, algorithm: Any, model: SequenceModel, policy: Params) -> OnlineLearner:
+    """The learner of an algorithm that trains the policy alone."""
+    judges, scoring = load_judges(job)
+    return OnlineLearner(
+        algorithm=algorithm,
+        models={"policy": model},
+        params={"policy": policy},
+        judges=judges,
+        frozen={"reference": policy, "rewards": scoring},
+        optimizer=optimizer_of(job.config, model.config.width, ["policy"]),
+    )
 
 
 def learn_online(job: Job, learner: OnlineLearner) -> Facts:

@@ -56,19 +56,6 @@ class OnlineLearner:
         return online_part(self.algorithm)
 
 
-def policy_learner(job: Job, algorithm: Any, model: SequenceModel, policy: Params) -> OnlineLearner:
-    """The learner of an algorithm that trains the policy alone."""
-    judges, scoring = load_judges(job)
-    return OnlineLearner(
-        algorithm=algorithm,
-        models={"policy": model},
-        params={"policy": policy},
-        judges=judges,
-        frozen={"reference": policy, "rewards": scoring},
-        optimizer=optimizer_of(job.config, model.config.width, ["policy"]),
-    )
-
-
 def build(
     c: Any, mesh: jax.sharding.Mesh, learner: OnlineLearner, state: OnlineState, sampling: SamplingParams
 ) -> OnlineSteps:

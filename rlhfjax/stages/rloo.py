@@ -4,8 +4,7 @@ from rlhfjax.config import schema
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.objectives import rloo_objective
-from rlhfjax.stages.online import learn_online
-from rlhfjax.stages.online_programs import policy_learner
+from rlhfjax.stages.online import learn_online, policy_learner
 
 
 def rloo(job: Job) -> Facts:
