@@ -36,6 +36,11 @@ class Kl(Section):
     horizon: Positive = 10_000.0
     stop: Positive | None = None
 
+    @property
+    def in_reward(self) -> float:
+        """The coefficient that a stage begins with, of the penalty that joins the score."""
+        return self.coef
+
 
 class Ptx(Section):
     """Pretraining mix of PPO-ptx: `coef` x the loss of `ratio` pretraining sequences an episode, in the same gradient.
@@ -156,6 +161,15 @@ class GroupKl(Kl):
 
     coef: NonNegative = 0.04
     place: Literal["loss", "reward"] = "loss"
+
+    @property
+    def in_reward(self) -> float:
+        return self.coef if self.place == "reward" else 0.0
+
+    @property
+    def in_loss(self) -> float:
+        """The coefficient of the penalty that joins the loss."""
+        return self.coef - self.in_reward
 
     @model_validator(mode="after")
     def _fixed_in_the_loss(self):

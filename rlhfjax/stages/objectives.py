@@ -183,7 +183,7 @@ def grpo_objective(c: schema.Grpo, policy: SequenceModel, gather: bool = True) -
         group=c.groups.size,
         clip=c.loss.clip,
         clip_high=c.loss.clip_high,
-        beta=c.kl.coef if c.kl.place == "loss" else 0.0,
+        beta=c.kl.in_loss,
         deviation=c.groups.deviation,
         average=c.loss.average,
         longest=c.sampling.max_new_tokens,

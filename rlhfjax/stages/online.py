@@ -122,7 +122,7 @@ def _learning(job: Job, learner: OnlineLearner) -> Learning[OnlineState]:
 
     def fresh() -> OnlineState:
         train = init_state(job.mesh, trained, learner.optimizer, average and average.of)
-        state = OnlineState(train, jnp.float32(c.kl.coef), jnp.int32(0))
+        state = OnlineState(train, jnp.float32(c.kl.in_reward), jnp.int32(0))
         return jax.device_put(state, state_shardings(job.mesh, state))
 
     meta = meta_for(job, "policy", learner.policy, averaged=average is not None)

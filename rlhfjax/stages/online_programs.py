@@ -115,7 +115,7 @@ def build(
 
 def refill_of(c: Any, mesh: jax.sharding.Mesh, learner: OnlineLearner) -> Refill | None:
     """Dynamic sampling, where the stage asks for more than one rollout an iteration."""
-    draws = c.groups.draws if hasattr(c, "groups") else 1
+    draws = getattr(getattr(c, "groups", None), "draws", 1)
     if draws == 1:
         return None
 
