@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rlhfjax.rewards import digests_of
+
 _SHOWN_FILES = 5
 _NONE = "nothing"
 
@@ -19,6 +21,7 @@ def other_conditions(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         *(_each("chat settings of", then["chat"], now["chat"]) if "chat" in then and "chat" in now else ()),
         *_digests("data", then.get("data", {}), now.get("data", {})),
         *_digests("", then.get("started_from", {}), now.get("started_from", {})),
+        *_code_of_rewards(then, now),
     ]
 
 
@@ -38,6 +41,13 @@ def _code(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     changed = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
     more = f" and {len(changed) - _SHOWN_FILES} more" if len(changed) > _SHOWN_FILES else ""
     yield f"code of rlhfjax: {', '.join(changed[:_SHOWN_FILES])}{more} changed"
+
+
+def _code_of_rewards(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for stage, facts in now.get("rewards", {}).items():
+        yield from _digests(
+            f"rewards of {stage}:", digests_of(then.get("rewards", {}).get(stage, {})), digests_of(facts)
+        )
 
 
 def _devices(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from rlhfjax.data.recount import changed_since_preparation
 from rlhfjax.errors import RlhfjaxError
 from rlhfjax.sharding import make_mesh
 from rlhfjax.stages.jobs import entries, given, mesh_facts
+from rlhfjax.stages.sources import rewards_of
 
 
 def inputs_now(run: Run) -> tuple[dict[str, Any], list[str]]:
@@ -16,7 +17,11 @@ def inputs_now(run: Run) -> tuple[dict[str, Any], list[str]]:
     problems: list[str] = []
     data = _data(run, problems)
     facts: dict[str, Any] = {"data": data}
-    for name, find in (("started_from", lambda: given(run)), ("mesh", lambda: mesh_facts(_mesh(run)))):
+    for name, find in (
+        ("rewards", lambda: rewards_of(run)),
+        ("started_from", lambda: given(run)),
+        ("mesh", lambda: mesh_facts(_mesh(run))),
+    ):
         try:
             facts[name] = find()
         except RlhfjaxError as error:

@@ -37,7 +37,7 @@ from rlhfjax.stages.exact_match import pairs_of
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.models import sampling_params
 from rlhfjax.stages.parents import checkpoint_digest
-from rlhfjax.stages.sources import two_forms
+from rlhfjax.stages.sources import rewards_of, two_forms
 from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.training.checkpoint import find_checkpoint, read_meta, require_writable, tokenizer_of
 from rlhfjax.training.metrics_catalogue import METRICS, metric_of
@@ -78,6 +78,7 @@ def origins(jobs: list[Job]) -> dict[str, Any]:
             entry.name: fingerprint(entry.source, entry.split, first.data_dir, kind, entry.reading)
             for entry, kind in entries(run)
         },
+        "rewards": rewards_of(run),
         "started_from": given(run),
         "mesh": mesh_facts(first.mesh),
         "resumed_from": {"stage": first.stage, "step": max(steps, default=0)},
@@ -103,6 +104,7 @@ def mesh_facts(mesh: jax.sharding.Mesh) -> dict[str, Any]:
 def agree_on_data(begins: dict[str, Any]) -> None:
     """Raise DataError in every process where they do not all read the same data, or start from the same checkpoint."""
     facts = {f"data {name}": str(told) for name, told in begins["data"].items()}
+    facts |= {f"rewards of {name}": str(told) for name, told in begins["rewards"].items()}
     facts |= {f"checkpoint {name}": told for name, told in begins["started_from"].items()}
     facts |= {"resumed step": json.dumps(begins["resumed_from"])}
     processes.agree(facts, DataError)

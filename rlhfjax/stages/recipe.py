@@ -118,7 +118,7 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
     from rlhfjax.stages.freed_memory import run_in_caller
     from rlhfjax.stages.jobs import agree_on_data, agree_on_tokenizer, check_data, execute, make_jobs, origins
     from rlhfjax.stages.parents import parents, tokenizer_facts
-    from rlhfjax.stages.sources import refuse_other_data
+    from rlhfjax.stages.sources import refuse_other_inputs
 
     use_compile_cache(report)
     run_in_caller()
@@ -126,7 +126,7 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
     jobs = make_jobs(run, run_dir, stages, report, manifest.date)
     begins = origins(jobs)
     agree_on_data(begins)
-    refuse_other_data(run, run_dir, stages[0], manifest.before, begins["data"])
+    refuse_other_inputs(run, run_dir, stages[0], manifest.before, begins)
     manifest.note(**begins)
     if change := other_layout(manifest.before, manifest.line):
         report(f"{jobs[0].stage}: continues {change}; from here on results match within rounding, not bitwise")

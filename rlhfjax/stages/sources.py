@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhfjax.config import Run
-from rlhfjax.config.recipe import entries_of
+from rlhfjax.config.recipe import entries_of, online
 from rlhfjax.errors import DataError
+from rlhfjax.rewards import facts_of, refuse_other_code
 
 
 def two_forms(forms: Mapping[str, set[str]]) -> Iterator[str]:
@@ -24,16 +25,22 @@ def two_forms(forms: Mapping[str, set[str]]) -> Iterator[str]:
         yield f"{', '.join(messages)} read messages, {', '.join(plain)} plain prompts: {told}"
 
 
-def refuse_other_data(
-    run: Run, run_dir: Path, stage: str, before: Sequence[Mapping[str, Any]], now: Mapping[str, str]
-) -> None:
-    """Raises DataError when a stage that has saved steps would go on with other data than it began with.
+def rewards_of(run: Run) -> dict[str, dict[str, Any]]:
+    """Facts of the rewards of each online stage, with the digests of their code. Raises ConfigError."""
+    return {stage: facts_of(section.rewards) for stage, section in online(run)}
 
-    `before` are the attempts of the run, oldest first, `now` the fingerprints of this one by SOURCE@SPLIT.
+
+def refuse_other_inputs(
+    run: Run, run_dir: Path, stage: str, before: Sequence[Mapping[str, Any]], begins: Mapping[str, Any]
+) -> None:
+    """Raises DataError when a stage that has saved steps would go on with other data, or code, than it began with.
+
+    `before` are the attempts of the run, oldest first, `begins` what this one starts from.
     """
     steps = run_dir / stage / "checkpoints"
     if not any(path.name.isdigit() for path in steps.glob("*")):
         return
+    now = begins["data"]
     for name in sorted({entry.name for entry, _ in entries_of(run, stage)}):
         known = [attempt["data"][name] for attempt in before if name in attempt.get("data", {})]
         if known and name in now and known[-1] != now[name]:
@@ -41,3 +48,6 @@ def refuse_other_data(
                 f"stages.{stage}: {name} has changed since this stage began: expected fingerprint {known[-1][:12]}…, "
                 f"got {now[name][:12]}…; put the data back, or do the stage again with --from {stage}"
             )
+    if stage in begins["rewards"]:
+        rewards = [attempt["rewards"][stage] for attempt in before if stage in attempt.get("rewards", {})]
+        refuse_other_code(stage, rewards, begins["rewards"][stage])
