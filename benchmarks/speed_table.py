@@ -128,7 +128,7 @@ def summary(folder: Path) -> str:
             }
             if rates:
                 fastest = max(rates, key=rates.__getitem__)
-                said[name] = f"`{name}` {value / rates[fastest]:.2f} × {fastest}"
+                said[name] = f"`{name}` {value / rates[fastest]:.2f} × ({fastest})"
     return ", ".join(said[name] for name in sorted(said))
 
 

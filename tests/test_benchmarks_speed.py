@@ -213,7 +213,7 @@ def test_the_block_goes_between_the_markers():
 
 def test_the_front_page_compares_with_the_fastest_peer(tmp_path, monkeypatch):
     monkeypatch.setattr(speed_table, "MAIN", {"sft/tiny"})
-    assert speed_table.summary(committed(tmp_path)) == "`sft/tiny` 2.00 × trl"
+    assert speed_table.summary(committed(tmp_path)) == "`sft/tiny` 2.00 × (trl)"
 
 
 def test_documents_hold_the_committed_tables():

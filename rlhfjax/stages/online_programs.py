@@ -20,11 +20,10 @@ from rlhfjax.models.lora import join, split
 from rlhfjax.sharding import batch_sharding, constrain_parts, replicated, state_shardings
 from rlhfjax.sharding.sampling import split_caches
 from rlhfjax.stages.compilation import training_options
-from rlhfjax.stages.job import Job
 from rlhfjax.stages.models import sampler_of
 from rlhfjax.stages.offline import average_of
 from rlhfjax.stages.parts import responses_a_row, rows_at_a_time
-from rlhfjax.stages.rewards import Judges, load_judges
+from rlhfjax.stages.rewards import Judges
 from rlhfjax.training.averaging import Average
 from rlhfjax.training.flops import seen_by
 from rlhfjax.training.online import OnlineSteps, Refill
