@@ -23,6 +23,15 @@ class TokenBatch:
     `segments` numbers the documents of a row from 1; 0 is padding. `loss_mask` marks the tokens that are targets. Where
     `most` is known, no row has more of them. Where there are `prefixes`, a token also sees the segment of that number,
     before its own: several responses of a row go on from one prompt.
+
+    Example: the prompt 5 6 7 with the responses 8 1 and 9 1, read once. A response begins with the prompt's last token,
+    so that what predicts its first token is there for each of them; `most` is 4.
+
+        tokens     5 6 7 8 1 7 9 1
+        segments   1 1 2 2 2 3 3 3
+        prefixes   1 1 1 1 1 1 1 1
+        positions  0 1 2 3 4 2 3 4
+        loss_mask  . . . x x . x x
     """
 
     tokens: Int[Array, "B T"]
