@@ -52,7 +52,8 @@ def target_of(
     will do. Raises ValueError for a size that no target has.
     """
     devices = list(where.devices.flat) if isinstance(where, jax.sharding.Mesh) else list(where or jax.devices())
-    platform = _ALIASES.get(devices[0].platform, devices[0].platform)
+    platform = str(devices[0].platform)
+    platform = _ALIASES.get(platform, platform)
     given = {name: size for name, size in (sizes or {}).items() if size is not None}
     if unknown := given.keys() - set(SIZES):
         raise ValueError(f"expected sizes among {', '.join(SIZES)}, got {', '.join(sorted(unknown))}")

@@ -3,12 +3,20 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from tiny import params_of, random_tokens, tiny
 
+import rlhfjax
+from rlhfjax.algorithms.likelihood import chunk_tokens
+from rlhfjax.models import compute_dtype
+from rlhfjax.models.attention import attend, takes_prefixes
+from rlhfjax.models.kernels import cudnn_takes
 from rlhfjax.sharding import make_mesh
 from rlhfjax.target import SIZES, building_for, current, machine, target_of
 
@@ -91,3 +99,99 @@ def test_programs_of_several_targets_are_kept_apart():
     assert traced == [12, 13]
     assert float(outer(x)) == called(machine()) == 10 * machine().blocks + 1
     assert traced == [12, 13, machine().blocks]  # inside and outside it is one program
+
+
+# One function, and what is made of it --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+def test_attention_is_another_program_on_another_platform():
+    # fails when a program of the platform before it is found again, or the backend of this process decides: seen
+    query, segments = jnp.zeros((2, 128, 4, 64), jnp.bfloat16), jnp.ones((2, 128), jnp.int32)
+    program = jax.jit(lambda query, segments: attend(query, query, query, segments, True))
+
+    def kernels():
+        lowered = program.trace(query, segments).lower(lowering_platforms=(current().platform,))
+        return lowered.as_text().count("tpu_custom_call")
+
+    assert kernels() == 0
+    with building_for(target_of([CHIP])):
+        assert kernels() == 1
+        assert not takes_prefixes("auto", None, 128)
+    assert kernels() == 0
+    assert takes_prefixes("auto", None, 128)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "size", "softcap", "takes"),
+    [
+        (target_of([HOPPER]), "bfloat16", 256, None, True),
+        (replace(target_of([HOPPER]), capability=8.0), "bfloat16", 256, None, False),
+        (replace(target_of([HOPPER]), capability=8.0), "bfloat16", 128, None, True),
+        (target_of([HOPPER]), "float32", 64, None, False),
+        (target_of([HOPPER]), "bfloat16", 64, 30.0, False),
+        (target_of([INSTINCT]), "bfloat16", 64, None, False),
+        (target_of([CHIP]), "bfloat16", 64, None, False),
+    ],
+)
+def test_cudnn_is_asked_of_the_gpu_that_is_built_for(target, dtype, size, softcap, takes):
+    query = jnp.zeros((1, 8, 1, size), dtype)
+    with building_for(target):
+        assert cudnn_takes(query, query, softcap) == takes
+
+
+def test_layers_are_written_out_where_the_target_says_and_angles_settled_on_cpus(model):
+    params, tokens = params_of(model), random_tokens(2, 8)
+    program = jax.jit(lambda params, tokens: model.logits(params, tokens, jnp.ones(tokens.shape, bool)))
+
+    def made(target):
+        with building_for(target):
+            text = str(program.trace(params, tokens).jaxpr)
+        return "unroll=2" in text, text.count("dot_general")
+
+    written_out, products = made(machine())
+    assert written_out
+    assert made(replace(machine(), unrolled_layers=1))[0] is False
+    rolled, fewer = made(replace(target_of([HOPPER]), capability=None))  # attention by its equation
+    assert (rolled, fewer) == (False, products - 2)  # sines and cosines
+    assert made(machine()) == (True, products)
+
+
+def test_a_sampler_has_as_many_blocks_as_its_target_and_other_numbers_only_by_rounding(model):
+    params, tokens = params_of(model), random_tokens(2, 8)
+    arrange = jax.jit(model.arrange, static_argnums=1)
+    prefill = jax.jit(lambda params: model.prefill(model.arrange(params), tokens, jnp.ones(tokens.shape, bool), 4)[0])
+
+    def made(target, rows=None):
+        with building_for(target):
+            layer = arrange(params, rows).layers[0]["out"]
+            return {name: len(layer[name]) for name in ("kernel", "rows") if name in layer}, prefill(params)
+
+    three, chip = replace(machine(), blocks=3), target_of([CHIP])
+    assert made(three)[0] == {"kernel": 3}
+    assert made(three, rows=1)[0] == {"rows": 3}
+    assert made(chip)[0] == made(chip, rows=1)[0] == {"kernel": 1}
+    np.testing.assert_allclose(made(three)[1], made(chip)[1], rtol=1e-5, atol=1e-5)
+
+
+def test_logits_types_and_slots_follow_the_target():
+    chip = target_of([CHIP] * 2)
+    assert (chunk_tokens(1024), compute_dtype(), compute_dtype("float16")) == (2048, "float32", "float16")
+    with building_for(chip):
+        assert (chunk_tokens(1024), compute_dtype(), compute_dtype("float16")) == (65536, "bfloat16", "float16")
+        assert chunk_tokens(10**9) == 96  # at least
+    with building_for(replace(chip, chunk_bytes=2**20)):
+        assert chunk_tokens(1024) == 256
+
+
+DESCRIBING = {"target.py", "environment.py", "stages/manifest.py", "stages/determinism.py"}  # the last three: a process
+
+
+def test_nothing_else_asks_which_backend_jax_has():
+    package = Path(rlhfjax.__file__).parent
+    asking = {str(path.relative_to(package)) for path in package.rglob("*.py") if "default_backend" in path.read_text()}
+    assert asking <= DESCRIBING

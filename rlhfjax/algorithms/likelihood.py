@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.functional.vocabulary import vocabulary_cross_entropy, vocabulary_log_probs
+from rlhfjax.target import current
 from rlhfjax.types import Params, TokenBatch
 
-# Bytes of the float32 logits that exist at a time: on CPUs what stays in a cache, elsewhere what keeps the device busy.
-_CPU_CHUNK, _CHUNK, _LEAST_TOKENS = 2**23, 2**28, 96
+_LEAST_TOKENS = 96  # of a chunk
 
 
 class Predictor(Protocol):
@@ -39,9 +39,8 @@ class Predictor(Protocol):
 
 
 def chunk_tokens(vocab_size: int) -> int:
-    """How many tokens have logits at a time."""
-    limit = _CPU_CHUNK if jax.default_backend() == "cpu" else _CHUNK
-    return max(limit // (4 * vocab_size), _LEAST_TOKENS)
+    """How many tokens have float32 logits at a time: as many as the target has bytes for."""
+    return max(current().chunk_bytes // (4 * vocab_size), _LEAST_TOKENS)
 
 
 def next_targets(batch: TokenBatch) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:

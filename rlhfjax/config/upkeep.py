@@ -55,6 +55,23 @@ class Deadlines(Section):
     join: Positive = 300.0
 
 
+class Sizes(Section):
+    """Sizes that choose programs, and with them the last bits of a run. None: what the machine decides.
+
+    `slots` rows are sampled at a time on all devices together, by matrices that are cut into `blocks` of outputs each.
+    A device reads at least `part_tokens` tokens at a time, and a minibatch in at most `most_parts` parts (0: any
+    number), unless `micro` says how many rows. Float32 logits exist for `chunk_bytes` at a time. A loop over at most
+    `unrolled_layers` layers is written out.
+    """
+
+    slots: Count | None = None
+    blocks: Count | None = None
+    part_tokens: Count | None = None
+    most_parts: Annotated[int, Field(ge=0)] | None = None
+    chunk_bytes: Count | None = None
+    unrolled_layers: Annotated[int, Field(ge=0)] | None = None
+
+
 class Reliability(Section):
     """When to stop. `heartbeat` is the seconds of silence after which processes take one of them for dead.
 
@@ -62,6 +79,7 @@ class Reliability(Section):
     """
 
     determinism: Literal["fast", "strict"] = "fast"
+    sizes: Sizes = Sizes()
     heartbeat: Annotated[int, Field(ge=3)] = 30
     guards: Guards = Guards()
     deadlines: Deadlines = Deadlines()

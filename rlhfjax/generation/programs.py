@@ -11,6 +11,7 @@ import numpy as np
 from rlhfjax.generation.sampling import RowSampling, Sampler, SamplingParams, by_row, uniforms
 from rlhfjax.generation.session import Slots, Step, admit, empty_slots, step
 from rlhfjax.generation.slots import rollout
+from rlhfjax.target import current
 from rlhfjax.types import Params, PromptBatch, Rollout
 
 _STOPS = 8  # stop ids that a program has room for before it needs another
@@ -70,11 +71,11 @@ class Programs:
         self.step = jax.jit(stepped, static_argnames="count", donate_argnums=1)
 
     def weights(self, rows: int) -> Any:
-        """The weights as so many rows read them."""
-        alone = rows == 1
-        if alone not in self._weights:
-            self._weights = {alone: self._arrange(self._params, 1 if alone else None)}  # one copy at a time
-        return self._weights[alone]
+        """The weights as so many rows read them on the target."""
+        alone, target = rows == 1, current()
+        if (alone, target) not in self._weights:
+            self._weights = {(alone, target): self._arrange(self._params, 1 if alone else None)}  # one copy at a time
+        return self._weights[alone, target]
 
     def room(self, responses: int, prompt: int, sampling: SamplingParams) -> Room:
         """Room for so many responses to prompts of up to `prompt` tokens, shared with others of about this size."""

@@ -1,8 +1,8 @@
 """Causal attention within segments: one function, and four programs that compute it.
 
 `xla` is the reference: the matrix of scores as it stands in the equation. The others never hold it whole. `blocked` is
-for CPUs, `cudnn` for NVIDIA GPUs, `splash` for TPUs; `auto` takes the one of the backend. Which one runs is decided
-while tracing, from types and shapes alone, and what a kernel does not take goes to `xla`.
+for CPUs, `cudnn` for NVIDIA GPUs, `splash` for TPUs; `auto` takes the one of the target. Which one runs is decided
+while tracing, from target, types and shapes alone, and what a kernel does not take goes to `xla`.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.models.kernels import cudnn_attention, cudnn_takes, splash_attention
+from rlhfjax.target import current
 
 Spread = Callable[[Callable[..., Array]], Callable[..., Array]]
 _spread: list[Spread] = [lambda program: program]  # of the process: programs may be compiled in several threads
@@ -73,14 +74,14 @@ def attend(
 
 def takes_prefixes(implementation: str, window: int | None, length: int) -> bool:
     """Whether segments of rows of this length may go on from others: not over a window, nor in splash attention."""
-    splash = implementation == "splash" or (implementation == "auto" and jax.default_backend() == "tpu")
+    splash = implementation == "splash" or (implementation == "auto" and current().platform == "tpu")
     return not splash and (window is None or window >= length)
 
 
 def _program(wanted: str, query: Array, key: Array, softcap: float | None) -> Callable[..., Array]:
-    """The program that runs for these shapes on this backend."""
+    """The program that runs for these shapes on the target."""
     if wanted == "auto":
-        wanted = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "blocked")
+        wanted = {"gpu": "cudnn", "tpu": "splash"}.get(current().platform, "blocked")
     if wanted == "cudnn" and not cudnn_takes(query, key, softcap):
         wanted = "xla"
     programs = {"xla": reference, "blocked": blocked, "cudnn": cudnn_attention, "splash": splash_attention}

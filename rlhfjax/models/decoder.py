@@ -12,6 +12,7 @@ from rlhfjax.models.layers import Block, Linear, Sight, kinds, norm
 from rlhfjax.models.quantized import int8_dot
 from rlhfjax.models.remat import POLICIES
 from rlhfjax.models.rotary import turns
+from rlhfjax.target import current
 
 _GPT = {"norm": "layer", "positions": "learned", "activation": "gelu", "biases": True, "tied": True}
 _LLAMA = {"norm": "rms", "positions": "rope", "activation": "swiglu", "biases": False, "tied": True}
@@ -102,7 +103,7 @@ def _unroll(config: DecoderConfig) -> int:
     On a CPU a short loop is: what the backward pass reads is then not copied into stacked arrays and out of them. What
     is to be computed twice stays in a loop, where XLA does not see that it is the same.
     """
-    short = jax.default_backend() == "cpu" and config.layers <= 8 and config.remat == "none"
+    short = config.layers <= current().unrolled_layers and config.remat == "none"
     return config.layers if short else 1
 
 
@@ -110,7 +111,7 @@ def compute_dtype(wanted: str = "auto") -> str:
     """bfloat16 on accelerators; float32 on CPUs, where bfloat16 decoding is many times slower."""
     if wanted != "auto":
         return wanted
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if current().platform == "cpu" else "bfloat16"
 
 
 @lru_cache

@@ -5,7 +5,6 @@ whole cache in every step of it, so here the layers stand apart and are unrolled
 """
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +22,7 @@ from rlhfjax.models.layers import at_columns, by_heads, norm
 from rlhfjax.models.lora import has_adapters, merge
 from rlhfjax.models.quantized import Int8Vectors, empty_vectors, is_quantized, read_vectors, vectors
 from rlhfjax.models.rotary import rotate, turns
+from rlhfjax.target import current
 from rlhfjax.types import Params
 
 Store = Callable[[int, Array, Array], tuple[Any, Any]]
@@ -79,40 +79,29 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, int8: bool = False
     return Cache(keys, values, lengths)
 
 
-def cores() -> int:
-    """Threads that one device has to itself: a product of few rows uses one, so its matrix is cut into as many.
-
-    Devices of all processes count, so that their number by process changes no sum.
-    """
-    if jax.default_backend() != "cpu":
-        return 1
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(available // jax.device_count(), 16))
-
-
 def arrange(
     config: DecoderConfig, params: Any, parts: int | None = None, fused: bool = True, rows: int | None = None
 ) -> Weights:
     """Parameters in the order and type in which sampling reads them; weights stay as they are.
 
     Adapters are merged, unless what is below them is quantised. With `fused`, matrices that read the same input become
-    one; on a mesh that splits heads they had better stay apart. Each is cut into `parts` blocks of outputs (None: one a
-    core), which XLA can multiply beside each other on a CPU. Where only one of `rows` decodes, a CPU reads blocks of
-    [outputs, in] faster; parts 0 asks for that, one per core.
+    one; on a mesh that splits heads they had better stay apart. Each is cut into `parts` blocks of outputs (None: as
+    many as the target says), which XLA can multiply beside each other on a CPU, where a product of few rows uses one
+    thread. Where only one of `rows` decodes, a CPU reads blocks of [outputs, in] faster; parts 0 asks for those.
     """
     if isinstance(params, Weights):
         return params
     if has_adapters(params) and not is_quantized(params):
         params = merge(params, config.lora_alpha)
     if parts is None:
-        parts = 0 if rows == 1 and jax.default_backend() == "cpu" else cores()
+        parts = 0 if rows == 1 and current().platform == "cpu" else current().blocks
     blocks = [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(config.layers)]
     layers = tuple(_layer(config, block, parts, fused) for block in blocks)
     ends = {name: params[name] for name in ("embed", "positions", "final_norm", "mtp_heads") if name in params}
     if config.tied:
         table, scale = _cast(config, params["embed"]["embedding"]), params["embed"].get("embedding_scale")
         # CPUs multiply several rows by a transposed matrix more slowly; accelerators need no copy of it.
-        rows_of_it = (table,) if parts else _blocks(table, cores(), axis=0)
+        rows_of_it = (table,) if parts else _blocks(table, current().blocks, axis=0)
         unembed: Params = {"rows": rows_of_it} if parts < 2 else {"kernel": _blocks(table.T, parts, axis=1)}
         unembed |= {} if scale is None else {"scale": scale[:, 0]}
     else:
@@ -136,7 +125,8 @@ def _linear(config: DecoderConfig, linears: list[Params], inputs: int, parts: in
     """One linear of all outputs of several that read the same input, `inputs` axes of it."""
     size = math.prod(linears[0]["kernel"].shape[:inputs])
     kernel = jnp.concatenate([_cast(config, one["kernel"].reshape(size, -1)) for one in linears], axis=1)
-    made: Params = {"kernel": _blocks(kernel, parts, axis=1)} if parts else {"rows": _blocks(kernel.T, cores(), axis=0)}
+    blocks = _blocks(kernel, parts, axis=1) if parts else _blocks(kernel.T, current().blocks, axis=0)
+    made: Params = {"kernel" if parts else "rows": blocks}
     for name, leaf in (("kernel_scale", "scale"), ("bias", "bias")):
         if name in linears[0]:
             made[leaf] = jnp.concatenate([one[name].reshape(-1) for one in linears])

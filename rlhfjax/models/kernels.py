@@ -10,22 +10,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rlhfjax.target import current
+
 INTERPRET = False  # splash attention runs by an interpreter where there is no TPU; tests set it
 
 
 def cudnn_takes(query: Array, key: Array, softcap: float | None) -> bool:
-    """Whether cuDNN has a program for arrays of these types and shapes on the GPU that is here.
+    """Whether cuDNN has a program for arrays of these types and shapes on the target, a GPU of NVIDIA's.
 
     Its kernels are of half precision, for head sizes of a multiple of 8 up to 128, or 256 from Hopper on, and have no
     soft cap. Any length and any number of segments will do.
     """
-    if jax.default_backend() != "gpu" or softcap is not None:
+    capability = current().capability
+    if capability is None or softcap is not None:
         return False
     if query.dtype != key.dtype or query.dtype not in (jnp.bfloat16, jnp.float16):
-        return False
-    try:
-        capability = float(jax.devices()[0].compute_capability)
-    except (AttributeError, ValueError):  # no GPU of NVIDIA's
         return False
     size = query.shape[-1]
     return capability >= 8.0 and size % 8 == 0 and size <= (256 if capability >= 9.0 else 128)

@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from rlhfjax.models.remat import PRODUCT
+from rlhfjax.target import current
 
 
 def dot_general(inputs: Array, kernel: Array, dimension_numbers, precision=None, preferred_element_type=None) -> Array:
@@ -22,7 +23,7 @@ def settled(x: Array) -> Array:
     XLA writes what is cheap to say into everything that reads it: the sines of RoPE into the queries and keys of each
     layer, for every head. Barriers it removes on a CPU, but not a product, here with the identity.
     """
-    return x @ jnp.eye(x.shape[-1], dtype=x.dtype) if jax.default_backend() == "cpu" else x
+    return x @ jnp.eye(x.shape[-1], dtype=x.dtype) if current().platform == "cpu" else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -14,17 +14,18 @@ from typing import Any
 import jax
 
 from rlhfjax.sharding import processes
+from rlhfjax.target import Target, building_for, current, machine
 from rlhfjax.training.online import OnlineSteps
 from rlhfjax.xla_flags import refused
 
 
-def training_options() -> dict[str, str] | None:
-    """Compiler options of programs that run whole models over whole batches.
+def training_options(target: Target | None = None) -> dict[str, str] | None:
+    """Compiler options of a target's programs that run whole models over whole batches (None: of the current one's).
 
     On GPUs they are not recorded as CUDA graphs: cuDNN's attention inside a recorded loop ended with a launch failure
     (jax 0.11.2, H100), and such programs do not wait for launches. An XLA without that option has none of them.
     """
-    if jax.default_backend() != "gpu" or refused(["--xla_gpu_enable_command_buffer="]):
+    if (target or current()).platform != "gpu" or refused(["--xla_gpu_enable_command_buffer="]):
         return None
     return {"xla_gpu_enable_command_buffer": ""}
 
@@ -39,9 +40,11 @@ class Program:
     def __init__(self, tracer: Executor, compiler: Executor, function: Any, arguments: Callable[[], tuple]):
         self._function, self._called = function, False
         bound, jitted = ((), function) if not isinstance(function, partial) else (function.args, function.func)
+        target = current()  # of this thread; those that trace and compile have none
 
         def lower() -> Any:
-            return jitted.lower(*bound, *arguments())
+            with building_for(target):
+                return jitted.lower(*bound, *arguments())
 
         def compile_it() -> float:
             self._lowered.result().compile()
@@ -71,7 +74,7 @@ class Ahead:
         self._stage_began = self._began if began is None else began
         # Two traces at once only take the interpreter from each other, more programs than cores their memory.
         self._tracer = ThreadPoolExecutor(1, thread_name_prefix="trace")
-        cores = os.cpu_count() if jax.default_backend() == "cpu" else None
+        cores = os.cpu_count() if machine().platform == "cpu" else None
         self._compiler = ThreadPoolExecutor(cores, thread_name_prefix="compile")
         self._programs: list[Program] = []
         self._afterwards: list[tuple] = []
@@ -113,7 +116,7 @@ class Ahead:
         compiled = max((program.ready.result() for program in self._programs), default=now) - self._began
         first = now - self._stage_began
         # On a CPU the compiler would take the cores from the steps.
-        for function, arguments in self._afterwards if jax.default_backend() != "cpu" else ():
+        for function, arguments in self._afterwards if machine().platform != "cpu" else ():
             Program(self._tracer, self._compiler, function, lambda arguments=arguments: arguments)
         self._tracer.shutdown(wait=False)
         self._compiler.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""Conditions of two attempts, compared: configuration, code, packages, flags, machine, devices and data."""
+"""Conditions of two attempts, compared: configuration, code, packages, flags, machine, devices, target and data."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,6 +7,7 @@ from rlhfjax.rewards import digests_of
 
 _SHOWN_FILES = 5
 _NONE = "nothing"
+_FACTS_OF_DEVICES = ("platform", "capability")  # of a target; what else it has are sizes
 
 
 def other_conditions(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -18,6 +19,7 @@ def other_conditions(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         *_each("flag", then.get("flags", {}), now["flags"]),
         *_each("setting", then.get("settings", {}), now["settings"]),
         *_devices(then, now),
+        *_target(then.get("target", {}), now.get("target", {})),
         *(_each("chat settings of", then["chat"], now["chat"]) if "chat" in then and "chat" in now else ()),
         *_digests("data", then.get("data", {}), now.get("data", {})),
         *_digests("", then.get("started_from", {}), now.get("started_from", {})),
@@ -64,6 +66,13 @@ def _devices(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield from _value("platform", then.get("platform_version"), now["platform_version"])
         yield from _value("NVIDIA driver", machine.get("nvidia_driver"), here.get("nvidia_driver"))
+
+
+def _target(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Platform and sizes that programs were built for, of which older versions noted none."""
+    for name in (name for name in now if name in then):
+        for line in _value(f"target {name}", then[name], now[name]):
+            yield line if name in _FACTS_OF_DEVICES else f"{line}; reliability.sizes.{name} sets it"
 
 
 def _each(what: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -43,6 +43,7 @@ from rlhfjax.stages.meters import loss_meter
 from rlhfjax.stages.models import sampler_of, sampling_params
 from rlhfjax.stages.parts import rows_at_a_time
 from rlhfjax.stages.run_directory import saved_or_stopped, write_text
+from rlhfjax.target import Target, current
 from rlhfjax.text.chat import beginning
 from rlhfjax.training.checkpoint import COMPLETE
 from rlhfjax.training.supervision import Watch
@@ -176,9 +177,8 @@ def _sampler(job: Job, policies: dict[str, tuple[SequenceModel, Params]], stage:
     settings = sampling_params(job.config.sampling, job.tokenizer)
     sampler = split_caches(job.mesh, sampler_of(model, job.config.sampling))
     part = rows_at_a_time(job.config, job.mesh)
-    return partial(
-        _program(sampler, model, reference_model, reward_model, settings, part, job.mesh), params, reference, reward
-    )
+    models = sampler, model, reference_model, reward_model
+    return partial(_program(*models, settings, part, job.mesh, current()), params, reference, reward)
 
 
 @lru_cache(maxsize=4)  # policies of one shape share what is traced and compiled
@@ -190,10 +190,11 @@ def _program(
     settings: SamplingParams,
     part: int,
     mesh: jax.sharding.Mesh,
+    target: Target,  # whose options it is compiled with
 ) -> Callable:
     how: dict[str, Any] = {"temperature": settings.temperature or 1.0, "gather": mesh.size == 1}
 
-    @partial(jax.jit, compiler_options=training_options())
+    @partial(jax.jit, compiler_options=training_options(target))
     def sample(params, reference, reward, batch, key):
         made = generate(sampler, params, batch, key, settings)
 

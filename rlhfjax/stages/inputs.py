@@ -1,4 +1,4 @@
-"""Inputs of a run as they are now: records of every source, given checkpoints and tokenizer, the mesh."""
+"""Inputs of a run as they are now: records of every source, given checkpoints and tokenizer, the mesh, the target."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from rlhfjax.data.recount import changed_since_preparation
 from rlhfjax.errors import RlhfjaxError
 from rlhfjax.sharding import make_mesh
 from rlhfjax.stages.jobs import entries, given, mesh_facts
+from rlhfjax.stages.sizes import first_target
 from rlhfjax.stages.sources import rewards_of
 
 
@@ -21,6 +22,7 @@ def inputs_now(run: Run) -> tuple[dict[str, Any], list[str]]:
         ("rewards", lambda: rewards_of(run)),
         ("started_from", lambda: given(run)),
         ("mesh", lambda: mesh_facts(_mesh(run))),
+        ("target", lambda: first_target(run, _mesh(run)).facts()),
     ):
         try:
             facts[name] = find()

@@ -140,17 +140,21 @@ def describe(run: Run) -> dict[str, Any]:
 
 
 def other_layout(before: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> str | None:
-    """How devices, processes or mesh differ from those of the attempt that this one continues, None if not at all.
+    """How devices, processes, mesh or sizes differ from those of the attempt that is continued, None if not at all.
 
-    Reductions over other devices add in another order, so what follows is equal within rounding only.
+    Reductions over other devices, and programs of other sizes, add in another order: what follows is equal within
+    rounding only.
     """
     if not before or now["resumed_from"]["stage"] == "tokenizer":
         return None
     last = before[-1]
     names = {"devices": "devices", "process": "processes", "mesh": "mesh"}
     shown = {name: (_layout(last.get(name)), _layout(now.get(name))) for name in names if name in last}
-    changes = [f"{names[name]} {old} -> {new}" for name, (old, new) in shown.items() if old != new]
-    return f"on another layout ({', '.join(changes)})" if changes else None
+    layout = [f"{names[name]} {old} -> {new}" for name, (old, new) in shown.items() if old != new]
+    then, here = last.get("target", {}), now.get("target", {})
+    sizes = [f"{name} {then[name]} -> {here[name]}" for name in here if name in then and then[name] != here[name]]
+    texts = [("on another layout", layout), ("with other sizes", sizes)]
+    return ", ".join(f"{text} ({', '.join(changes)})" for text, changes in texts if changes) or None
 
 
 def _layout(value: Any) -> str:

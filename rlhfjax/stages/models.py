@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-import jax
-
 from rlhfjax.config import schema
 from rlhfjax.errors import ConfigError
 from rlhfjax.generation import SamplingParams, Speculation
 from rlhfjax.models import LanguageModel, SequenceModel, compute_dtype, decoder_config, model_of
+from rlhfjax.target import current
 from rlhfjax.text.loading import AnyTokenizer
 
 
@@ -50,19 +49,14 @@ def sampling_params(sampling: schema.Sampling, tokenizer: AnyTokenizer) -> Sampl
         speculation=speculation,
         min_p=sampling.min_p,
         stop_ids=tuple(stop[1:]),
-        slots=default_slots(),
+        slots=current().slots,
     )
 
 
 def plain_sampling(new_tokens: int, tokenizer: AnyTokenizer) -> SamplingParams:
     """The policy as it is, at temperature 1, up to any id that ends a response."""
     stop, *others = tokenizer.end_ids
-    return SamplingParams(new_tokens, stop, tokenizer.pad_id, stop_ids=tuple(others), slots=default_slots())
-
-
-def default_slots() -> int:
-    """Rows that decode at a time. A step costs a CPU as much as it has rows; on accelerators more are almost free."""
-    return (16 if jax.default_backend() == "cpu" else 256) * jax.device_count()
+    return SamplingParams(new_tokens, stop, tokenizer.pad_id, stop_ids=tuple(others), slots=current().slots)
 
 
 def sampler_of(model: SequenceModel, sampling: schema.Sampling) -> SequenceModel:

@@ -11,14 +11,14 @@ from rlhfjax.data.pipeline import Batches
 from rlhfjax.models import SequenceModel
 from rlhfjax.sharding import constrain_parts, row_shards
 from rlhfjax.stages.job import Job
+from rlhfjax.target import current
 from rlhfjax.training.update import Pack
 
-_CPU_TOKENS, _TOKENS = 512, 8192  # a device wants at least so many at a time
 _WIDEST = 4  # times the width of the model: attention over longer rows costs over a third of the products of a layer
 
 
 def rows_at_a_time(c: schema.Ppo | schema.Evaluate, mesh: jax.sharding.Mesh, group: int = 1) -> int:
-    """`batch.micro`, or enough rows for a device to do; on accelerators a quarter of a minibatch at least.
+    """`batch.micro`, or enough rows for a device to do, and for no more parts of a minibatch than the target wants.
 
     Smaller parts skip more of what short responses leave empty, but gradients are added up once a part. Every device
     has rows of a part. `group` responses share a row.
@@ -29,11 +29,10 @@ def rows_at_a_time(c: schema.Ppo | schema.Evaluate, mesh: jax.sharding.Mesh, gro
 
 
 def _rows(mesh: jax.sharding.Mesh, width: int, minibatch: int, micro: int | None) -> int:
-    shards = row_shards(mesh)
-    if jax.default_backend() == "cpu":
-        enough = -(-_CPU_TOKENS * shards // width)
-    else:
-        enough = max(-(-minibatch // 4), -(-_TOKENS * shards // width))
+    shards, target = row_shards(mesh), current()
+    enough = -(-target.part_tokens * shards // width)
+    if target.most_parts:
+        enough = max(enough, -(-minibatch // target.most_parts))
     rows = micro or min(minibatch, enough)
     return -(-rows // shards) * shards
 

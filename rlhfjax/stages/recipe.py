@@ -118,7 +118,9 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
     from rlhfjax.stages.freed_memory import run_in_caller
     from rlhfjax.stages.jobs import agree_on_data, agree_on_tokenizer, check_data, execute, make_jobs, origins
     from rlhfjax.stages.parents import parents, tokenizer_facts
+    from rlhfjax.stages.sizes import agree_on_sizes, next_target
     from rlhfjax.stages.sources import refuse_other_inputs
+    from rlhfjax.target import building_for
 
     use_compile_cache(report)
     run_in_caller()
@@ -126,8 +128,10 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
     jobs = make_jobs(run, run_dir, stages, report, manifest.date)
     begins = origins(jobs)
     agree_on_data(begins)
+    target = next_target(jobs[0], manifest.before)
+    agree_on_sizes(target)
     refuse_other_inputs(run, run_dir, stages[0], manifest.before, begins)
-    manifest.note(**begins)
+    manifest.note(**begins, target=target.facts())
     if change := other_layout(manifest.before, manifest.line):
         report(f"{jobs[0].stage}: continues {change}; from here on results match within rounding, not bitwise")
     for job in jobs:
@@ -139,7 +143,8 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
         report(f"{job.stage}: started")
         manifest.began(job.stage, parents(job))
         job.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = execute(job)
+        with building_for(target):
+            facts = execute(job)
         seconds = round(time.monotonic() - began, 1)
         done = {"stage": job.stage, "seconds": seconds, "finished": now()}
         _by_first(partial(_mark, job.dir, done | facts), job.stage)

@@ -1,10 +1,13 @@
 """Programs are compiled in threads for what they will be called with, and never twice."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from rlhfjax.stages.compilation import Ahead
+from rlhfjax.target import building_for, current, machine
 from rlhfjax.training.online import OnlineSteps
 from rlhfjax.types import OnlineState, TrainState
 
@@ -38,6 +41,18 @@ def test_a_program_made_ahead_is_the_one_that_is_called(compiled):
     assert len(compiled) == 1
     assert "ppo: compiled in" in ahead.first_step()
     assert set(ahead.facts) == {"timing/compile_s", "timing/first_step_s"}
+
+
+def test_a_program_is_traced_for_the_target_of_the_thread_that_wants_it(compiled):
+    # fails where the threads that trace have the machine's own: compiled anew at the call
+    scaled = jax.jit(lambda x: x * current().blocks)
+    x = jnp.ones(3)
+    with building_for(replace(machine(), blocks=7)):
+        program = Ahead("ppo").program(scaled, x)
+        program.ready.result()
+        compiled.clear()
+        assert program(x).tolist() == [7, 7, 7]
+        assert compiled == []
 
 
 def test_an_error_of_a_program_comes_from_its_call():

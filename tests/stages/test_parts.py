@@ -1,5 +1,6 @@
 """Which models and data share a row, and how many rows go through them together."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +13,7 @@ from rlhfjax.data.token_rows import Ragged, RankedRows
 from rlhfjax.models import EncoderDecoder, EncoderDecoderConfig
 from rlhfjax.sharding import make_mesh
 from rlhfjax.stages.parts import ranking_packer, responses_a_row, rows_at_a_time
+from rlhfjax.target import building_for, target_of
 
 LONGEST = 40
 ONE, EIGHT = (make_mesh(devices=jax.devices()[:count]) for count in (1, 8))
@@ -57,6 +59,19 @@ def test_rows_of_groups_are_fewer():
     c = ppo_config(batch={"size": 48, "epochs": 1, "prompt_length": 5})
     assert rows_at_a_time(c, ONE) == 47  # 512 tokens of rows of 11
     assert rows_at_a_time(c, ONE, group=4) == 12  # as many as there are groups
+
+
+def test_the_target_says_how_many_tokens_a_part_has_and_how_many_parts_there_are():
+    c = ppo_config(batch={"size": 480, "epochs": 1, "prompt_length": 5})
+    chips = target_of([SimpleNamespace(platform="tpu")])
+    with building_for(chips):
+        assert rows_at_a_time(c, ONE) == 480  # of 745, which hold 8192 tokens in rows of 11
+    with building_for(replace(chips, part_tokens=110)):
+        assert rows_at_a_time(c, ONE) == 120  # a quarter
+    with building_for(replace(chips, part_tokens=110, most_parts=0)):
+        assert rows_at_a_time(c, ONE) == 10
+        assert rows_at_a_time(c, EIGHT) == 80
+    assert rows_at_a_time(c, ONE) == 47
 
 
 def test_the_longest_comparison_counts_its_prompt_once():

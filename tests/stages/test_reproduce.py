@@ -21,6 +21,7 @@ from rlhfjax.stages.comparison import first_differences
 from rlhfjax.stages.conditions import other_conditions
 from rlhfjax.stages.manifest import describe, ended_as, read_attempts
 from rlhfjax.stages.reproduce import conditions, reproduce
+from rlhfjax.target import Target, target_of
 from stages.conftest import rows_of
 from stages.tiny_recipe import STAGES, STEPS, write_files, write_recipe
 
@@ -48,6 +49,7 @@ def test_the_manifest_says_what_is_needed_to_run_it_again(finished, line, config
     assert (line["backend"], line["process"], line["determinism"]) == ("cpu", [0, 1], "fast")
     assert line["settings"]["jax_threefry_partitionable"] is True
     assert line["machine"]["cores"] == len(os.sched_getaffinity(0))
+    assert line["target"] == target_of(jax.devices()[:1]).facts()
     assert set(line["config_sources"]) >= {"name", "stages.ppo.kl.target"}
     assert line["config_sources"]["name"].startswith(f"{config}:")
     assert {len(line[name]) for name in ("tokenizer", "chat_template")} == {64}
@@ -114,6 +116,7 @@ NOW = {
     "data": {"a.jsonl@train": "0" * 64},
     "started_from": {"model.checkpoint": "1" * 64},
     "chat": {"date": "2026-01-31", "sft": {"enable_thinking": False}},
+    "target": {"platform": "cpu", "slots": 32, "blocks": 2},
 }
 
 
@@ -132,6 +135,8 @@ NOW = {
         (("mesh", "device_order"), [1, 0], "order of devices in the mesh: expected [1, 0], got [0, 1]"),
         (("machine", "processor"), "other", "processor: expected other, got one"),
         (("machine", "cores"), 8, "cores: expected 8, got 2"),
+        (("target", "platform"), "tpu", "target platform: expected tpu, got cpu"),
+        (("target", "blocks"), 8, "target blocks: expected 8, got 2; reliability.sizes.blocks sets it"),
         (("chat", "date"), "2031-01-02", "chat settings of date: expected 2031-01-02, got 2026-01-31"),
         (("chat", "sft"), {}, "chat settings of sft: expected {}, got {'enable_thinking': False}"),
         (("data", "a.jsonl@train"), "2" * 64, "data a.jsonl@train: expected SHA-256 222222222222…, got 000000000000…"),
@@ -156,6 +161,7 @@ def test_one_thing_that_changed_is_one_line(place, value, expected):
 def test_what_changes_no_number_is_not_held_against_it():
     then = copy.deepcopy(NOW) | {"python": "3.11.2"}
     then["machine"]["nvidia_driver"] = "other"  # this is a run on a CPU
+    del then["target"]["slots"]  # an older version, which knew of no such size
     assert other_conditions(then, NOW) == []
 
 
@@ -278,6 +284,7 @@ def here(finished, monkeypatch):
 
     monkeypatch.setattr("rlhfjax.stages.reproduce.describe", now)
     monkeypatch.setattr("rlhfjax.stages.inputs.mesh_facts", lambda mesh: then["mesh"])
+    monkeypatch.setattr("rlhfjax.stages.inputs.first_target", lambda run, mesh: Target(**attempts[-1]["target"]))
     return run, attempts
 
 

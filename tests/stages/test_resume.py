@@ -80,9 +80,12 @@ def test_on_another_mesh_it_goes_on_and_says_that_bits_differ(copied, finished, 
     run = load_config(config, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"])
     run_recipe(run, run_dir, only="pretrain")
     said = " ".join(capsys.readouterr().err.split())
+    then, now = (line["target"] for line in rows_of(run_dir / "manifest.jsonl")[-2:])
+    sizes = ", ".join(f"{name} {then[name]} -> {now[name]}" for name in now if then[name] != now[name])
+    assert sizes.startswith("slots 16 -> 128")
     assert (
-        "pretrain: continues on another layout (devices 1 cpu -> 8 cpu, mesh 1 -> data 2 x fsdp 2 x tensor 2); from "
-        "here on results match within rounding, not bitwise"
+        "pretrain: continues on another layout (devices 1 cpu -> 8 cpu, mesh 1 -> data 2 x fsdp 2 x tensor 2), "
+        f"with other sizes ({sizes}); from here on results match within rounding, not bitwise"
     ) in said
     again, straight = rows_of(run_dir / "pretrain" / "metrics.jsonl"), rows_of(finished / "pretrain" / "metrics.jsonl")
     assert again[:3] == straight[:3]
