@@ -123,16 +123,23 @@ def _rows(run: Result) -> Iterator[Row]:
             yield f"Accuracy of {judge} ({_asked('across_clear')})", _share("judge_accuracy", judge, "across_clear")
     for row in run["win_rates"]:
         yield f"{row['policy']} preferred to {row['baseline']} by {row['judge']}", _wins(row["judge"])
-    if {"sft", "ppo"} <= run["policies"].keys():
-        yield from _policy_rows()
+    if names := _compared(run):
+        yield from _policy_rows(*names)
 
 
-def _policy_rows() -> Iterator[Row]:
-    yield "KL(ppo ‖ sft), nats per response", lambda run: _bounded(run["policies"]["ppo"], "kl", 2)
-    yield "Entropy, nats per token, sft → ppo", lambda run: _both(run, "entropy", 2)
-    yield "Length, tokens, sft → ppo", lambda run: _both(run, "length", 1)
-    yield "Distinct 2-grams, sft → ppo", lambda run: _both(run, "distinct_2", 3)
-    yield "Responses that end by themselves, sft → ppo", lambda run: _both(run, "eos_rate", None)
+def _compared(run: Result) -> tuple[str, str] | None:
+    """The policy that the last one started from, and the last one; None where only one was sampled."""
+    names = tuple(run["policies"])
+    return names if len(names) == 2 else None
+
+
+def _policy_rows(before: str, last: str) -> Iterator[Row]:
+    pair = f"{before} → {last}"
+    yield f"KL({last} ‖ {before}), nats per response", lambda run: _bounded(run["policies"][last], "kl", 2)
+    yield f"Entropy, nats per token, {pair}", lambda run: _both(run, "entropy", 2)
+    yield f"Length, tokens, {pair}", lambda run: _both(run, "length", 1)
+    yield f"Distinct 2-grams, {pair}", lambda run: _both(run, "distinct_2", 3)
+    yield f"Responses that end by themselves, {pair}", lambda run: _both(run, "eos_rate", None)
 
 
 def _asked(measure: str) -> str:
@@ -159,13 +166,14 @@ def _number(value: float | None) -> float:
 def _losses(run: Result, name: str) -> str:
     losses = {stage: _number(sets[name]["nats_per_token"]) for stage, sets in run["heldout_losses"].items()}
     shown = " → ".join(number(loss) for loss in losses.values())
-    return f"{shown} ({change(losses['ppo'], losses['sft'])})" if losses.keys() >= {"sft", "ppo"} else shown
+    names = _compared(run)
+    return f"{shown} ({change(losses[names[1]], losses[names[0]])})" if names and losses.keys() >= set(names) else shown
 
 
 def _both(run: Result, key: str, digits: int | None) -> str:
-    sft, ppo = (run["policies"][name] for name in ("sft", "ppo"))
-    changed = f" ({change(_number(ppo[key]), _number(sft[key]))})" if key in ("length", "distinct_2") else ""
-    return f"{_bounded(sft, key, digits)} → {_bounded(ppo, key, digits)}{changed}"
+    before, last = run["policies"].values()
+    changed = f" ({change(_number(last[key]), _number(before[key]))})" if key in ("length", "distinct_2") else ""
+    return f"{_bounded(before, key, digits)} → {_bounded(last, key, digits)}{changed}"
 
 
 def _bounded(policy: Result, key: str, digits: int | None) -> str:

@@ -63,7 +63,7 @@ def sections(run: ReportData) -> list[Section]:
     """All sections of the report in the order of the recipe."""
     evaluation = run.evaluation or Evaluation(seed=0, date="", hardware="")
     planned = [stage for stage in run.stages if stage in FACTS and FACTS[stage].online]
-    online = run.online_stages or (planned if run.recipe else planned[-1:])
+    online = run.online_stages or (planned if run.recipe else planned[:1])
     return [
         _summary(run),
         _losses(run),

@@ -79,8 +79,9 @@ def write_run(root: Path, steps: int = 45) -> Path:
     write_lines(root / "reward" / "metrics.jsonl", [*reward, {"step": 299, "eval/rm/accuracy": 0.61}])
     write_lines(root / "ppo" / "metrics.jsonl", [_ppo_line(i, i / steps, rng) for i in range(steps)])
     (root / "config.yaml").write_text(CONFIG, "utf-8")
-    attempts = [{"attempt": 1, "status": "preempted"}, {"attempt": 2, "status": "done", "versions": {"jax": "0.10.2"}}]
-    write_lines(root / "manifest.jsonl", attempts)
+    recipe = {"stages": {stage: {"steps": 1} for stage in ("pretrain", "sft", "reward", "ppo", "evaluate")}}
+    last = {"attempt": 2, "status": "done", "versions": {"jax": "0.10.2"}, "config": recipe}
+    write_lines(root / "manifest.jsonl", [{"attempt": 1, "status": "preempted"}, last])
     (root / "evaluate").mkdir()
     (root / "evaluate" / "evaluation.json").write_text(example_evaluation().to_json(), "utf-8")
     return root
