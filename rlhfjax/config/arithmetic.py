@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from rlhfjax.config.online_stages import prompts_of
 from rlhfjax.config.recipe import FACTS, SUPERVISED, needs_of, offline, online, sampling, section_of, stages_of
+from rlhfjax.config.rewards import on_device
 from rlhfjax.config.schema import Mesh, Optimizer, RolloutBatch, Run, Sampling
 from rlhfjax.config.shape import Shape, linears, model_shape
 from rlhfjax.config.unread import unread
@@ -215,9 +216,13 @@ def _inputs(run: Run) -> Iterator[str]:
     for name, section in stages:
         if section and FACTS[name].aligns and not start:
             yield f"stages.{name} needs a policy to start from; add stages.{SUPERVISED} or model.checkpoint"
+    for name, section in online(run):
+        rewards = [term.model for term in on_device(section.rewards)]
         for need in needs_of(run, name):
-            if not section_of(run, need):
-                yield f"stages.{name} needs a {FACTS[need].role} model; add stages.{need}"
+            if not section_of(run, need) and need in rewards:
+                yield f"stages.{name} needs a reward model; add stages.{need}, or give other rewards"
+            elif not section_of(run, need):
+                yield f"stages.{name}.value starts from the reward model; add stages.{need}, or set start_from: policy"
     if stages.evaluate and not (checkpoint or any(FACTS[name].role == "policy" for name in stages_of(run))):
         yield "stages.evaluate needs a model; add a training stage or model.checkpoint"
     if stages.evaluate and stages.evaluate.comparisons and not stages.reward:
