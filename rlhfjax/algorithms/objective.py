@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rlhfjax.types import Experience, Params, Rollout
 
@@ -56,6 +56,10 @@ class OnlineAlgorithm(Objective, Protocol):
     def estimate(self, rollout: Rollout, kl_coef: Float[Array, ""]) -> tuple[Experience, Metrics]:
         """Scored responses to advantages and returns, over the whole batch of an iteration."""
         ...
+
+    def informative(self, rollout: Rollout) -> Bool[Array, "G"]:
+        """Which groups of responses teach something; dynamic sampling draws more in the place of the others."""
+        return jnp.ones(rollout.finished.shape[0] // self.group, bool)
 
     def divergence(self, metrics: Mapping[str, Array]) -> Array:
         """Approximate KL of the policy that sampled to the one in training, among the metrics of a loss."""

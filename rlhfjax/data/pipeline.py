@@ -230,9 +230,10 @@ class Reader:
         weights = [entry.weight for entry in data]
         made = self._batches(items, weights, batch.size, types.PromptBatch, shuffle)
         # Of the same lengths and seed, and so in the same order.
-        places = [_Origins(number, each.keep) for number, each in enumerate(items)]
+        places: Sequence[Any] = [_Origins(number, each.keep) for number, each in enumerate(items)]
         origins = self._batches(places, weights, batch.size, types.PromptBatch, shuffle).dataset
-        return PromptBatches(**vars(made) | {"dataset": _Placed(made.dataset)}, origins=origins, sources=sources)
+        how = made.make, made.rows, made.size, made.local, made.longest
+        return PromptBatches(_Placed(made.dataset), *how, origins=origins, sources=sources)
 
     def _prompt_source(self, entry: Data, batch: RolloutBatch) -> tuple[batches.PromptItems, Any]:
         def make() -> tuple[batches.PromptItems, Any]:

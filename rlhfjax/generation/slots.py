@@ -181,7 +181,7 @@ def _record(made: Made, new: Step, owner: Int[Array, "S"], position: Int[Array, 
 def _rollout(prompts: PromptBatch, made: Made, samples: int, sampling: SamplingParams) -> Rollout:
     mask = jnp.arange(sampling.max_new_tokens, dtype=jnp.int32)[None, :] < made.lengths[:, None]
     asked, asked_mask = (jnp.repeat(x, samples, axis=0) for x in (prompts.tokens, prompts.mask))
-    top = {}
+    top: dict[str, Any] = {}
     if sampling.top_log_probs:
         top = {"top_ids": made.drawn.top_ids, "top_log_probs": made.drawn.top_log_probs}
     return Rollout(asked, asked_mask, made.drawn.token, mask, made.finished, made.drawn.log_prob, **top)

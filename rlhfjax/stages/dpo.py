@@ -5,7 +5,7 @@ from rlhfjax.data.pipeline import Batches
 from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
-from rlhfjax.stages.meters import accuracy_meter, named
+from rlhfjax.stages.measures.validation import accuracy_meter, named
 from rlhfjax.stages.objectives import preference_optimisation
 from rlhfjax.stages.offline import OfflineLearner, learn_offline
 from rlhfjax.stages.parts import ranking_packer
@@ -18,7 +18,7 @@ def dpo(job: Job) -> Facts:
     model, policy = job.policy_from()
     objective = preference_optimisation(model, c.loss, gather=job.mesh.size == 1)
     pack = ranking_packer(job, model, open_batches(job).values())
-    measure = accuracy_meter(job, objective, pack, "rewards/accuracies")
+    measure = accuracy_meter(job.mesh, objective, pack, "rewards/accuracies")
 
     def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:
         return named("eval/dpo/accuracy", {name: measure(params, data) for name, data in held_out(opened).items()})

@@ -33,8 +33,8 @@ from rlhfjax.models.lora import linears, targeted
 from rlhfjax.sharding import make_mesh, processes
 from rlhfjax.sharding.per_device import by_rows_and_heads
 from rlhfjax.stages.data import open_batches
-from rlhfjax.stages.exact_match import pairs_of
 from rlhfjax.stages.job import Job
+from rlhfjax.stages.measures.exact_match import pairs_of
 from rlhfjax.stages.models import sampling_params
 from rlhfjax.stages.parents import checkpoint_digest
 from rlhfjax.stages.sources import rewards_of, two_forms
@@ -177,7 +177,7 @@ def _check_rest(job: Job) -> None:
         sampling_params(c.sampling, job.tokenizer)
     if isinstance(c, schema.Evaluate) and c.exact_match:
         for entry in c.exact_match.data:
-            pairs_of(job, entry)
+            pairs_of(c, job.reader, entry)
     if isinstance(c, schema.Evaluate):
         job.reader.comparison_ids(c.comparisons, c.batch)
     if isinstance(c, schema.Reward) and c.normalize.on != "none":

@@ -18,7 +18,7 @@ from rlhfjax.stages.compilation import Ahead, training_options
 from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts, Learning, Stored, meta_for, rate_of
-from rlhfjax.stages.meters import Meter
+from rlhfjax.stages.measures.validation import Meter
 from rlhfjax.training.averaging import Average, handed_on
 from rlhfjax.training.flops import OfflineFlops, forward_flops, seen_by
 from rlhfjax.training.offline import train_offline
@@ -167,7 +167,8 @@ def stored_as(role: str) -> Stored[TrainState]:
     """A state of one model, as item `role`, with the moving average beside it."""
 
     def whole(fresh: TrainState, models: dict, training: tuple, skipped: Any) -> TrainState:
-        return TrainState(models[role], *training, models.get("average"), skipped)
+        optimizer, step = training
+        return TrainState(models[role], optimizer, step, models.get("average"), skipped)
 
     return Stored(
         models=lambda state: {role: state.params} | ({} if state.average is None else {"average": state.average}),

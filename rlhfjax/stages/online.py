@@ -91,8 +91,8 @@ def learn_online(job: Job, learner: OnlineLearner) -> Facts:
         facts = {"step": c.steps, "episodes": c.steps * c.batch.size, "kl_coef": float(state.kl_coef)}
         return facts | ahead.facts | learning.facts()
 
-    prompts = _Prompts()
-    with closing(HostRewards(job, learner.judges, opened["train"].records)) as host:
+    prompts, records = _Prompts(), opened["train"].records
+    with closing(HostRewards(job, learner.judges, records)) as host:
         if host.asked:
             steps = replace(steps, judge=lambda rollout: host.begin(prompts.place - 1, rollout))
         return learning.run(train, finish)

@@ -6,7 +6,7 @@ from rlhfjax.models.lora import split
 from rlhfjax.stages.data import held_out
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
-from rlhfjax.stages.meters import loss_meter, named, reward_meter
+from rlhfjax.stages.measures.validation import loss_meter, named, reward_meter
 from rlhfjax.stages.objectives import training_loss
 from rlhfjax.stages.offline import OfflineLearner, learn_offline
 from rlhfjax.types import Params
@@ -25,7 +25,7 @@ def sft(job: Job) -> Facts:
 
 
 def _train_policy(job: Job, model: SequenceModel, params: Params) -> Facts:
-    measure = loss_meter(job, model)
+    measure = loss_meter(job.mesh, model)
 
     def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:
         losses = {name: measure(params, data) for name, data in held_out(opened).items()}

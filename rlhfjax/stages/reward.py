@@ -15,11 +15,11 @@ from rlhfjax.sharding import processes
 from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
-from rlhfjax.stages.meters import accuracy_meter, named
+from rlhfjax.stages.measures.draws import draws_of, last_sampling
+from rlhfjax.stages.measures.validation import accuracy_meter, named
 from rlhfjax.stages.objectives import reward_modelling
 from rlhfjax.stages.offline import OfflineLearner, learn_offline
 from rlhfjax.stages.parts import ranking_packer
-from rlhfjax.stages.responses import draws_of
 from rlhfjax.types import Params
 
 
@@ -29,7 +29,7 @@ def reward(job: Job) -> Facts:
     model, policy = job.policy_from()
     params = with_head(policy, init_head(job.key("init"), model.config.width))
     pack = ranking_packer(job, model, open_batches(job).values(), ends=True)
-    measure = accuracy_meter(job, reward_modelling(model, c.loss), pack)
+    measure = accuracy_meter(job.mesh, reward_modelling(model, c.loss), pack)
 
     def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:
         return named("eval/rm/accuracy", {name: measure(params, data) for name, data in held_out(opened).items()})
@@ -90,7 +90,8 @@ def _spread(lengths: list[int]) -> dict[str, float]:
 
 def _sampled(job: Job, prompts: list[list[int]]) -> list[tuple[list[int], list[int]]]:
     model, policy = job.policy_from("sft", "pretrain")
-    draws = draws_of(job, prompts, model.config.context)
+    length = job.config.batch.length
+    draws = draws_of(last_sampling(job.run), job.tokenizer, prompts, model.config.context, length)
     rollout = processes.fetch(jax.jit(partial(draws.of, model))(policy, job.key("samples")))
     return [
         (prompt, response[kept].tolist())

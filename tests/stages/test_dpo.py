@@ -82,7 +82,7 @@ def test_what_was_preferred_is_measured_and_compared_with_what_it_began_as(prefe
     # fails where an evaluation knows ppo alone: no responses of dpo, no loss, none of its seconds
     found = read_run(preferring).evaluation
     assert [policy.name for policy in found.policies] == ["sft", "dpo"]
-    assert [policy.kl == 0 for policy in found.policies] == [True, False]
+    assert [abs(policy.kl) < 1e-6 for policy in found.policies] == [True, False]  # that of two equal ones is rounding
     assert [policy.reward for policy in found.policies] == [None, None]  # without a reward model there is no 0 either
     assert list(found.heldout_losses) == ["pretrain", "sft", "dpo"]
     assert list(found.stage_seconds) == ["tokenizer", "pretrain", "sft", "dpo", "evaluate"]

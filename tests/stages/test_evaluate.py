@@ -9,8 +9,9 @@ import pytest
 from rlhfjax.config import load_config
 from rlhfjax.sharding import make_mesh
 from rlhfjax.stages.data import open_batches
-from rlhfjax.stages.evaluate import _policies, respond
+from rlhfjax.stages.evaluate import Measured
 from rlhfjax.stages.job import Job
+from rlhfjax.stages.measures.responses import respond
 from rlhfjax.training.supervision import Watch
 from stages.tiny_recipe import write_jsonl
 
@@ -32,10 +33,12 @@ def test_a_policy_from_a_checkpoint_is_compared_with_that(job, finished, tmp_pat
     dpo = "{data: [{source: c}], steps: 1, batch: {size: 8, length: 8}, optimizer: {lr: 1}}"
     settings = f"model={{checkpoint: {finished / 'sft'}}}"
     made = replace(job(*without, f"stages.dpo={dpo}", settings, "stages.evaluate.comparisons=[]"), run_dir=tmp_path)
-    last = made._load(finished / "ppo")
-    (before, start), (name, policy) = _policies(made, {"dpo": last}).items()
+    last = made.load_from(finished / "ppo")
+    measured = Measured(made, Watch())
+    measured.__dict__["models"] = {"dpo": last}
+    (before, start), (name, policy) = measured.policies.items()
     assert (before, name, policy) == ("checkpoint", "dpo", last)
-    want = jax.tree.leaves(made._load(finished / "sft")[1])
+    want = jax.tree.leaves(made.load_from(finished / "sft")[1])
     assert all((one == other).all() for one, other in zip(jax.tree.leaves(start[1]), want, strict=True))
 
 

@@ -15,8 +15,8 @@ from rlhfjax.data.pipeline import Batches
 from rlhfjax.models import SequenceModel
 from rlhfjax.sharding import place_share
 from rlhfjax.stages.job import Job
+from rlhfjax.stages.measures.draws import draws_of, last_sampling
 from rlhfjax.stages.objectives import language_modelling
-from rlhfjax.stages.responses import draws_of
 from rlhfjax.training.checkpoint import find_checkpoint, load_model
 from rlhfjax.training.state import abstract
 from rlhfjax.training.update import Pack, summed
@@ -40,9 +40,9 @@ class Meter:
         return abstract(params), abstract(place_share(self.mesh, batch)), rows
 
 
-def loss_meter(job: Job, model: SequenceModel) -> Meter:
+def loss_meter(mesh: jax.sharding.Mesh, model: SequenceModel) -> Meter:
     """Mean loss over every target token of a dataset, nats per token."""
-    algorithm = language_modelling(model, gather=job.mesh.size == 1)
+    algorithm = language_modelling(model, gather=mesh.size == 1)
 
     @jax.jit
     def total(params, batch, rows):
@@ -50,7 +50,7 @@ def loss_meter(job: Job, model: SequenceModel) -> Meter:
         batch = replace(batch, loss_mask=batch.loss_mask & counted[:, None])
         return algorithm.loss(params, batch, jnp.float32(1.0))[0], predicted(batch).sum()
 
-    return Meter(total, job.mesh)
+    return Meter(total, mesh)
 
 
 def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[Params], dict[str, float]]:
@@ -61,7 +61,8 @@ def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[P
     c: schema.Sft = job.config
     scorer, reward = load_model(find_checkpoint(str(c.reward_model)), job.mesh)
     pairs = job.reader.demonstration_ids(c.validation, c.batch.length, count, c.batch.refused)
-    draws = draws_of(job, [prompt for prompt, _ in pairs], min(model.config.context, scorer.config.context))
+    context = min(model.config.context, scorer.config.context)
+    draws = draws_of(last_sampling(job.run), job.tokenizer, [prompt for prompt, _ in pairs], context, c.batch.length)
 
     @jax.jit
     def mean_score(params, reward, key):
@@ -73,7 +74,7 @@ def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[P
 
 
 def accuracy_meter(
-    job: Job, algorithm: RewardModelling | Dpo, pack: Pack | None, metric: str = "train/rm/accuracy"
+    mesh: jax.sharding.Mesh, algorithm: RewardModelling | Dpo, pack: Pack | None, metric: str = "train/rm/accuracy"
 ) -> Meter:
     """Share of the ranked pairs of a dataset that the scores, or implicit rewards, order as people did."""
 
@@ -86,7 +87,7 @@ def accuracy_meter(
         share = summed(lambda part: algorithm.loss(params, part, weight)[1][metric], (parts,), used)
         return share * weight["pairs"], weight["pairs"]
 
-    return Meter(total, job.mesh)
+    return Meter(total, mesh)
 
 
 def named(metric: str, values: dict[str, float]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlhfjax.config import schema
-from rlhfjax.stages.responses import draws_of
+from rlhfjax.stages.measures.draws import draws_of
 
 END, CONTEXT = 1, 32
 TOKENIZER = SimpleNamespace(end_ids=(END,), pad_id=0)
@@ -32,15 +32,13 @@ class Bigram:
 ENDLESS = jnp.asarray(np.random.default_rng(0).normal(size=(9, 9)), jnp.float32).at[:, END].set(-jnp.inf)
 
 
-def job(sampling=None):
-    """What `draws_of` reads of a stage with rows of 24 tokens, in a recipe with or without PPO."""
-    ppo = SimpleNamespace(sampling=schema.Sampling(**sampling)) if sampling else None
-    stages, config = SimpleNamespace(ppo=ppo), SimpleNamespace(batch=SimpleNamespace(length=24))
-    return SimpleNamespace(run=SimpleNamespace(stages=stages), config=config, tokenizer=TOKENIZER)
+def draws(prompts, sampling=None):
+    """Of a stage with rows of 24 tokens, in a recipe with or without an online stage."""
+    return draws_of(sampling and schema.Sampling(**sampling), TOKENIZER, prompts, CONTEXT, 24)
 
 
 def drawn(prompts, sampling=None, table=ENDLESS):
-    return draws_of(job(sampling), [[7] * count for count in prompts], CONTEXT).of(Bigram(), table, jax.random.key(0))
+    return draws([[7] * count for count in prompts], sampling).of(Bigram(), table, jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +72,7 @@ def test_a_response_that_ends_within_its_budget_has_ended():
 
 
 def test_it_samples_as_ppo_does():
-    draws = draws_of(job({"max_new_tokens": 8, "temperature": 0.7, "top_k": 5, "speculate": "ngram"}), [[7]], CONTEXT)
-    found = draws.sampling
+    made = draws([[7]], {"max_new_tokens": 8, "temperature": 0.7, "top_k": 5, "speculate": "ngram"})
+    found = made.sampling
     assert (found.max_new_tokens, found.temperature, found.top_k, found.stop_id) == (8, 0.7, 5, END)
-    assert draws_of(job(), [[7]], CONTEXT).sampling.temperature == 1.0
+    assert draws([[7]]).sampling.temperature == 1.0

@@ -8,40 +8,40 @@ import numpy as np
 
 from rlhfjax.config import schema
 from rlhfjax.data.batches import left_padded
+from rlhfjax.data.pipeline import Reader
 from rlhfjax.generation import BeamParams, beam_search
 from rlhfjax.models import SequenceModel
 from rlhfjax.sharding import place_batch, processes
-from rlhfjax.stages.job import Job
 from rlhfjax.types import Params, PromptBatch
 
 
-def pairs_of(job: Job, entry: schema.Data) -> list[tuple[list[int], list[int]]]:
+def pairs_of(c: schema.Evaluate, reader: Reader, entry: schema.Data) -> list[tuple[list[int], list[int]]]:
     """Prompt and response ids of the demonstrations that are measured, `samples` of them at most.
 
     Raises DataError when no prompt leaves room for a response.
     """
-    c: schema.Evaluate = job.config
     length = c.batch.prompt_length + c.sampling.max_new_tokens
-    return job.reader.demonstration_ids([entry], length, c.samples, c.batch.refused)
+    return reader.demonstration_ids([entry], length, c.samples, c.batch.refused)
 
 
-def exact_match(job: Job, model: SequenceModel, params: Params) -> dict[str, float]:
+def exact_match(
+    c: schema.Evaluate, reader: Reader, mesh: jax.sharding.Mesh, model: SequenceModel, params: Params
+) -> dict[str, float]:
     """Share of responses that end and have the text of the demonstration, by the name of the dataset."""
-    c: schema.Evaluate = job.config
     assert c.exact_match is not None
-    t, e = job.tokenizer, c.exact_match
+    t, e = reader.tokenizer, c.exact_match
     stop, *others = t.end_ids
     search = BeamParams(c.sampling.max_new_tokens, stop, t.pad_id, e.beams, e.length_penalty, tuple(others))
     best = jax.jit(partial(beam_search, model, search=search))
     shares = {}
     for entry in e.data:
-        pairs, right = pairs_of(job, entry), 0
+        pairs, right = pairs_of(c, reader, entry), 0
         tokens, mask = left_padded([prompt for prompt, _ in pairs], t.pad_id)
         for start in range(0, len(pairs), c.batch.size):
             # The last batch is filled up with the first rows.
             rows = (np.arange(start, start + c.batch.size) % len(pairs)).astype(np.int32)
             batch = PromptBatch(jnp.asarray(tokens[rows]), jnp.asarray(mask[rows]), jnp.asarray(rows))
-            made = processes.fetch(best(params, place_batch(job.mesh, batch)))
+            made = processes.fetch(best(params, place_batch(mesh, batch)))
             for i, (prompt, response) in enumerate(pairs[start : start + c.batch.size]):
                 said = t.decode_continuation(made.response[i][made.response_mask[i]].tolist(), prompt[-1])
                 right += bool(made.finished[i]) and said == t.decode_continuation(response, prompt[-1])

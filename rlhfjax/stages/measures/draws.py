@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from rlhfjax.config import schema
 from rlhfjax.config.recipe import online
 from rlhfjax.data.batches import left_padded
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models import SequenceModel
-from rlhfjax.stages.job import Job
 from rlhfjax.stages.models import plain_sampling, sampling_params
+from rlhfjax.text.loading import AnyTokenizer
 from rlhfjax.types import Params, PromptBatch, Rollout
 
 
@@ -39,19 +40,31 @@ class Draws:
         )
 
 
-def draws_of(job: Job, prompts: Sequence[Sequence[int]], context: int) -> Draws:
-    """As the last online stage will sample, where there is one, within `context` tokens; else freely up to the length.
+def draws_of(
+    sampled: schema.Sampling | None,
+    tokenizer: AnyTokenizer,
+    prompts: Sequence[Sequence[int]],
+    context: int,
+    length: int,
+) -> Draws:
+    """As `sampled` says, within `context` tokens; without it as the policy is, up to `length`.
 
     The budget of a response depends on its own prompt alone: `length` or `context` less the prompt, and no more than
-    that stage's `max_new_tokens`.
+    `max_new_tokens`.
     """
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    if sampled := online(job.run):
-        sampling = replace(sampling_params(sampled[-1][1].sampling, job.tokenizer), speculation=None)
+    if sampled:
+        sampling = replace(sampling_params(sampled, tokenizer), speculation=None)
         budgets = np.minimum(sampling.max_new_tokens, context - lengths)
     else:
-        budgets = job.config.batch.length - lengths
-        sampling = plain_sampling(int(budgets.max()), job.tokenizer)
-    tokens, mask = left_padded(prompts, job.tokenizer.pad_id)
+        budgets = length - lengths
+        sampling = plain_sampling(int(budgets.max()), tokenizer)
+    tokens, mask = left_padded(prompts, tokenizer.pad_id)
     places = jnp.arange(len(tokens), dtype=jnp.int32)
     return Draws(PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), places), sampling, jnp.asarray(budgets))
+
+
+def last_sampling(run: schema.Run) -> schema.Sampling | None:
+    """How the last online stage of a recipe will sample; None without one."""
+    stages = online(run)
+    return stages[-1][1].sampling if stages else None
