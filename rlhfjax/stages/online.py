@@ -52,7 +52,8 @@ def learn_online(job: Job, learner: OnlineLearner) -> Facts:
     metrics are of that one: importance ratios and the KL penalty are those of the distribution that was sampled.
     """
     c, passes = job.config, passes_of(job.config)
-    learning, opened = _learning(job, learner), open_batches(job)
+    learning = _learning(job, learner)
+    opened: dict[str, Any] = open_batches(job)
     place = learning.place(learning.state)
     first = next(job.put(iter([opened["train"][place + learning.guard.memory.drawn]])))
     mixed = next(job.put(iter([opened["ptx"][place]]))) if c.ptx else None
