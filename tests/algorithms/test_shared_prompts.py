@@ -1,5 +1,6 @@
 """Responses that share their prompt in a packed row, against rows of their own."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from rlhfjax.config import schema
 from rlhfjax.functional import token_log_probs as log_probs_of
 from rlhfjax.stages.objectives import preference_optimisation, reward_modelling
 from rlhfjax.training.update import Passes, gradients, online_update
-from rlhfjax.types import RankedBatch, TrainState
+from rlhfjax.types import RankedBatch, Rollout, TokenBatch, TrainState
 
 ROWS, PROMPT, RESPONSE, GROUP = 12, 5, 6, 3
 MODEL = tiny()
@@ -31,6 +32,19 @@ MADE = replace(MADE, rollout=ROLLOUT)
 def ids(i: int, what: str) -> list[int]:
     """The real tokens of a prompt or a response."""
     return np.asarray(getattr(ROLLOUT, what)[i])[np.asarray(getattr(ROLLOUT, f"{what}_mask")[i])].tolist()
+
+
+def test_the_example_of_a_packed_row_is_what_packing_makes():
+    prompts, responses = jnp.asarray([[5, 6, 7]] * 2), jnp.asarray([[8, 1], [9, 1]])
+    real = [jnp.ones(shape, bool) for shape in ((2, 3), (2, 2), 2)]
+    rollout = Rollout(prompts, real[0], responses, real[1], real[2], jnp.zeros((2, 2)))
+    batch = pack(rollout, 1, 2).tokens(rollout)
+    assert batch.most == 4
+    shown = re.findall(r"^ +(tokens|segments|prefixes|positions|loss_mask) +(.*)$", TokenBatch.__doc__, re.MULTILINE)
+    assert len(shown) == 5
+    for name, values in shown:
+        wanted = [int(value) for value in values.replace("x", "1").replace(".", "0").split()]
+        assert np.asarray(getattr(batch, name), int).tolist() == [[wanted]]
 
 
 @pytest.mark.parametrize("part", [1, 3])
