@@ -1,4 +1,4 @@
-"""What a model may be asked with, as ids; and ids of what it may be asked to score."""
+"""Prompts as ids, and ids of what a model may be asked to score."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard

@@ -1,4 +1,4 @@
-"""What a model answers with, and the settings that it may be asked with."""
+"""Answers of a model, and the settings that it may be asked with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""How a model may be asked to draw: the keywords, and what of them makes sense."""
+"""Settings of drawing: the keywords that a model may be asked with, and what of them makes sense."""
 
 from collections.abc import Sequence
 from typing import TypedDict

@@ -1,1 +1,1 @@
-"""What is measured of models: on held-out data while they train, and of their responses at the end."""
+"""Measures of models: on held-out data while they train, and of their responses at the end."""

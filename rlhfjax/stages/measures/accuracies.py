@@ -1,4 +1,4 @@
-"""How often reward model, baselines, judges and people order texts as held-out people did."""
+"""Accuracies: how often reward model, baselines, judges and people order texts as held-out people did."""
 
 from dataclasses import dataclass
 
