@@ -1,4 +1,4 @@
-"""Sums of two numbers, written out in digits: data for a policy that a rule can grade.
+"""Sums of two numbers from 0 to 99, written out in digits: data for a policy that a rule can grade.
 
 No pair of numbers is in two splits, in neither order, so that what is measured on held-out sums is no memory.
 """
@@ -13,8 +13,8 @@ from rlhfjax.data.benchmark import Benchmark, Tables, configs_of
 from rlhfjax.fetch import PinnedFile
 
 KINDS = {"text": "document", "demonstrations": "demonstration", "prompts": "prompt"}
-SIZES = {"train": 20_000, "validation": 1_000, "test": 1_000}
-LARGEST = 999
+SIZES = {"train": 4_050, "validation": 500, "test": 500}  # together all there are
+LARGEST = 99
 SUMS_PER_DOCUMENT = 8
 
 Pair = tuple[int, int]
@@ -35,7 +35,7 @@ class Arithmetic(Benchmark):
     @classmethod
     def compute(cls, *paths: Path) -> Tables:
         """Every config's splits."""
-        drawn, splits = iter(pairs(sum(SIZES.values()), LARGEST)), {}
+        drawn, splits = iter(pairs(LARGEST)), {}
         for split, size in SIZES.items():
             splits[split] = [next(drawn) for _ in range(size)]
         return {
@@ -45,13 +45,12 @@ class Arithmetic(Benchmark):
         }
 
 
-def pairs(count: int, largest: int, seed: int = 0) -> list[Pair]:
-    """`count` pairs of numbers from 0 to `largest`, all different when their order is ignored."""
-    draw, found = random.Random(seed), {}
-    while len(found) < count:
-        pair = draw.randint(0, largest), draw.randint(0, largest)
-        found.setdefault(tuple(sorted(pair)), pair)
-    return list(found.values())
+def pairs(largest: int, seed: int = 0) -> list[Pair]:
+    """All pairs of numbers from 0 to `largest`, shuffled, each in one of its two orders."""
+    draw = random.Random(seed)
+    found = [(low, high) for high in range(largest + 1) for low in range(high + 1)]
+    draw.shuffle(found)
+    return [pair if draw.random() < 0.5 else pair[::-1] for pair in found]
 
 
 def _asked(pair: Pair) -> str:
