@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from rlhfjax.generation.sampling import Drawn, RowSampling, Sampler, SamplingParams, uniforms
+from rlhfjax.generation.sampling import Drawn, RowSampling, Sampler, Sampling, SamplingParams, uniforms
 from rlhfjax.generation.session import Slots, Step, admit, empty_slots, step
 from rlhfjax.generation.speculative import speculate
 from rlhfjax.types import Params, PromptBatch, Rollout
@@ -25,6 +25,17 @@ class Made(NamedTuple):
     drawn: Drawn  # [N R], [N R], [N R K], [N R K]
     lengths: Int[Array, "N"]
     finished: Bool[Array, "N"]
+
+
+class _Queue(NamedTuple):
+    """N responses to write, `samples` of each prompt beside each other, of which the first `wanted` are written."""
+
+    read: Any  # the model's cache of all prompts
+    logits: Float[Array, "P V"]  # what follows each prompt
+    noise: Float[Array, "N R 2"]
+    sampling: Sampling  # of each prompt, or one static setting
+    samples: int
+    wanted: Array | int
 
 
 _Carry = tuple[Array, Array, Slots, Made]  # responses admitted, each slot's response, the slots, what was written
@@ -56,26 +67,12 @@ def rollout(
     noise = uniforms(key, _uids(prompts, samples), sampling.max_new_tokens)
     wanted = count if asked is None else asked * samples
     logits, read = _read(model, params, prompts, slots, asked)
-    admitted = max(1, slots // 4) if slots < count else count
     settings = sampling if rows is None else rows
-
-    def fill(carry: _Carry) -> _Carry:
-        """Give free slots the next responses, and draw the first token of each."""
-        waiting, owner, state, made = carry
-        free = jnp.argsort(state.active, stable=True)[:admitted].astype(jnp.int32)
-        mine = waiting + jnp.arange(admitted, dtype=jnp.int32)
-        taken = ~state.active[free] & (mine < wanted)
-        place = jnp.where(taken, free, slots + jnp.arange(admitted, dtype=jnp.int32))
-        known = jnp.minimum(mine, count - 1)
-        source = known // samples
-        own = jax.tree.map(lambda x: x[source], settings)
-        state, new = admit(state, place, read.take(source), logits[source], noise[known], own)
-        made = _record(made, new, mine, jnp.zeros(admitted, jnp.int32))
-        owner = owner.at[place].set(mine, mode="drop", unique_indices=True)
-        return waiting + taken.sum(dtype=jnp.int32), owner, state, made
+    queue = _Queue(read, logits, noise, settings, samples, wanted)
+    at_once = max(1, slots // 4) if slots < count else count
 
     def fill_and_decode(carry: _Carry) -> _Carry:
-        waiting, owner, state, made = fill(carry)
+        waiting, owner, state, made = _fill(carry, queue, at_once)
 
         def goes_on(inner: tuple[Slots, Made]) -> Array:
             active = inner[0].active
@@ -98,6 +95,24 @@ def rollout(
     start = jnp.int32(0), some, state, _nothing(count, sampling)
     *_, made = jax.lax.while_loop(unfinished, fill_and_decode, start)
     return _rollout(prompts, made, samples, sampling)
+
+
+def _fill(carry: _Carry, queue: _Queue, at_once: int) -> _Carry:
+    """Give up to so many free slots the next responses, and draw the first token of each."""
+    waiting, owner, state, made = carry
+    count, slots = len(queue.noise), len(state.active)
+    free = jnp.argsort(state.active, stable=True)[:at_once].astype(jnp.int32)
+    mine = waiting + jnp.arange(at_once, dtype=jnp.int32)
+    taken = ~state.active[free] & (mine < queue.wanted)
+    # One that nobody is there for, or that finds no free slot, goes to a place where nothing is written.
+    place = jnp.where(taken, free, slots + jnp.arange(at_once, dtype=jnp.int32))
+    known = jnp.minimum(mine, count - 1)
+    source = known // queue.samples
+    own = jax.tree.map(lambda x: x[source], queue.sampling)
+    state, new = admit(state, place, queue.read.take(source), queue.logits[source], queue.noise[known], own)
+    made = _record(made, new, mine, jnp.zeros(at_once, jnp.int32))
+    owner = owner.at[place].set(mine, mode="drop", unique_indices=True)
+    return waiting + taken.sum(dtype=jnp.int32), owner, state, made
 
 
 def _uids(prompts: PromptBatch, samples: int) -> Int[Array, "N"]:
