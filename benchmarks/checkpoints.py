@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from rlhfjax.config import load_config
-from rlhfjax.stages import run_recipe
+from rlhfjax.runs import run_recipe
 from rlhfjax.training.checkpoint import Checkpoints
 
 RESULT = Path(__file__).with_name("results") / "checkpoints.json"

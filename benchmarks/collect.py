@@ -23,8 +23,8 @@ from benchmarks.tables import Result, summary, tables
 from rlhfjax.config import config_hash, load_config, shipped
 from rlhfjax.config.recipe import NAMES, SUPERVISED
 from rlhfjax.errors import ConfigError, DataError, RlhfjaxError
+from rlhfjax.evaluation.report.run_data import read_run
 from rlhfjax.evaluation.results import Evaluation, PolicyRow
-from rlhfjax.evaluation.run_data import read_run
 from rlhfjax.evaluation.statistics import Interval
 
 ROOT = Path(__file__).resolve().parents[1]

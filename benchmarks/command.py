@@ -28,7 +28,7 @@ from benchmarks.workloads import Workload, cpu_workloads, quick_workloads
 
 def environment_rows(arguments: Sequence[str], hardware: str, peaks: dict[str, float]) -> list[Row]:
     """Where and how the figures were taken."""
-    from rlhfjax.environment import package_versions
+    from rlhfjax.host.environment import package_versions
 
     facts: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks", *arguments]),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 import rlhfjax
 from rlhfjax.interop import gguf, known  # noqa: F401  imported before, so that they are not counted
-from rlhfjax.stages.transfer import import_model
+from rlhfjax.transfer import import_model
 
 
 def largest() -> int:

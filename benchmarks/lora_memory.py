@@ -15,7 +15,8 @@ from pathlib import Path
 import jax
 
 from rlhfjax.config import load_config
-from rlhfjax.stages import online, run_recipe
+from rlhfjax.runs import run_recipe
+from rlhfjax.stages import online
 
 LORA = {"rank": 8, "alpha": 16.0, "targets": ["attention", "mlp"]}
 

@@ -19,7 +19,7 @@ from benchmarks.peers.worker import Worker
 standins.install()
 
 from benchmarks.flops import parameters  # noqa: E402
-from rlhfjax.stages.freed_memory import collect_seldom, keep_freed_memory, run_in_caller  # noqa: E402
+from rlhfjax.host.memory import collect_seldom, keep_freed_memory, run_in_caller  # noqa: E402
 
 if __name__ == "__main__":  # as `rlhfjax run` does before it imports jax
     collect_seldom()

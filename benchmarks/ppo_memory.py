@@ -17,7 +17,8 @@ import numpy as np
 
 from benchmarks.lora_memory import recipe
 from rlhfjax.config import load_config
-from rlhfjax.stages import online, run_recipe
+from rlhfjax.runs import run_recipe
+from rlhfjax.stages import online
 
 RESULTS = Path(__file__).with_name("results")
 ITERATIONS = 300

@@ -27,7 +27,7 @@ from rlhfjax.sharding import batch_sharding, make_mesh, place_batch, state_shard
 from rlhfjax.stages.compilation import Ahead, training_options
 from rlhfjax.stages.objectives import ppo_objective, preference_optimisation, reward_modelling, training_loss
 from rlhfjax.stages.online_programs import OnlineLearner, build, optimizer_of
-from rlhfjax.stages.parts import ranking_packer
+from rlhfjax.stages.packed_rows import ranking_packer
 from rlhfjax.stages.rewards import Judges
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.state import init_state, place

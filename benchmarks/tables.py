@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rlhfjax.evaluation.display import change, duration, number, number_interval, percent, percent_interval
+from rlhfjax.evaluation.report.display import change, duration, number, number_interval, percent, percent_interval
 from rlhfjax.evaluation.rows import MEASURES, REWARD_MODEL
 from rlhfjax.evaluation.statistics import Interval
 

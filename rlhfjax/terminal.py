@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from rlhfjax.errors import RlhfjaxError
-from rlhfjax.training import stopping
+from rlhfjax.host import stopping
 
 # Typer comes with its own copy of click in newer versions; this is its usage error in every version.
 _UsageError: Any = typer.BadParameter.__mro__[1]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stages.tiny_recipe import recipe, write_files
 
-from rlhfjax.stages.comparison import first_differences
+from rlhfjax.runs.comparison import first_differences
 
 LORA = {"rank": 2, "alpha": 8.0, "targets": ["attention/(query|value)", "mlp/up"]}
 

@@ -48,7 +48,7 @@ def calls(monkeypatch):
         for key, function in functions.items():
             setattr(fake, key, function)
         monkeypatch.setitem(sys.modules, fake.__name__, fake)
-        parent = "rlhfjax.data" if "." in name else "rlhfjax"
+        parent = fake.__name__.rpartition(".")[0]
         if parent in sys.modules:
             monkeypatch.setattr(sys.modules[parent], name.split(".")[-1], fake, raising=False)
 
@@ -76,22 +76,15 @@ def calls(monkeypatch):
         parse_size=len,
     )
     made_here = {"run_recipe": record("run_recipe"), "inspect_batch": record("inspect_batch", rows)}
-    module("stages", transfer=transfer, **made_here)
-    again = types.ModuleType("rlhfjax.stages.reproduce")
-    again.reproduce = record("reproduce")  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, again.__name__, again)
-    for name, functions in (
-        ("compile_cache", ("use_compile_cache",)),
-        ("freed_memory", ("collect_seldom", "keep_freed_memory_of")),
-    ):
-        settings = types.ModuleType(f"rlhfjax.stages.{name}")
-        for function in functions:
-            setattr(settings, function, lambda *_, **__: False)
-        monkeypatch.setitem(sys.modules, settings.__name__, settings)
-    module("data.benchmark", prepare=record("prepare", lambda kind, where, cache, say: [Path(where) / kind]))
-    module("data.movies", Movies="movies")
-    module("data.chitchat", Chitchat="chitchat")
-    module("data.reversal", Reversal="reversal")
+    module("runs", **made_here)
+    module("transfer", **vars(transfer))
+    module("runs.reproduce", reproduce=record("reproduce"))
+    module("host.compile_cache", use_compile_cache=lambda *_, **__: False)
+    module("host.memory", collect_seldom=lambda **_: False, keep_freed_memory_of=lambda *_, **__: False)
+    module("data.sets.benchmark", prepare=record("prepare", lambda kind, where, cache, say: [Path(where) / kind]))
+    module("data.sets.movies", Movies="movies")
+    module("data.sets.chitchat", Chitchat="chitchat")
+    module("data.sets.reversal", Reversal="reversal")
     module(
         "data.preparing",
         prepare_files=record("prepare_files", "made/it"),
@@ -103,7 +96,7 @@ def calls(monkeypatch):
 
     records = Records({"prompt": f"p{i}", "text": "\x1b]0;title\x07x"} for i in range(9))
     module("data.datasets", open_source=record("open_source", records), default_data_dir=lambda: "DEFAULT")
-    module("environment", environment_report=record("environment_report", "python  3"))
+    module("host.environment", environment_report=record("environment_report", "python  3"))
     monkeypatch.setattr(rlhfjax, "load", record("load", Model()), raising=False)
     monkeypatch.setattr("rlhfjax.cli.launching.supervise", record("supervise", 0))
     monkeypatch.setattr("rlhfjax.cli.checking._directories", lambda *_: iter([Path("somewhere")]))
@@ -210,7 +203,7 @@ def test_expected_errors_have_their_codes(exception, code, calls, monkeypatch):
     def fail(*_):
         raise exception
 
-    monkeypatch.setattr(sys.modules["rlhfjax.stages"], "run_recipe", fail)
+    monkeypatch.setattr(sys.modules["rlhfjax.runs"], "run_recipe", fail)
     result = call("run", "quickstart")
     assert (result.exit_code, result.stderr, result.stdout) == (code, "error: bad\n", "")
 
@@ -219,12 +212,12 @@ def test_errors_cannot_steer_the_terminal(calls, monkeypatch):
     def fail(*_):
         raise DataError("row \x1b]0;owned\x07 \x1b[2Jx")
 
-    monkeypatch.setattr(sys.modules["rlhfjax.stages"], "run_recipe", fail)
+    monkeypatch.setattr(sys.modules["rlhfjax.runs"], "run_recipe", fail)
     assert call("run", "quickstart").stderr == "error: row  x\n"
 
 
 def test_a_bug_keeps_its_traceback_and_exits_with_1(calls, monkeypatch):
-    monkeypatch.setattr(sys.modules["rlhfjax.stages"], "run_recipe", lambda *_: 1 / 0)
+    monkeypatch.setattr(sys.modules["rlhfjax.runs"], "run_recipe", lambda *_: 1 / 0)
     result = call("run", "quickstart")
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)
@@ -234,7 +227,7 @@ def test_an_interrupt_is_neat(calls, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["rlhfjax.stages"], "run_recipe", interrupt)
+    monkeypatch.setattr(sys.modules["rlhfjax.runs"], "run_recipe", interrupt)
     result = call("run", "quickstart")
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
 

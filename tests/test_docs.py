@@ -103,7 +103,7 @@ def test_runs_name_stages_and_keys_that_are_there(words, with_configuration, mon
 
 @pytest.mark.parametrize("words", [each for each in all_commands() if each.values[0][1] in ("import", "export")])
 def test_models_are_taken_in_and_given_out_as_shown(words, monkeypatch):
-    from rlhfjax.stages import transfer
+    from rlhfjax import transfer
 
     called = []
     monkeypatch.setattr(transfer, "import_model", lambda *given, **options: called.append(given))

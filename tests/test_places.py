@@ -7,8 +7,8 @@ import pytest
 from rlhfjax.data.datasets import default_data_dir
 from rlhfjax.errors import DataError
 from rlhfjax.fetch import default_cache_dir
+from rlhfjax.host.compile_cache import compile_cache_dir
 from rlhfjax.places import expanded, user_cache
-from rlhfjax.stages.compile_cache import compile_cache_dir
 
 
 @pytest.fixture

@@ -188,7 +188,12 @@ def test_logits_types_and_slots_follow_the_target():
         assert chunk_tokens(1024) == 256
 
 
-DESCRIBING = {"target.py", "environment.py", "stages/manifest.py", "stages/determinism.py"}  # the last three: a process
+DESCRIBING = {
+    "target.py",
+    "host/environment.py",
+    "runs/manifest.py",
+    "host/determinism.py",
+}
 
 
 def test_nothing_else_asks_which_backend_jax_has():

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from rlhfjax.cli import app
 from rlhfjax.errors import ConfigError
-from rlhfjax.sharding.processes import use_order
+from rlhfjax.host.processes import use_order
 from rlhfjax.xla_flags import check_flags, refused, words_of
 
 GOOD, BAD, UNREADABLE = "--xla_dump_hlo_as_text", "--xla_no_such_flag=true", "--xla_cpu_multi_thread_eigen=7"
@@ -90,7 +90,7 @@ def test_processes_start_their_collectives_in_one_order(asked, tmp_path, monkeyp
 def test_processes_say_when_there_is_no_such_order(monkeypatch):
     said = []
     monkeypatch.setenv("XLA_FLAGS", GOOD)
-    monkeypatch.setattr("rlhfjax.sharding.processes.refused", list)
+    monkeypatch.setattr("rlhfjax.host.processes.refused", list)
     use_order(said.append)
     assert os.environ["XLA_FLAGS"] == GOOD
     assert IN_ORDER in said[0]

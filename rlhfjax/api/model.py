@@ -188,7 +188,7 @@ class Model:
         has no such model, IntegrityError when what is read back computes something else.
         """
         from rlhfjax.interop.exporting import export_model
-        from rlhfjax.stages.transfer import lineage
+        from rlhfjax.transfer import lineage
 
         what, origin = self.role, None
         if self.step_dir:

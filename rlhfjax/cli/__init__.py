@@ -83,14 +83,14 @@ def run(
     for option, stage in (("--only", only), ("--from", start_from)):
         known_stage(option, stage, loaded)
     sources = configuration.key_sources(config, pairs(overrides))
-    from rlhfjax import stages
-    from rlhfjax.stages.freed_memory import collect_seldom, keep_freed_memory_of
+    from rlhfjax import runs
+    from rlhfjax.host.memory import collect_seldom, keep_freed_memory_of
 
     among = (coordinator, num_processes, process_id)
     collect_seldom()
     keep_freed_memory_of(loaded, alone=not one_of_several(*among))
     with among_processes(loaded.reliability, *among), unverified(no_verify):
-        stages.run_recipe(loaded, run_dir or Path("runs") / loaded.name, only, start_from, sources)
+        runs.run_recipe(loaded, run_dir or Path("runs") / loaded.name, only, start_from, sources)
 
 
 @app.command()
@@ -275,7 +275,7 @@ def import_(
     Example:
       rlhfjax import smollm2 models/smollm2
     """
-    from rlhfjax.stages import transfer
+    from rlhfjax import transfer
 
     transfer.import_model(source, target, dtype=dtype, force=force, report=say)
 
@@ -313,7 +313,7 @@ def export(
         with unverified(no_verify):
             _export_adapters(checkpoint, target, item, force)
         return
-    from rlhfjax.stages import transfer
+    from rlhfjax import transfer
 
     settings = {"item": item, "dtype": dtype, "shard_size": transfer.parse_size(shard_size), "force": force}
     with unverified(no_verify):
@@ -341,7 +341,7 @@ def env() -> None:
     Example:
       rlhfjax env
     """
-    from rlhfjax.environment import environment_report
+    from rlhfjax.host.environment import environment_report
 
     typer.echo(printable(environment_report()))
 

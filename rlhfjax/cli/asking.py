@@ -60,7 +60,7 @@ def _message(text: str) -> dict[str, str]:
 def load(checkpoint: str, date: str | None, template: Sequence[str] | None, no_verify: bool) -> Any:
     """The model of a command line, speaking as it says."""
     import rlhfjax
-    from rlhfjax.stages.compile_cache import use_compile_cache
+    from rlhfjax.host.compile_cache import use_compile_cache
 
     use_compile_cache(say)
     variables = {".".join(map(str, key)): value for key, value in map(parse_override, template or ())}

@@ -84,8 +84,8 @@ def prepare(
         how = _reading(layout, mapping, sample_by)
         _prepare_files(name, split or [], kind, data_dir, how, dialogue_filters, blocklist)
     elif name in ("movies", "chitchat", "reversal", "arithmetic"):
-        from rlhfjax.data import arithmetic, benchmark, chitchat, movies, reversal
         from rlhfjax.data.datasets import default_data_dir
+        from rlhfjax.data.sets import arithmetic, benchmark, chitchat, movies, reversal
 
         sets = (movies.Movies, chitchat.Chitchat, reversal.Reversal, arithmetic.Arithmetic)
         known = {one.name: one for one in sets}
@@ -198,9 +198,9 @@ def inspect(
         return _show_records(target, index, data_dir, kind, _reading(layout, mapping, sample_by))
     loaded = configuration.load_config(target, pairs(overrides))
     known_stage("STAGE", stage, loaded)
-    from rlhfjax import stages
+    from rlhfjax import runs
 
-    for row in stages.inspect_batch(loaded, stage, run_dir or Path("runs") / loaded.name, index, report=say):
+    for row in runs.inspect_batch(loaded, stage, run_dir or Path("runs") / loaded.name, index, report=say):
         typer.echo(printable(row))
     return None
 

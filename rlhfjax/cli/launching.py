@@ -16,8 +16,8 @@ import typer
 
 from rlhfjax import config as configuration
 from rlhfjax.cli.datasets import OPTIONS
-from rlhfjax.cli.process_group import LAUNCHER, Restarts, supervise
 from rlhfjax.errors import ConfigError, RlhfjaxError
+from rlhfjax.launch.process_group import LAUNCHER, Restarts, supervise
 from rlhfjax.terminal import fail, say
 
 launch = typer.Typer(no_args_is_help=True, help="Start a run in several processes.", **OPTIONS)
@@ -109,7 +109,7 @@ def among_processes(
     if not one_of_several(*flags):
         yield
         return
-    from rlhfjax.sharding.processes import place_of, started
+    from rlhfjax.host.processes import place_of, started
 
     place = place_of(*flags, os.environ)
     with started(place, heartbeat=settings.heartbeat, timeout=settings.deadlines.join, say=say, failed=_said):

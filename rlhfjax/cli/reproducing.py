@@ -30,6 +30,6 @@ def reproduce(
       rlhfjax reproduce runs/quickstart --only-check
       rlhfjax reproduce runs/quickstart
     """
-    from rlhfjax.stages.reproduce import reproduce
+    from rlhfjax.runs.reproduce import reproduce
 
     reproduce(run_dir, target or run_dir.with_name(f"{run_dir.resolve().name}-reproduced"), only_check)

@@ -63,7 +63,7 @@ STAGES = (
     StageFacts(
         "pretrain",
         key=1,
-        module="policy",
+        module="pretrain_and_sft",
         reads=(Reads("data", "document", _MIXED), Reads("validation", "document")),
         role="policy",
         unit=_PER_TOKEN,
@@ -71,7 +71,7 @@ STAGES = (
     StageFacts(
         "sft",
         key=2,
-        module="policy",
+        module="pretrain_and_sft",
         reads=(
             Reads("data", "demonstration", _MIXED),
             Reads("validation", "demonstration"),

@@ -1,18 +1,1 @@
-"""The recipe: each stage a short function that puts models, data, algorithm and loop together."""
-
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
-from rlhfjax.config import Run
-from rlhfjax.stages.recipe import run_recipe
-
-__all__ = ["inspect_batch", "run_recipe"]
-
-
-def inspect_batch(
-    run: Run, stage: str, run_dir: Path, index: int = 0, report: Callable[[str], None] = lambda text: None
-) -> Iterator[str]:
-    """Lines that show one row of a stage's batches token by token; see rlhfjax.stages.inspect."""
-    from rlhfjax.stages import inspect  # jax is imported only when it is needed
-
-    return inspect.inspect_batch(run, stage, run_dir, index, report)
+"""What each stage computes, and the two halls that stages which train share."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from rlhfjax.sharding import processes
+from rlhfjax.host import processes
 from rlhfjax.target import Target, building_for, current, machine
 from rlhfjax.training.online import OnlineSteps
 from rlhfjax.xla_flags import refused

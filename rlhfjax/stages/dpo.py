@@ -2,13 +2,13 @@
 
 from rlhfjax.config import schema
 from rlhfjax.data.pipeline import Batches
-from rlhfjax.stages.data import held_out, open_batches
+from rlhfjax.stages.batches import held_out, open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.measures.validation import accuracy_meter, named
 from rlhfjax.stages.objectives import preference_optimisation
 from rlhfjax.stages.offline import OfflineLearner, learn_offline
-from rlhfjax.stages.parts import ranking_packer
+from rlhfjax.stages.packed_rows import ranking_packer
 from rlhfjax.types import Params
 
 

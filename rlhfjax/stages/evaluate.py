@@ -15,20 +15,20 @@ import jax
 
 from rlhfjax.config.recipe import FACTS, compared, stages_of
 from rlhfjax.data.pipeline import Batches
-from rlhfjax.evaluation.report import write_report
+from rlhfjax.evaluation.report.page import write_report
+from rlhfjax.evaluation.report.run_data import read_run
 from rlhfjax.evaluation.results import Evaluation, PolicyRow, WinRow
 from rlhfjax.evaluation.rows import win_row
-from rlhfjax.evaluation.run_data import read_run
+from rlhfjax.files import saved_or_stopped, write_text
+from rlhfjax.host import processes
 from rlhfjax.models import SequenceModel
-from rlhfjax.sharding import processes
-from rlhfjax.stages.data import held_out, open_batches
+from rlhfjax.stages.batches import held_out, open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.measures.accuracies import Accuracies, accuracies_of
 from rlhfjax.stages.measures.exact_match import exact_match
 from rlhfjax.stages.measures.responses import Responses, respond, row_of, samples_of
 from rlhfjax.stages.measures.validation import loss_meter
-from rlhfjax.stages.run_directory import saved_or_stopped, write_text
 from rlhfjax.training.checkpoint import COMPLETE
 from rlhfjax.training.supervision import Watch
 from rlhfjax.types import Params

@@ -11,9 +11,10 @@ import jax
 from rlhfjax.config import schema
 from rlhfjax.config.recipe import FACTS, starts_of
 from rlhfjax.data.pipeline import Reader
+from rlhfjax.host import processes
 from rlhfjax.models import SequenceModel
 from rlhfjax.models.lora import has_adapters, init_lora, join, merge
-from rlhfjax.sharding import local_rows, place_share, processes
+from rlhfjax.sharding import local_rows, place_share
 from rlhfjax.stages.chat_settings import settings_of, variables_of_checkpoint
 from rlhfjax.stages.models import new_model
 from rlhfjax.text.loading import AnyTokenizer, load_tokenizer

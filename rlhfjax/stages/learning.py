@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import numpy as np
 
+from rlhfjax.host.stopping import held
 from rlhfjax.models import SequenceModel
 from rlhfjax.stages.compilation import Ahead
 from rlhfjax.stages.job import Job
@@ -22,7 +23,6 @@ from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.optimizer import learning_rate
 from rlhfjax.training.profiling import Trace
 from rlhfjax.training.state import abstract
-from rlhfjax.training.stopping import held
 from rlhfjax.types import Params, Skipped
 
 State = TypeVar("State")

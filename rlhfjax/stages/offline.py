@@ -14,8 +14,8 @@ from rlhfjax.data.pipeline import Batches
 from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.lora import join, split
 from rlhfjax.sharding import state_shardings
+from rlhfjax.stages.batches import held_out, open_batches
 from rlhfjax.stages.compilation import Ahead, training_options
-from rlhfjax.stages.data import held_out, open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts, Learning, Stored, meta_for, rate_of
 from rlhfjax.stages.measures.validation import Meter

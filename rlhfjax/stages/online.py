@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from rlhfjax.functional import kl_estimate
+from rlhfjax.host import processes
 from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.heads import with_head
 from rlhfjax.models.lora import has_adapters, split
-from rlhfjax.sharding import processes, state_shardings
+from rlhfjax.sharding import state_shardings
+from rlhfjax.stages.batches import open_batches
 from rlhfjax.stages.compilation import Ahead
-from rlhfjax.stages.data import open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts, Learning, Stored, meta_for, rate_of
 from rlhfjax.stages.models import sampling_params

@@ -22,7 +22,7 @@ from rlhfjax.sharding.sampling import split_caches
 from rlhfjax.stages.compilation import training_options
 from rlhfjax.stages.models import sampler_of
 from rlhfjax.stages.offline import average_of
-from rlhfjax.stages.parts import responses_a_row, rows_at_a_time
+from rlhfjax.stages.packed_rows import responses_a_row, rows_at_a_time
 from rlhfjax.stages.rewards import Judges
 from rlhfjax.training.averaging import Average
 from rlhfjax.training.flops import seen_by

@@ -9,17 +9,17 @@ import numpy as np
 from rlhfjax.config import schema
 from rlhfjax.data.batches import right_padded
 from rlhfjax.data.pipeline import Batches
+from rlhfjax.host import processes
 from rlhfjax.models import SequenceModel
 from rlhfjax.models.heads import init_head, rescale_head, with_head
-from rlhfjax.sharding import processes
-from rlhfjax.stages.data import held_out, open_batches
+from rlhfjax.stages.batches import held_out, open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.measures.draws import draws_of, last_sampling
 from rlhfjax.stages.measures.validation import accuracy_meter, named
 from rlhfjax.stages.objectives import reward_modelling
 from rlhfjax.stages.offline import OfflineLearner, learn_offline
-from rlhfjax.stages.parts import ranking_packer
+from rlhfjax.stages.packed_rows import ranking_packer
 from rlhfjax.types import Params
 
 

@@ -12,9 +12,10 @@ from rlhfjax.algorithms.likelihood import token_scores
 from rlhfjax.config.rewards import ModelReward, on_host
 from rlhfjax.errors import RewardError
 from rlhfjax.functional.masking import at_last
+from rlhfjax.host import processes
 from rlhfjax.models import SequenceModel
 from rlhfjax.rewards import Example, Rewards
-from rlhfjax.sharding import local_rows, place_share, processes
+from rlhfjax.sharding import local_rows, place_share
 from rlhfjax.stages.job import Job
 from rlhfjax.types import Params, Rollout, TokenBatch
 

@@ -5,7 +5,7 @@ import itertools
 from rlhfjax.config import Run
 from rlhfjax.data.datasets import open_source
 from rlhfjax.errors import ConfigError
-from rlhfjax.sharding import processes
+from rlhfjax.host import processes
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
 from rlhfjax.text.loading import AnyTokenizer, load_tokenizer

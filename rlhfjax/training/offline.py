@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from rlhfjax import faults
-from rlhfjax.training import stopping
+from rlhfjax.host import stopping
 from rlhfjax.training.loop import Beside, Counts, Log
 from rlhfjax.types import TrainState
 

@@ -9,7 +9,7 @@ import jax
 
 from rlhfjax import faults
 from rlhfjax.errors import RewardError, Stopped
-from rlhfjax.training import stopping
+from rlhfjax.host import stopping
 from rlhfjax.training.loop import Beside, Counts, Log, Metrics
 from rlhfjax.training.profiling import Clock
 from rlhfjax.types import Experience, OnlineState, Params, PromptBatch, Rollout

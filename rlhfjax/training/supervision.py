@@ -9,8 +9,8 @@ import jax
 
 from rlhfjax import faults
 from rlhfjax.config.upkeep import Deadlines
-from rlhfjax.training import stopping
-from rlhfjax.training.watchdog import Watchdog
+from rlhfjax.host import stopping
+from rlhfjax.host.watchdog import Watchdog
 
 _BROKEN_OFF = ("rollout", "score")
 

@@ -8,10 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from rlhfjax.cli import app
-from rlhfjax.data.chitchat import MAX_MESSAGES, Chitchat
 from rlhfjax.data.datasets import open_source
 from rlhfjax.data.dialogue import DialogueFilter, count_exchanges, filtered_sessions
 from rlhfjax.data.records import parse_record
+from rlhfjax.data.sets.chitchat import MAX_MESSAGES, Chitchat
 
 from .conftest import conversations
 

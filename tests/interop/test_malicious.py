@@ -201,7 +201,7 @@ DRIVER = """
 import resource, sys
 from typer.testing import CliRunner
 from rlhfjax.cli import app
-import rlhfjax.stages.transfer, rlhfjax.interop.gguf, rlhfjax.interop.known
+import rlhfjax.transfer, rlhfjax.interop.gguf, rlhfjax.interop.known
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[1:]:
     assert CliRunner().invoke(app, ["import", name, "made"]).exit_code == 4

@@ -9,8 +9,9 @@ import numpy as np
 
 from rlhfjax.data.pipeline import Batches
 from rlhfjax.errors import ConfigError, DataError, RlhfjaxError
-from rlhfjax.sharding import local_rows, make_mesh, place_share, processes, put, replicated
-from rlhfjax.sharding.processes import Place, agree, by_first, fetch, is_first, started
+from rlhfjax.host import processes
+from rlhfjax.host.processes import Place, agree, by_first, fetch, is_first, started
+from rlhfjax.sharding import local_rows, make_mesh, place_share, put, replicated
 from rlhfjax.types import TokenBatch
 
 ROWS, SIZE, LENGTH = 96, 8, 6

@@ -10,7 +10,8 @@ import jax
 import pytest
 
 from rlhfjax.config import load_config
-from rlhfjax.stages import offline, online, run_recipe
+from rlhfjax.runs import run_recipe
+from rlhfjax.stages import offline, online
 from rlhfjax.training.checkpoint import Checkpoints
 from stages.conftest import assert_same_bits, rows_of, saved
 from stages.once import keeping, once

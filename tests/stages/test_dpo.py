@@ -10,7 +10,7 @@ import pytest
 from tiny import params_of, ranked_batch, tiny
 
 from rlhfjax.config import schema
-from rlhfjax.evaluation.run_data import read_run
+from rlhfjax.evaluation.report.run_data import read_run
 from rlhfjax.stages.objectives import joined_rows, preference_optimisation
 from rlhfjax.training.checkpoint import find_checkpoint, load_model
 from stages.tiny_recipe import recipe

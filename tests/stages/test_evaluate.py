@@ -8,7 +8,7 @@ import pytest
 
 from rlhfjax.config import load_config
 from rlhfjax.sharding import make_mesh
-from rlhfjax.stages.data import open_batches
+from rlhfjax.stages.batches import open_batches
 from rlhfjax.stages.evaluate import Measured
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.measures.responses import respond

@@ -15,8 +15,8 @@ import rlhfjax
 from rlhfjax.config import config_hash, load_config
 from rlhfjax.data.batches import right_padded
 from rlhfjax.data.pipeline import Reader
+from rlhfjax.evaluation.report.run_data import read_run
 from rlhfjax.evaluation.results import Evaluation
-from rlhfjax.evaluation.run_data import read_run
 from rlhfjax.text.tokenizer import Tokenizer
 from rlhfjax.training.metrics_catalogue import METRICS, metric_of
 from stages.conftest import rows_of, saved

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from rlhfjax.evaluation.run_data import read_run
+from rlhfjax.evaluation.report.run_data import read_run
 from stages.conftest import assert_same_bits, rows_of, saved
 from stages.tiny_recipe import STEPS, recipe, write_jsonl
 

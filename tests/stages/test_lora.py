@@ -21,9 +21,10 @@ from rlhfjax.algorithms import restrict
 from rlhfjax.config import load_config
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.models.lora import init_lora, join, linears, split
+from rlhfjax.runs import run_recipe
 from rlhfjax.sharding import make_mesh
 from rlhfjax.sharding.rules import path_name
-from rlhfjax.stages import offline, online, run_recipe
+from rlhfjax.stages import offline, online
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.objectives import language_modelling
 from rlhfjax.training.checkpoint import find_checkpoint, load_model, read_meta

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from rlhfjax.config import load_config
-from rlhfjax.stages import run_recipe
+from rlhfjax.runs import run_recipe
 from stages.conftest import assert_same_bits, rows_of, saved
 from stages.tiny_recipe import STAGES, STEPS
 

@@ -15,10 +15,10 @@ import pytest
 
 from rlhfjax.config import load_config
 from rlhfjax.data.pipeline import Batches
+from rlhfjax.runs.checks import execute
 from rlhfjax.sharding import make_mesh
 from rlhfjax.stages import offline, online
 from rlhfjax.stages.job import Job
-from rlhfjax.stages.jobs import execute
 from rlhfjax.stages.learning import Learning
 from rlhfjax.training.checkpoint import stored_digests
 from rlhfjax.training.metrics import MetricsWriter

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from rlhfjax.errors import Stopped
-from rlhfjax.training import stopping
+from rlhfjax.host import stopping
 from rlhfjax.training.supervision import Watch
 
 
@@ -104,7 +104,7 @@ def test_the_longest_unit_counts_for_the_next_request():
 
 STUCK = """
 import ctypes, os, signal
-from rlhfjax.training import stopping
+from rlhfjax.host import stopping
 stopping.PATIENCE = 0.2
 with stopping.honoured(print):
     stopping.before_exit(lambda code: print("left with", code, flush=True))

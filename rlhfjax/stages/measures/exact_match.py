@@ -10,8 +10,9 @@ from rlhfjax.config import schema
 from rlhfjax.data.batches import left_padded
 from rlhfjax.data.pipeline import Reader
 from rlhfjax.generation import BeamParams, beam_search
+from rlhfjax.host import processes
 from rlhfjax.models import SequenceModel
-from rlhfjax.sharding import place_batch, processes
+from rlhfjax.sharding import place_batch
 from rlhfjax.types import Params, PromptBatch
 
 

@@ -17,13 +17,14 @@ from rlhfjax.evaluation.results import PolicyRow, Response, Sample
 from rlhfjax.evaluation.rows import policy_row
 from rlhfjax.functional.masking import at_last
 from rlhfjax.generation import SamplingParams, generate
+from rlhfjax.host import processes
 from rlhfjax.models import SequenceModel
-from rlhfjax.sharding import constrain_parts, place_share, processes
+from rlhfjax.sharding import constrain_parts, place_share
 from rlhfjax.sharding.sampling import split_caches
 from rlhfjax.stages.compilation import training_options
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.models import sampler_of, sampling_params
-from rlhfjax.stages.parts import rows_at_a_time
+from rlhfjax.stages.packed_rows import rows_at_a_time
 from rlhfjax.target import Target, current
 from rlhfjax.training.supervision import Watch
 from rlhfjax.types import Params, TokenBatch

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from rlhfjax.data.batches import right_padded
-from rlhfjax.sharding import processes
+from rlhfjax.host import processes
 from rlhfjax.stages.job import Job
 from rlhfjax.training.checkpoint import COMPLETE
 

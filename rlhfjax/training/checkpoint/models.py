@@ -14,12 +14,13 @@ import orbax.checkpoint as ocp
 
 from rlhfjax.errors import IntegrityError
 from rlhfjax.fetch import file_sha256
+from rlhfjax.host import processes
 from rlhfjax.integrity import verifying
 from rlhfjax.models import SequenceModel, compute_dtype, model_of
 from rlhfjax.models.heads import with_head, zero_head
 from rlhfjax.models.lora import init_lora, join
 from rlhfjax.plain_json import plain
-from rlhfjax.sharding import processes, state_shardings
+from rlhfjax.sharding import state_shardings
 from rlhfjax.training.checkpoint.meta import SCALAR, read_meta, stored_digests
 from rlhfjax.training.checkpoint.steps import put_in_place, unfinished
 from rlhfjax.training.digests import different_leaves, fetched, started

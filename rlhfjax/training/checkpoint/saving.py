@@ -14,8 +14,8 @@ import orbax.checkpoint as ocp
 
 from rlhfjax import faults
 from rlhfjax.errors import ConfigError, IntegrityError, RlhfjaxError, Stopped
+from rlhfjax.host import processes
 from rlhfjax.plain_json import plain
-from rlhfjax.sharding import processes
 from rlhfjax.training.checkpoint import steps as on_disk
 from rlhfjax.training.checkpoint.interrupts import uninterrupted
 from rlhfjax.training.checkpoint.meta import read_meta, stored_digests, verified_step

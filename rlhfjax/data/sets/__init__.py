@@ -1,0 +1,1 @@
+"""Datasets with code of their own, as TensorFlow Datasets builders."""

@@ -1,0 +1,292 @@
+"""Several processes as one run: how they start, agree before step 0, take turns, notice a preemption, and end.
+
+In a process by itself nothing here does anything. Only process 0 writes what a run leaves behind; checkpoints are
+written by all of them together.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from rlhfjax.errors import ConfigError, DataError, IntegrityError, RewardError, RlhfjaxError, Stopped
+from rlhfjax.host.rendezvous import Place, meet
+from rlhfjax.xla_flags import refused, words_of
+
+VARIABLES = ("RLHFJAX_COORDINATOR", "RLHFJAX_NUM_PROCESSES", "RLHFJAX_PROCESS_ID")
+DEVICES = "RLHFJAX_DEVICES_PER_PROCESS"
+_FOREVER_MS = 30 * 24 * 3600 * 1000  # a wait ends earlier when the process that is waited for dies
+_ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, RewardError, IntegrityError, Stopped, RlhfjaxError)}
+_ABORTED = 134  # what a process ends with that jax aborts because another one died
+_SIGNS_OF_LOSS = ("Gloo ", "NCCL", "coordination service", "Connection reset by peer")
+# With the scheduler that is the default, programs may start their collectives in another order in each process.
+_IN_ORDER = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+_SCHEDULERS = ("--xla_cpu_scheduler_type", "--xla_cpu_enable_concurrency_optimized_scheduler")  # somebody's choice
+
+
+def place_of(
+    coordinator: str | None, count: int | None, index: int | None, environment: Mapping[str, str]
+) -> Place | None:
+    """This process among others, by flags or else by variables; None where neither says anything.
+
+    Raises ConfigError when a part is missing or makes no sense.
+    """
+    flags = (coordinator, count, index)
+    names, given = ("--coordinator", "--num-processes", "--process-id"), [*map(_text, flags)]
+    if all(value is None for value in given):
+        names, given = VARIABLES, [environment.get(name) for name in VARIABLES]
+    if all(value is None for value in given):
+        return None
+    for name, value in zip(names, given, strict=True):
+        if value is None:
+            raise ConfigError(f"{name}: expected it together with {' and '.join(n for n in names if n != name)}")
+    address, numbers = str(given[0]), [str(value) for value in given[1:]]
+    if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
+        raise ConfigError(f"{names[0]}: expected HOST:PORT, got {address!r}")
+    for name, number in zip(names[1:], numbers, strict=True):
+        if not number.isdigit():
+            raise ConfigError(f"{name}: expected a whole number, got {number!r}")
+    bind = environment.get("JAX_COORDINATOR_BIND_ADDRESS", address)
+    place = Place(address, int(numbers[0]), int(numbers[1]), bind)
+    if not place.index < place.count:
+        raise ConfigError(f"{names[2]}: expected a number below {place.count} ({names[1]}), got {place.index}")
+    return place
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def in_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether jax finds the other processes by itself: inside `srun` or `mpirun`, an indexed Kubernetes job, a TPU pod.
+
+    Only variables are looked at. Asking jax would ask the network for the metadata of a machine in a cloud.
+    """
+    several = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri": "OMPI_COMM_WORLD_SIZE"}
+    if any(name in environment and environment.get(size, "1") != "1" for name, size in several.items()):
+        return True
+    hosts = environment.get("TPU_WORKER_HOSTNAMES", environment.get("TPU_PROCESS_ADDRESSES", ""))
+    indexed = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
+    return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment or indexed
+
+
+@contextmanager
+def started(
+    place: Place | None,
+    *,
+    heartbeat: int,
+    timeout: float,
+    say: Callable[[str], None],
+    failed: Callable[[BaseException], int],
+) -> Iterator[None]:
+    """The run inside is one of several processes, where `place` or the cluster says so.
+
+    A process that is silent for `heartbeat` seconds is taken for dead, and the others end with 134 (SIGABRT), as does
+    one whose collectives fail because another is gone. What
+    only this process failed with is given to `failed`, which says it and gives the exit code, and ends the process
+    at once: the others are waiting for it. Raises ConfigError or Stopped when not all of them come within `timeout`
+    seconds.
+    """
+    cluster = place is None and in_cluster(os.environ)
+    _settings(cluster or (place is not None and place.count > 1), say)
+    if not cluster and (place is None or place.count == 1):
+        yield
+        return
+    if proxies := [name for name in os.environ if "_proxy" in name.lower() and name.lower() != "no_proxy"]:
+        say(f"{', '.join(sorted(proxies))}: set; if processes do not find each other, unset it")
+    if place:
+        meet(place, timeout)
+    settings: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat, "initialization_timeout": int(timeout)}
+    if place:
+        settings |= {"coordinator_address": place.coordinator, "coordinator_bind_address": place.bind}
+        settings |= {"num_processes": place.count, "process_id": place.index}
+        settings |= {"cluster_detection_method": "deactivate"}
+    jax.config.update("jax_check_proxy_envs", False)  # said above
+    jax.distributed.initialize(**settings, shutdown_timeout_seconds=max(2 * heartbeat, 30))
+    try:
+        yield
+    except BaseException as error:
+        lost = lost_another(error)
+        if lost or not _everywhere(error):
+            if lost:
+                say(f"process {jax.process_index()}: another process is gone, see its log: {lost}")
+            code = _ABORTED if lost else failed(error)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        jax.distributed.shutdown()
+        if jax.process_index() and isinstance(error, RlhfjaxError):  # process 0 says it
+            raise SystemExit(error.exit_code) from None
+        raise
+    jax.distributed.shutdown()
+
+
+def _settings(several: bool, say: Callable[[str], None]) -> None:
+    """What must be set before jax starts its devices."""
+    if DEVICES in os.environ:
+        if not os.environ[DEVICES].isdigit() or int(os.environ[DEVICES]) == 0:
+            raise ConfigError(f"{DEVICES}: expected a whole number above 0, got {os.environ[DEVICES]!r}")
+        jax.config.update("jax_num_cpu_devices", int(os.environ[DEVICES]))
+    if not several:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    use_order(say)
+
+
+def use_order(say: Callable[[str], None]) -> None:
+    """Let XLA_FLAGS have programs start their collectives in one order, unless they choose a scheduler themselves."""
+    words = words_of(os.environ.get("XLA_FLAGS", ""))
+    if any(word.startswith(_SCHEDULERS) for word in words):
+        return
+    if refused([_IN_ORDER]):
+        say(f"this jaxlib takes no {_IN_ORDER}: collectives of processes on CPUs may wait for each other")
+        return
+    os.environ["XLA_FLAGS"] = " ".join([*words, _IN_ORDER])
+
+
+def lost_another(error: BaseException | None) -> str | None:
+    """What a collective said when it failed because another process died, if that is where an error comes from."""
+    while error is not None:
+        text = str(error)
+        if any(sign in text for sign in _SIGNS_OF_LOSS):
+            return text.splitlines()[0][:200]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _everywhere(error: BaseException) -> bool:
+    return getattr(error, "everywhere", isinstance(error, Stopped))
+
+
+def count() -> int:
+    """How many processes there are."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which writes logs, metrics and reports."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+_polls = 0
+
+
+def preempted() -> bool:
+    """Whether all processes are to save and stop here: one of them was sent SIGTERM, and all have come this far.
+
+    A collective decision: every process asks at the same places, and gets the same answer. False in a process by
+    itself, where SIGTERM is not jax's.
+    """
+    global _polls
+    if count() == 1:
+        return False
+    _polls += 1
+    return multihost_utils.reached_preemption_sync_point(_polls)
+
+
+def barrier(name: str) -> None:
+    """Wait until every process is here."""
+    if count() > 1:
+        _client().wait_at_barrier(_turn(name), _FOREVER_MS)
+
+
+def by_first(what: Callable[[], None], name: str) -> None:
+    """Process 0 does it, and the others wait. An expected error of it is raised in all of them."""
+    if count() == 1:
+        what()
+        return
+    key = _turn(name)
+    if not is_first():
+        _raise(_client().blocking_key_value_get(key, _FOREVER_MS))
+        return
+    try:
+        what()
+    except RlhfjaxError as error:
+        _client().key_value_set(key, json.dumps([type(error).__name__, str(error)]))
+        raise _marked(error) from None
+    _client().key_value_set(key, "")
+
+
+def agree(facts: Mapping[str, str], error: type[RlhfjaxError] = ConfigError) -> None:
+    """Raise `error` in every process where they do not all have the same facts; it names one and who has it otherwise.
+
+    Returns when all processes have asked.
+    """
+    if count() == 1:
+        return
+    key, own = _turn("agree"), dict(facts)
+    _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(own))
+    if not is_first():
+        _raise(_client().blocking_key_value_get(f"{key}/verdict", _FOREVER_MS))
+        return
+    others = {
+        index: json.loads(_client().blocking_key_value_get(f"{key}/{index}", _FOREVER_MS))
+        for index in range(1, jax.process_count())
+    }
+    message = difference({0: own} | others)
+    verdict = json.dumps([error.__name__, message]) if message else ""
+    _client().key_value_set(f"{key}/verdict", verdict)
+    _raise(verdict)
+
+
+def difference(facts: Mapping[int, Mapping[str, str]]) -> str | None:
+    """The first fact that processes have otherwise than process 0, and which of them; None where all agree."""
+    ours = facts[0]
+    keys = dict.fromkeys([*ours, *(key for told in facts.values() for key in told)])
+    for key in keys:
+        others = [index for index, told in facts.items() if told.get(key) != ours.get(key)]
+        if others:
+            shown = ", ".join(map(str, others[:8])) + (" …" if len(others) > 8 else "")
+            theirs = facts[others[0]].get(key, "nothing")
+            return (
+                f"processes do not agree on {key}: expected {ours.get(key, 'nothing')}, as process 0 has it, got "
+                f"{theirs} in process {shown}. All need the same configuration, installation and data"
+            )
+    return None
+
+
+def fetch(tree: Any) -> Any:
+    """A tree of arrays as numpy arrays in every process, wherever their rows are; all processes ask for it."""
+    if count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda x: _whole(x), tree)
+
+
+def _whole(x: Any) -> Any:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return jax.device_get(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def _client() -> Any:
+    # What Orbax does, too: jax has no public name for the store that its processes share.
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+_turns = 0
+
+
+def _turn(name: str) -> str:
+    """A name that is used once; processes take turns in the same order."""
+    global _turns
+    _turns += 1
+    return f"rlhfjax/{_turns}/{name}"
+
+
+def _raise(verdict: str) -> None:
+    if verdict:
+        kind, message = json.loads(verdict)
+        raise _marked(_ERRORS[kind](message))
+
+
+def _marked(error: RlhfjaxError) -> RlhfjaxError:
+    """An error that every process raises: each of them may end as it would by itself."""
+    error.everywhere = True  # pyright: ignore[reportAttributeAccessIssue]
+    return error
