@@ -81,10 +81,9 @@ def calls(monkeypatch):
     module("runs.reproduce", reproduce=record("reproduce"))
     module("host.compile_cache", use_compile_cache=lambda *_, **__: False)
     module("host.memory", collect_seldom=lambda **_: False, keep_freed_memory_of=lambda *_, **__: False)
-    module("data.sets.benchmark", prepare=record("prepare", lambda kind, where, cache, say: [Path(where) / kind]))
-    module("data.sets.movies", Movies="movies")
-    module("data.sets.chitchat", Chitchat="chitchat")
-    module("data.sets.reversal", Reversal="reversal")
+    module("data.sets.benchmark", prepare=record("prepare", lambda kind, where, cache, say: [Path(where) / kind.name]))
+    for name in ("movies", "chitchat", "reversal", "arithmetic"):
+        module(f"data.sets.{name}", **{name.title(): types.SimpleNamespace(name=name)})
     module(
         "data.preparing",
         prepare_files=record("prepare_files", "made/it"),
@@ -390,7 +389,7 @@ def test_reproduce_hands_over(calls):
 def test_data_prepare(calls, tmp_path):
     result = call("data", "prepare", "movies", "--data-dir", "d", "--cache-dir", "c")
     assert result.stdout == os.path.join("d", "movies") + "\n"
-    assert [str(arg) for arg in calls[0][1][:3]] == ["movies", "d", "c"]
+    assert (calls[0][1][0].name, *map(str, calls[0][1][1:3])) == ("movies", "d", "c")
     assert call("data", "prepare", "chitchat").stdout == os.path.join("DEFAULT", "chitchat") + "\n"
 
 
