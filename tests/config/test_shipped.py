@@ -12,7 +12,7 @@ import pytest
 from rlhfjax.config import check, least_devices, load_config, shipped
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("instructgpt_175b", "instructgpt_1b3", "instructgpt_6b", "movies", "quickstart", "reversal")
+NAMES = ("arithmetic", "instructgpt_175b", "instructgpt_1b3", "instructgpt_6b", "movies", "quickstart", "reversal")
 
 
 def test_all_are_found_with_a_description():
