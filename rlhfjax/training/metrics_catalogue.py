@@ -110,6 +110,13 @@ _OBJECTIVE = (
     Metric("objective/eos_rate", "fraction", _ROLLOUTS, "mean", "responses that ended by themselves"),
 )  # fmt: skip
 
+_REWARDS = (
+    Metric("objective/reward/NAME", "reward", _ROLLOUTS, "mean", "the reward NAME, before its weight"),
+    Metric("objective/reward_std/NAME", "reward", _ROLLOUTS, "standard deviation", "spread of that reward"),
+    Metric("objective/reward_failures", "rewards", _ROLLOUTS, "count",
+           "rewards of responses that were not found (on_error: skip or value)"),
+)  # fmt: skip
+
 _UPDATE = (
     Metric("loss/policy_avg", "advantage", _RESPONSE, _UPDATE_MEAN, "clipped surrogate loss"),
     Metric("loss/value_avg", "score^2", _RESPONSE, _UPDATE_MEAN, "clipped value loss, with its 1/2, before value.coef"),
@@ -173,9 +180,11 @@ def _weights(name: str) -> str:
     return "served" if name.startswith(_SERVED) else "-" if name.startswith(_OF_NO_MODEL) else "trained"
 
 
+_OFFLINE = (_LEARNING, _GUARDS, _ROUTERS, _REWARD_MODEL, _PREFERENCES)
+_ONLINE = (_OBJECTIVE, _REWARDS, _UPDATE, _GUESSES)
 METRICS: dict[str, Metric] = {
     metric.name: replace(metric, weights=_weights(metric.name))
-    for group in (_LEARNING, _GUARDS, _ROUTERS, _REWARD_MODEL, _PREFERENCES, _OBJECTIVE, _UPDATE, _GUESSES, _SPEED)
+    for group in (*_OFFLINE, *_ONLINE, _SPEED)
     for metric in group
 }
 
