@@ -179,4 +179,6 @@ class Pool:
             worker.interrupt()
         for worker in idle:
             worker.kill(_LEAVE_SECONDS)
+        for _ in range(self._count):
+            self._free.put(None)  # for calls that wait for one, which are told that there is none
         self._threads.shutdown(cancel_futures=True)
