@@ -49,12 +49,26 @@ def wait_for(what, condition):
         time.sleep(0.02)
 
 
-def gone(pid: int) -> bool:
-    """Whether a process has ended; nobody may have asked for its exit code yet."""
+def _fields(stat: Path) -> list[str]:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return stat.read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return True
+        return ["Z", "0"]
+
+
+def state(pid: int) -> str:
+    """What the system says that a process does: R runs, S sleeps, Z has ended (and nobody asked for its exit code)."""
+    return _fields(Path(f"/proc/{pid}/stat"))[0]
+
+
+def parent(stat: Path) -> int:
+    """The process that one is a child of."""
+    return int(_fields(stat)[1])
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended."""
+    return state(pid) == "Z"
 
 
 @pytest.fixture

@@ -2,14 +2,16 @@
 
 import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rlhfjax.errors import ConfigError, DataError, RewardError
 from rlhfjax.rewards import Example
-from tests.rewards.conftest import EXAMPLES, gone, wait_for
+from tests.rewards.conftest import EXAMPLES, gone, parent, state, wait_for
 
 FUNCTIONS = """
 import os
@@ -250,6 +252,37 @@ def test_what_hangs_is_killed_with_its_children(opened, file, tmp_path, ends):
         rewards.submit(3, EXAMPLES)  # under way when the run ends
     ends += [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(ends) == 6
+    wait_for(f"the end of {ends}", lambda: all(map(gone, ends)))
+
+
+RUN = """
+from tests.rewards.conftest import Example, Rewards, terms_of
+
+hangs = {"function": "my_rewards.py:hangs", "timeout": 9000.0}
+endless = {"format": {"pattern": r"(\\s|\\w)*(\\w+)+x"}, "timeout": 9000.0}
+rewards = Rewards.open(terms_of(hangs, endless))
+pending = rewards.submit(1, [Example("", "a" * 64), Example("", "")])
+print("asked", flush=True)
+pending.result()
+"""
+
+
+@pytest.mark.faults
+def test_nothing_outlives_a_run_that_is_killed(file, tmp_path, ends):
+    """A function that hangs, its child, and a regular expression, which lets no thread of its process do anything."""
+    file.write_text(HANGS)
+    (tmp_path / "pids").write_text("")
+    place = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}}
+    with subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.PIPE, **place) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == b"asked\n"
+        pids = {int(pid) for pid in (tmp_path / "pids").read_text().split()}
+        workers = {int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat") if parent(path) == run.pid}
+        assert (len(pids), len(workers), len(pids & workers)) == (2, 2, 1)
+        ends += pids | workers
+        [other] = workers - pids
+        wait_for("the regular expression", lambda: state(other) == "R")
+        run.kill()
     wait_for(f"the end of {ends}", lambda: all(map(gone, ends)))
 
 
