@@ -14,7 +14,7 @@ from rlhfjax.errors import RewardError
 from rlhfjax.functional.masking import at_last
 from rlhfjax.host import processes
 from rlhfjax.models import SequenceModel
-from rlhfjax.rewards import Example, Rewards
+from rlhfjax.rewards import Example, Pending, Rewards
 from rlhfjax.sharding import local_rows, place_share
 from rlhfjax.stages.job import Job
 from rlhfjax.types import Params, Rollout, TokenBatch
@@ -79,32 +79,10 @@ class HostRewards:
         self._job, self._records, self.asked = job, records, bool(judges.on_host)
         self._rewards = Rewards.open(judges.on_host, job.report)
 
-    def begin(self, place: int, rollout: Rollout) -> Callable[[Rollout], tuple[Rollout, dict[str, float]]]:
-        """Ask for the rewards of a rollout over the prompts at a place; what is returned puts them into it.
-
-        That waits for them, and raises RewardError in every process where one of them failed and is to end the run.
-        """
+    def begin(self, place: int, rollout: Rollout) -> "Asked":
+        """Ask for the rewards of a rollout over the prompts at a place."""
         examples = self._examples(place, rollout)
-        pending = self._rewards.submit(place, examples)
-
-        def finish(scored: Rollout) -> tuple[Rollout, dict[str, float]]:
-            scores, failure = None, ""
-            try:
-                scores = pending.result()
-            except RewardError as error:
-                failure = str(error)
-            processes.agree({"rewards": failure}, RewardError)
-            if scores is None:
-                raise RewardError(failure)
-            put = {title: np.full_like(x, np.nan) if scores.skip else x for title, x in scores.values.items()}
-            failed = np.zeros(len(examples), np.float32)
-            failed[0] = scores.failed  # summed over processes
-            shares = place_share(self._job.mesh, put | {"failures": failed})
-            failures = float(processes.fetch(shares.pop("failures")).sum())
-            rewards = {**(scored.rewards or {}), **shares}
-            return replace(scored, rewards=rewards), {"objective/reward_failures": failures}
-
-        return finish
+        return Asked(self._job, self._rewards.submit(place, examples), len(examples))
 
     def _examples(self, place: int, rollout: Rollout) -> list[Example]:
         """The rows of this process, each with the record of its prompt."""
@@ -133,6 +111,40 @@ class HostRewards:
     def close(self) -> None:
         """End what the rewards run in."""
         self._rewards.close()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rewards of the rows of this process that the host is finding."""
+
+    job: Job
+    pending: Pending
+    rows: int
+
+    def done(self) -> bool:
+        """Whether they are there."""
+        return self.pending.done()
+
+    def put(self, scored: Rollout) -> tuple[Rollout, dict[str, float]]:
+        """Wait for them, and put them into the rollout.
+
+        Raises RewardError in every process where one of them failed and is to end the run.
+        """
+        scores, failure = None, ""
+        try:
+            scores = self.pending.result()
+        except RewardError as error:
+            failure = str(error)
+        processes.agree({"rewards": failure}, RewardError)
+        if scores is None:
+            raise RewardError(failure)
+        put = {title: np.full_like(x, np.nan) if scores.skip else x for title, x in scores.values.items()}
+        failed = np.zeros(self.rows, np.float32)
+        failed[0] = scores.failed  # summed over processes
+        shares = place_share(self.job.mesh, put | {"failures": failed})
+        failures = float(processes.fetch(shares.pop("failures")).sum())
+        rewards = {**(scored.rewards or {}), **shares}
+        return replace(scored, rewards=rewards), {"objective/reward_failures": failures}
 
 
 def load_judges(job: Job) -> tuple[Judges, dict[str, Params]]:

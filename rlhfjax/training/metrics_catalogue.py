@@ -164,12 +164,13 @@ _SPEED = (
     Metric("timing/reshard_s", "s", "-", "per iteration", "wall time of making what sampling reads of the parameters"),
     Metric("timing/rollout_s", "s", "-", "per iteration", "wall time of sampling"),
     Metric("timing/score_s", "s", "-", "per iteration", "wall time of scores, values and log-probabilities"),
+    Metric("timing/rewards_s", "s", "-", "per iteration", "wall time of waiting for rewards of the host after that"),
     Metric("timing/estimate_s", "s", "-", "per iteration", "wall time of rewards and advantages"),
     Metric("timing/update_s", "s", "-", "per iteration",
            "wall time of all updates of an iteration; the metrics of the one before are written meanwhile"),
     Metric("timing/host_s", "s", "-", "per iteration", "wall time in which no step ran: batches, keys, clocks"),
     *(Metric(f"timing/{part}_share", "fraction", "-", "per iteration", f"{part}_s over step_s")
-      for part in ("reshard", "rollout", "score", "estimate", "update", "host")),
+      for part in ("reshard", "rollout", "score", "rewards", "estimate", "update", "host")),
 )  # fmt: skip
 
 _SERVED = ("loss/validation", "eval/")

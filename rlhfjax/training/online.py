@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -14,7 +14,17 @@ from rlhfjax.training.loop import Beside, Counts, Log, Metrics
 from rlhfjax.training.profiling import Clock
 from rlhfjax.types import Experience, OnlineState, Params, PromptBatch, Rollout
 
-Finish = Callable[[Rollout], tuple[Rollout, Metrics]]  # waits for the host's rewards, and puts them in
+
+class Asked(Protocol):
+    """Rewards that the host is finding."""
+
+    def done(self) -> bool:
+        """Whether they are there."""
+        ...
+
+    def put(self, scored: Rollout) -> tuple[Rollout, Metrics]:
+        """Wait for them, and put them into the rollout. Raises RewardError in every process."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class OnlineSteps:
     update: Callable[[OnlineState, Experience, Any, Metrics, jax.Array], tuple[OnlineState, Metrics]]
     reshard: Callable[[Params], Any] | None = None
     episodes: int = 1
-    judge: Callable[[Rollout], Finish] | None = None
+    judge: Callable[[Rollout], Asked] | None = None
     refill: Refill | None = None
 
 
@@ -139,12 +149,14 @@ def _collect(
     def draw(key: jax.Array) -> tuple[Rollout, Metrics, Any]:
         batch = next(prompts)
         rollout = timed("rollout", steps.rollout, served, batch, key)
-        finish = steps.judge(rollout) if steps.judge else None
+        asked = steps.judge(rollout) if steps.judge else None
         scored = timed.poisoned("score", timed("score", steps.score, params, frozen, rollout), "scores")
         told: Metrics = {}
-        if finish:
+        if asked:
+            timed.beside.watch.begin("rewards", timed.iteration)
             with timed.clock("rewards"):
-                scored, told = finish(scored)
+                timed.beside.watch.until(asked.done)
+                scored, told = asked.put(scored)
         return scored, told, getattr(batch, "uid", None)
 
     rollout, told, ids = draw(key)

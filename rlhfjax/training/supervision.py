@@ -12,7 +12,7 @@ from rlhfjax.config.upkeep import Deadlines
 from rlhfjax.host import stopping
 from rlhfjax.host.watchdog import Watchdog
 
-_BROKEN_OFF = ("rollout", "score")
+_BROKEN_OFF = ("rollout", "score", "rewards")
 
 
 class Watch:
@@ -65,13 +65,18 @@ class Watch:
 
     def wait(self, values: Any) -> Any:
         """`values` once they are there. A request to stop does not wait for them, if this process is alone."""
-        began, arrays = time.monotonic(), jax.tree.leaves(values)
-        while self._agree is None and not all(_is_there(array) for array in arrays):
-            self.poll()
-            time.sleep(min(max((time.monotonic() - began) / 100, 1e-4), 0.02))  # late by a hundredth at most
+        arrays = jax.tree.leaves(values)
+        self.until(lambda: all(_is_there(array) for array in arrays))
         jax.block_until_ready(values)
         self.poll()
         return values
+
+    def until(self, done: Callable[[], bool]) -> None:
+        """Return when something is done, or at once where several processes have to wait for it together."""
+        began = time.monotonic()
+        while self._agree is None and not done():
+            self.poll()
+            time.sleep(min(max((time.monotonic() - began) / 100, 1e-4), 0.02))  # late by a hundredth at most
 
     def facts(self) -> dict[str, float]:
         """`timing/stop_s`: the longest that a request to stop had to wait, by what was seen: a unit and a save."""

@@ -134,3 +134,19 @@ def test_inside_a_library(hold, code, words):
     out, _ = process.communicate(timeout=30)
     assert process.returncode == code  # 1: Stopped, which nobody caught
     assert out.endswith(words)
+
+
+def test_a_request_does_not_wait_for_what_the_host_does(said):
+    """Rewards that never come; several processes have to wait for them together, and return at once."""
+    asked = []
+
+    def never():
+        if len(asked) == 3:
+            send()
+        asked.append(1)
+        return False
+
+    with pytest.raises(Stopped), stopping.held():
+        Watch().until(never)
+    assert len(asked) >= 4
+    Watch(agree=lambda: False).until(never)
