@@ -4,6 +4,8 @@ Each kind is loaded once and gives a function from examples to an answer: `value
 says what came instead of one; or `error`, what went wrong with all of them.
 """
 
+import contextlib
+import ctypes
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -11,6 +13,7 @@ import json
 import linecache
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +26,7 @@ from rlhfjax.rewards.example import Example
 Answer = dict[str, Any]
 Score = Callable[[list[Example]], Answer]
 _LONGEST = 300  # characters of a message of others
+_PR_SET_PDEATHSIG = 1
 _LAST_WORDS = 400  # characters of standard error in a message
 
 
@@ -162,6 +166,13 @@ def _lines(out: bytes, count: int, words: str) -> Answer:
 
 def pattern(pattern: str, full: bool) -> tuple[Score, Answer]:
     """1 where a regular expression matches the response, as a whole or somewhere."""
+    _die_with_parent()
     compiled = re.compile(pattern)
     match = compiled.fullmatch if full else compiled.search
     return (lambda examples: {"values": [float(match(example.response) is not None) for example in examples]}), {}
+
+
+def _die_with_parent() -> None:
+    """Where the system can: a search that holds the interpreter lets no thread kill it. It has no children to leave."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -5,7 +5,6 @@ however it ended, a thread kills the whole process group: the function may hang,
 """
 
 import contextlib
-import ctypes
 import os
 import queue
 import signal
@@ -20,12 +19,10 @@ from rlhfjax.rewards.example import Example
 from rlhfjax.rewards.frames import framed, read_message
 
 _KINDS: Mapping[str, Callable[..., Any]] = {"function": function, "command": command, "pattern": pattern}
-_PR_SET_PDEATHSIG = 1
 
 
 def main(descriptor: int) -> None:
     """Load what the first message names, then answer each list of examples, until null comes."""
-    _die_with_parent()
     os.set_inheritable(descriptor, False)
     os.dup2(2, 1)  # what anybody prints, below Python too, must not be lost and belongs to no protocol
     connection, own = socket.socket(fileno=descriptor), os.getpid()
@@ -43,12 +40,6 @@ def main(descriptor: int) -> None:
         if os.getpid() != own:  # a child that the function made, and that came back
             os._exit(0)
         connection.sendall(framed(answer))
-
-
-def _die_with_parent() -> None:
-    """Where the system can: what holds the interpreter, as a regular expression does, lets no thread kill it."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _loaded(message: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
