@@ -108,6 +108,8 @@ _OBJECTIVE = (
     Metric("objective/entropy", "nats", _RESPONSE, _KL_SUM, "-log p of the sampled tokens"),
     Metric("objective/length", "tokens", _RESPONSE, "count, mean over rollouts", "length, the last token included"),
     Metric("objective/eos_rate", "fraction", _ROLLOUTS, "mean", "responses that ended by themselves"),
+    Metric("objective/groups_alike", "fraction", "groups of responses", "mean", "groups of which all scores are equal"),
+    Metric("objective/overlong_penalty", "score", _ROLLOUTS, "mean", "what groups.overlong adds to the score: -1 to 0"),
 )  # fmt: skip
 
 _REWARDS = (
@@ -119,6 +121,7 @@ _REWARDS = (
 
 _UPDATE = (
     Metric("loss/policy_avg", "advantage", _RESPONSE, _UPDATE_MEAN, "clipped surrogate loss"),
+    Metric("loss/kl_avg", "nats", _RESPONSE, _UPDATE_MEAN, "k3 to the reference in the loss of GRPO, before kl.coef"),
     Metric("loss/value_avg", "score^2", _RESPONSE, _UPDATE_MEAN, "clipped value loss, with its 1/2, before value.coef"),
     Metric("loss/ptx", "nats", "pretraining targets", _UPDATE_MEAN, "pretraining loss of PPO-ptx, before ptx.coef"),
     Metric("policy/approxkl_avg", "nats/token", _RESPONSE, _UPDATE_MEAN, "1/2 (log p - log p_old)^2 inside the update"),
