@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import jax
@@ -161,9 +160,8 @@ def dpo(work: Work) -> OfflineLoop:
 def pairs_packer(work: Work, model: LanguageModel, ends: bool = False) -> Pack | None:
     """The packing that a stage chooses for these pairs."""
     batch = RankedSection(size=work["rows"] // 2, length=work["length"], candidates=2)
-    job: Any = SimpleNamespace(config=SimpleNamespace(batch=batch), mesh=make_mesh())
-    data: Any = SimpleNamespace(longest=2 * work["length"] - work["prompt"] + 1)
-    return ranking_packer(job, model, [data], ends)
+    width = 2 * work["length"] - work["prompt"] + 1
+    return ranking_packer(batch, make_mesh(), model, width, ends)
 
 
 def pairs_of(work: Work, step: int) -> RankedBatch:

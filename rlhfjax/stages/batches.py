@@ -61,6 +61,11 @@ def _named(entries: list[schema.Data]) -> Iterator[tuple[str, schema.Data]]:
         yield f"validation/{name if short.count(name) == 1 else whole}", entry
 
 
+def longest(opened: dict[str, Batches]) -> int:
+    """Tokens of the longest comparison of a stage, its prompt counted once."""
+    return max(batches.longest for batches in opened.values())
+
+
 def held_out(opened: dict[str, Batches]) -> dict[str, Batches]:
     """The held-out sets among a stage's batches, by the last part of their source's name."""
     return {name.removeprefix("validation/"): data for name, data in opened.items() if name.startswith("validation/")}

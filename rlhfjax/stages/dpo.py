@@ -2,7 +2,7 @@
 
 from rlhfjax.config import schema
 from rlhfjax.data.pipeline import Batches
-from rlhfjax.stages.batches import held_out, open_batches
+from rlhfjax.stages.batches import held_out, longest, open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.measures.validation import accuracy_meter, named
@@ -17,7 +17,7 @@ def dpo(job: Job) -> Facts:
     c: schema.Dpo = job.config
     model, policy = job.policy_from()
     objective = preference_optimisation(model, c.loss, gather=job.mesh.size == 1)
-    pack = ranking_packer(job, model, open_batches(job).values())
+    pack = ranking_packer(c.batch, job.mesh, model, longest(open_batches(job)))
     measure = accuracy_meter(job.mesh, objective, pack, "rewards/accuracies")
 
     def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:

@@ -1,16 +1,13 @@
 """Parts: the packed rows that go through the models together, and the sequences that share a row."""
 
-from collections.abc import Iterable
 from functools import partial
 
 import jax
 
 from rlhfjax.algorithms.packing import packed_ranking, row_width
 from rlhfjax.config import schema
-from rlhfjax.data.pipeline import Batches
 from rlhfjax.models import SequenceModel
 from rlhfjax.sharding import constrain_parts, row_shards
-from rlhfjax.stages.job import Job
 from rlhfjax.target import current
 from rlhfjax.training.update import Pack
 
@@ -47,18 +44,22 @@ def responses_a_row(c: schema.Ppo, group: int, policy: SequenceModel, *others: S
     return max(filter(fits, range(2, group + 1)), default=1)
 
 
-def ranking_packer(job: Job, model: SequenceModel, opened: Iterable[Batches], ends: bool = False) -> Pack | None:
-    """How the comparisons of these data become packed rows with each prompt once, `batch.micro` rows at a time.
+def ranking_packer(
+    batch: schema.RankedBatch,
+    mesh: jax.sharding.Mesh,
+    model: SequenceModel,
+    width: int,
+    ends: bool = False,
+) -> Pack | None:
+    """How comparisons of up to `width` tokens become packed rows with each prompt once, `batch.micro` rows at a time.
 
     None where candidates are read one per row: by models that can't share a prompt, and where comparisons are
     very long. `ends` as in `packed_ranking`.
     """
-    c: schema.Reward | schema.Dpo = job.config
-    width = max(batches.longest for batches in opened)
     if not _sharing(model, width):
         return None
-    part = _rows(job.mesh, width, c.batch.size, c.batch.micro)
-    return partial(packed_ranking, part, width, place=partial(constrain_parts, job.mesh), ends=ends)
+    part = _rows(mesh, width, batch.size, batch.micro)
+    return partial(packed_ranking, part, width, place=partial(constrain_parts, mesh), ends=ends)
 
 
 def _sharing(model: SequenceModel, width: int) -> bool:

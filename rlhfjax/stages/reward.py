@@ -12,7 +12,7 @@ from rlhfjax.data.pipeline import Batches
 from rlhfjax.host import processes
 from rlhfjax.models import SequenceModel
 from rlhfjax.models.heads import init_head, rescale_head, with_head
-from rlhfjax.stages.batches import held_out, open_batches
+from rlhfjax.stages.batches import held_out, longest, open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.measures.draws import draws_of, last_sampling
@@ -28,7 +28,7 @@ def reward(job: Job) -> Facts:
     c: schema.Reward = job.config
     model, policy = job.policy_from()
     params = with_head(policy, init_head(job.key("init"), model.config.width))
-    pack = ranking_packer(job, model, open_batches(job).values(), ends=True)
+    pack = ranking_packer(c.batch, job.mesh, model, longest(open_batches(job)), ends=True)
     measure = accuracy_meter(job.mesh, reward_modelling(model, c.loss), pack)
 
     def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:

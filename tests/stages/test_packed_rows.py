@@ -22,8 +22,7 @@ ONE, EIGHT = (make_mesh(devices=jax.devices()[:count]) for count in (1, 8))
 def rows_of(model, mesh=ONE, longest=LONGEST, **batch):
     """How many rows of which width hold comparisons; None where candidates have rows of their own."""
     section = RankedBatch(**({"size": 64, "length": 30} | batch))
-    job = SimpleNamespace(config=SimpleNamespace(batch=section), mesh=mesh)
-    made = ranking_packer(job, model, [SimpleNamespace(longest=longest - 3), SimpleNamespace(longest=longest)])
+    made = ranking_packer(section, mesh, model, longest)
     return None if made is None else made.args[:2]
 
 
