@@ -146,25 +146,27 @@ def _collect(
     with timed.clock("reshard"):
         served = params if steps.reshard is None else timed.beside.watch.wait(steps.reshard(params))
 
-    def draw(key: jax.Array) -> tuple[Rollout, Metrics, Any]:
+    counted: Metrics = {}  # over all rollouts of the iteration
+
+    def draw(key: jax.Array) -> tuple[Rollout, Any]:
         batch = next(prompts)
         rollout = timed("rollout", steps.rollout, served, batch, key)
         asked = steps.judge(rollout) if steps.judge else None
         scored = timed.poisoned("score", timed("score", steps.score, params, frozen, rollout), "scores")
-        told: Metrics = {}
         if asked:
             timed.beside.watch.begin("rewards", timed.iteration)
             with timed.clock("rewards"):
                 timed.beside.watch.until(asked.done)
-                scored, told = asked.put(scored)
-        return scored, told, getattr(batch, "uid", None)
+                scored, counts = asked.put(scored)
+            counted.update({name: counted.get(name, 0.0) + count for name, count in counts.items()})
+        return scored, getattr(batch, "uid", None)
 
-    rollout, told, ids = draw(key)
+    rollout, ids = draw(key)
     if steps.refill:
         rollout, drawn = _refilled(steps.refill, rollout, lambda turn: draw(jax.random.fold_in(key, turn))[0])
-        told["objective/draws"] = drawn
+        counted["objective/draws"] = drawn
     experience, metrics = timed("estimate", steps.estimate, rollout, state.kl_coef, unit=False)
-    return rollout, timed.poisoned("update", experience, "advantages"), metrics | told, ids
+    return rollout, timed.poisoned("update", experience, "advantages"), metrics | counted, ids
 
 
 def _refilled(refill: Refill, rollout: Rollout, draw: Callable[[int], Rollout]) -> tuple[Rollout, int]:
