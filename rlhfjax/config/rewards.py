@@ -16,6 +16,7 @@ from rlhfjax.config.sections import Count, NonNegative, Positive, Section
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Text = Annotated[str, Field(min_length=1)]
+RECIPE = "reward"  # the reward model that the recipe itself trains
 
 
 class Term(Section):

@@ -23,7 +23,8 @@ from rlhfjax.config import (
     sequence_lengths,
     split_sizes,
 )
-from rlhfjax.config.recipe import FACTS, NAMES, TOKENIZER, Entry, entries_of
+from rlhfjax.config.recipe import FACTS, NAMES, TOKENIZER, Entry, entries_of, online
+from rlhfjax.config.rewards import RECIPE, on_device
 from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.evaluation.judges import require_judges
@@ -91,6 +92,9 @@ def given(run: Run) -> dict[str, str]:
     named = {"model.checkpoint": run.model.checkpoint}
     if run.stages.sft:
         named["stages.sft.reward_model"] = run.stages.sft.reward_model
+    for stage, section in online(run):
+        judges = {term.title: term.model for term in on_device(section.rewards) if term.model != RECIPE}
+        named |= {f"stages.{stage}.rewards.{title}": path for title, path in judges.items()}
     digests = {key: checkpoint_digest(find_checkpoint(path)) for key, path in named.items() if path}
     if run.tokenizer.path:
         digests["tokenizer.path"] = load_tokenizer(run.tokenizer.path).fingerprint

@@ -1,13 +1,14 @@
 """Reinforcement learning from the reward model: PPO with the KL penalty and the pretraining mix."""
 
 from rlhfjax.config import schema
+from rlhfjax.config.rewards import RECIPE
 from rlhfjax.models.heads import with_head, zero_head
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.objectives import ppo_objective
 from rlhfjax.stages.online import learn_online
 from rlhfjax.stages.online_programs import OnlineLearner, optimizer_of
-from rlhfjax.stages.rewards import RECIPE, load_judges
+from rlhfjax.stages.rewards import load_judges
 
 
 def ppo(job: Job) -> Facts:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.algorithms.likelihood import token_scores
-from rlhfjax.config.rewards import ModelReward, on_host
+from rlhfjax.config.rewards import RECIPE, ModelReward, on_host
 from rlhfjax.errors import RewardError
 from rlhfjax.functional.masking import at_last
 from rlhfjax.host import processes
@@ -18,8 +18,6 @@ from rlhfjax.rewards import Example, Pending, Rewards
 from rlhfjax.sharding import local_rows, place_share
 from rlhfjax.stages.job import Job
 from rlhfjax.types import Params, Rollout, TokenBatch
-
-RECIPE = "reward"  # the name of the reward model that the recipe itself trains
 
 
 @dataclass(frozen=True)

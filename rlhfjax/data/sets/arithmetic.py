@@ -50,7 +50,7 @@ def pairs(largest: int, seed: int = 0) -> list[Pair]:
     draw = random.Random(seed)
     found = [(low, high) for high in range(largest + 1) for low in range(high + 1)]
     draw.shuffle(found)
-    return [pair if draw.random() < 0.5 else pair[::-1] for pair in found]
+    return [(low, high) if draw.random() < 0.5 else (high, low) for low, high in found]
 
 
 def _asked(pair: Pair) -> str:
