@@ -29,6 +29,7 @@ from rlhfjax.interop.huggingface import open_directory
 from rlhfjax.interop.parity import sha256
 from rlhfjax.interop.pretrained import load_parameters
 from rlhfjax.models import DecoderConfig, EncoderDecoder, EncoderDecoderConfig, LanguageModel, decoder_config
+from rlhfjax.models.rotary import yarn_attention_factor
 from rlhfjax.text.huggingface_tokenizer import HuggingFaceTokenizer
 from rlhfjax.text.loading import load_tokenizer, to_huggingface
 from rlhfjax.text.tokenizer import Tokenizer
@@ -51,9 +52,20 @@ def lively(params, std=0.3):
     return jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in moved])
 
 
+YARN = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 16}
+YARN |= {"rope_attention_factor": yarn_attention_factor(4.0)}
+STYLES = {
+    "gpt2": ("gpt2", {"kv_heads": 4}),
+    "llama": ("llama", {}),
+    "smollm3": ("smollm3", {"rope_pattern": "RN"}),
+    "qwen3_yarn": ("qwen3", YARN),
+}
+
+
 def model_of(style):
-    settings = {"vocab_size": 300, "layers": 2, "width": 32, "heads": 4, "context": 64}
-    return LanguageModel(decoder_config(style, **settings, kv_heads=4 if style == "gpt2" else 2))
+    family, own = STYLES[style]
+    settings = {"vocab_size": 300, "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "context": 64}
+    return LanguageModel(decoder_config(family, **(settings | own)))
 
 
 def exported(target, what, model, params, tokenizer, **settings):
@@ -71,7 +83,7 @@ def config_json(target):
     return json.loads((target / "config.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["gpt1", "gpt2", "llama2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt1", "gpt2", "llama2", "qwen3_yarn", "gemma2", "smollm3"])
 def test_an_export_has_the_tensors_that_were_imported(tmp_path, name):
     # bit for bit, and by the names of transformers: the golden directory comes out as it went in
     opened = open_directory(publish(tmp_path / "published", name))
@@ -298,13 +310,14 @@ def ask(*arguments):
 
 @pytest.mark.live
 @pytest.mark.skipif(not PYTHON, reason="RLHFJAX_TRANSFORMERS_PYTHON names no interpreter")
-@pytest.mark.parametrize("style", ["gpt2", "llama"])
+@pytest.mark.parametrize("style", STYLES)
 def test_plain_transformers_computes_the_same(tmp_path, tokenizer, style):
     model = model_of(style)
     policy, scalar = lively(params_of(model)), lively(scalar_params_of(model))
     scalar["head"]["bias"] = jnp.float32(2.5)
     exported(tmp_path / "policy", "policy", model, policy, tokenizer, shard_size=60_000)
     exported(tmp_path / "reward", "reward", model, scalar, tokenizer)
+    jax.tree.map(np.testing.assert_array_equal, read_back(tmp_path / "policy").params, policy)
     ours, judge = Model("policy", model, policy, tokenizer), Model("reward", model, scalar, tokenizer)
 
     theirs = ask("policy", tmp_path / "policy", *PROMPTS)
