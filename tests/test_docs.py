@@ -96,7 +96,7 @@ def test_cheap_commands_run(words, with_configuration):
 @pytest.mark.parametrize("words", [each for each in all_commands() if each.values[0][1] == "run"])
 def test_runs_name_stages_and_keys_that_are_there(words, with_configuration, monkeypatch):
     started = []
-    monkeypatch.setattr("rlhfjax.stages.run_recipe", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr("rlhfjax.runs.run_recipe", lambda *arguments: started.append(arguments))
     result = CliRunner().invoke(app, words[1:])
     assert (result.exit_code, len(started)) == (0, 1), result.output
 
