@@ -213,7 +213,7 @@ def test_names_of_shipped_configurations(tmp_path, monkeypatch):
     assert "no such file" in message("quikstart")
     assert "did you mean quickstart?" in message("quikstart")
     assert "did you mean quickstart?" in message("configs/quickstart.yml")
-    assert "shipped are instructgpt_175b, " in message("zzzz")
+    assert "shipped are arithmetic, instructgpt_175b, " in message("zzzz")
     (tmp_path / "quickstart").mkdir()  # a directory of that name does not hide the shipped one
     assert load_config("quickstart").name == "quickstart"
 
