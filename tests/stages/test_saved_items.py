@@ -203,7 +203,7 @@ def other_keys(patch):
 
 
 def rows_from(patch, shift):
-    for module in (offline, ppo):
+    for module in (offline, online):
         patch.setattr(module, "MetricsWriter", lambda where, start, *more: MetricsWriter(where, start + shift, *more))
 
 
