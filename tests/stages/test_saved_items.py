@@ -17,7 +17,7 @@ from rlhfjax.config import load_config
 from rlhfjax.data.pipeline import Batches
 from rlhfjax.runs.checks import execute
 from rlhfjax.sharding import make_mesh
-from rlhfjax.stages import offline, online
+from rlhfjax.stages import learning, offline, online
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Learning
 from rlhfjax.training.checkpoint import stored_digests
@@ -203,8 +203,7 @@ def other_keys(patch):
 
 
 def rows_from(patch, shift):
-    for module in (offline, online):
-        patch.setattr(module, "MetricsWriter", lambda where, start, *more: MetricsWriter(where, start + shift, *more))
+    patch.setattr(learning, "MetricsWriter", lambda where, start, *more: MetricsWriter(where, start + shift, *more))
 
 
 @pytest.mark.parametrize(
