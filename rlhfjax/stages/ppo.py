@@ -16,11 +16,10 @@ def ppo(job: Job) -> Facts:
     c: schema.Ppo = job.config
     policy_model, policy = job.policy_from()
     judges, scoring = load_judges(job)
-    head = zero_head(policy_model.config.width)
     if c.value.trunk == "policy":
-        value_model, value = policy_model, {"head": head}
+        value_model, value = policy_model, {"head": zero_head(policy_model.config.width)}
     elif c.value.start_from == "policy":
-        value_model, value = policy_model, with_head(policy, head)
+        value_model, value = policy_model, with_head(policy, zero_head(policy_model.config.width))
     else:
         value_model, value = judges.of_recipe(scoring) or job.load(RECIPE)
     learner = OnlineLearner(
