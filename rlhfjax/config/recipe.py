@@ -58,6 +58,23 @@ _RANKINGS = (Reads("data", "comparison", _MIXED), Reads("validation", "compariso
 _PROMPTS = (Reads("data", "prompt", _MIXED), Reads("ptx.data", "document", _MIXED))
 _PER_TOKEN, _PER_PAIR = "nats per token", "nats per ranked pair"
 
+
+def _learning_online(name: str, key: int) -> StageFacts:
+    """A stage that samples while it trains: it differs from the others of its kind by its algorithm."""
+    return StageFacts(
+        name,
+        key=key,
+        module=name,
+        reads=_PROMPTS,
+        role="policy",
+        starts_from=_POLICY,
+        needs=("reward",),
+        unit="score",
+        adapts=True,
+        online=True,
+    )
+
+
 STAGES = (
     StageFacts("tokenizer", key=0, module="tokenizer", reads=(Reads("data", "document"),)),
     StageFacts(
@@ -102,42 +119,9 @@ STAGES = (
         unit=_PER_PAIR,
         adapts=True,
     ),
-    StageFacts(
-        "ppo",
-        key=4,
-        module="ppo",
-        reads=_PROMPTS,
-        role="policy",
-        starts_from=_POLICY,
-        needs=("reward",),
-        unit="score",
-        adapts=True,
-        online=True,
-    ),
-    StageFacts(
-        "grpo",
-        key=7,
-        module="grpo",
-        reads=_PROMPTS,
-        role="policy",
-        starts_from=_POLICY,
-        needs=("reward",),
-        unit="score",
-        adapts=True,
-        online=True,
-    ),
-    StageFacts(
-        "rloo",
-        key=8,
-        module="rloo",
-        reads=_PROMPTS,
-        role="policy",
-        starts_from=_POLICY,
-        needs=("reward",),
-        unit="score",
-        adapts=True,
-        online=True,
-    ),
+    _learning_online("ppo", key=4),
+    _learning_online("grpo", key=7),
+    _learning_online("rloo", key=8),
     StageFacts(
         "evaluate",
         key=5,
