@@ -2,6 +2,7 @@
 
 from rlhfjax.sharding.mesh import make_mesh
 from rlhfjax.sharding.rules import (
+    batch_shapes,
     batch_sharding,
     constrain_parts,
     local_rows,
@@ -10,10 +11,12 @@ from rlhfjax.sharding.rules import (
     put,
     replicated,
     row_shards,
+    state_shapes,
     state_shardings,
 )
 
 __all__ = [
+    "batch_shapes",
     "batch_sharding",
     "constrain_parts",
     "local_rows",
@@ -23,5 +26,6 @@ __all__ = [
     "put",
     "replicated",
     "row_shards",
+    "state_shapes",
     "state_shardings",
 ]

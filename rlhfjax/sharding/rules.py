@@ -110,6 +110,15 @@ def state_shardings(mesh: Mesh, shapes: Any) -> Any:
     )
 
 
+def state_shapes(mesh: Mesh, shapes: Any) -> Any:
+    """A tree of shapes with their layouts: what `state_shardings` would lay out."""
+    return jax.tree.map(_shape, shapes, state_shardings(mesh, shapes))
+
+
+def _shape(leaf: Any, layout: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+
+
 TOKEN_AXIS_LAST = {"tokens", "segments", "positions", "loss_mask", "token_mask"}  # batch fields for `sequence`
 
 
@@ -119,6 +128,11 @@ def place_batch(mesh: Mesh, batch: Any) -> Any:
     Prompts stay whole: sampling appends to them one token at a time.
     """
     return _laid_out(mesh, batch, put)
+
+
+def batch_shapes(mesh: Mesh, batch: Any) -> Any:
+    """The shapes of a whole batch with the layouts that `place_batch` gives it."""
+    return _laid_out(mesh, batch, _shape)
 
 
 def place_share(mesh: Mesh, share: Any) -> Any:
@@ -149,10 +163,10 @@ def _local_parts(mesh: Mesh, size: int) -> set[tuple[int, int]]:
     return {part[0].indices(size)[:2] for part in parts if part}
 
 
-def _laid_out(mesh: Mesh, batch: Any, put_leaf: Callable[[Any, NamedSharding], jax.Array]) -> Any:
+def _laid_out(mesh: Mesh, batch: Any, put_leaf: Callable[[Any, NamedSharding], Any]) -> Any:
     split_tokens = not isinstance(batch, PromptBatch)
 
-    def lay(path: tuple, leaf: Any) -> jax.Array:
+    def lay(path: tuple, leaf: Any) -> Any:
         axes: list[Any] = [MESH_AXES["batch"]] + [None] * (leaf.ndim - 1)
         if split_tokens and leaf.ndim > 1 and path_name(path) in TOKEN_AXIS_LAST:
             axes[-1] = MESH_AXES["token"]

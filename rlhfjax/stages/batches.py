@@ -1,6 +1,7 @@
 """The batches of each stage, by name. Opening them reads and checks every record that the stage will use."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from rlhfjax.config import schema
 from rlhfjax.config.online_stages import prompts_of
@@ -21,9 +22,19 @@ def open_batches(job: Job) -> dict[str, Batches]:
     for name, entry in _named(getattr(c, "validation", [])):
         opened[name] = _opened(job, [entry], train=False)
     if getattr(c, "ptx", None):
-        mix = schema.Batch(size=int(c.batch.size * c.batch.epochs * c.ptx.ratio), length=c.ptx.length)
-        opened["ptx"] = job.reader.documents(c.ptx.data, mix)
+        opened["ptx"] = job.reader.documents(c.ptx.data, mixed_batch(c))
     return opened
+
+
+def mixed_batch(c: Any) -> schema.Batch:
+    """The pretraining batch of an iteration."""
+    return schema.Batch(size=int(c.batch.size * c.batch.epochs * c.ptx.ratio), length=c.ptx.length)
+
+
+def loss_batch(run: schema.Run, c: schema.Evaluate) -> schema.Batch:
+    """The documents whose loss an evaluation measures at a time, as long as the models' context where that is known."""
+    whole = c.batch.prompt_length + c.sampling.max_new_tokens
+    return schema.Batch(size=c.batch.size, length=whole if run.model.checkpoint else run.model.context)
 
 
 def _opened(job: Job, data: list[schema.Data], train: bool) -> Batches:
@@ -45,10 +56,7 @@ def _opened(job: Job, data: list[schema.Data], train: bool) -> Batches:
 
 def _evaluate(job: Job) -> dict[str, Batches]:
     c: schema.Evaluate = job.config
-    length = (
-        job.run.model.context if not job.run.model.checkpoint else c.batch.prompt_length + c.sampling.max_new_tokens
-    )
-    documents = schema.Batch(size=c.batch.size, length=length)
+    documents = loss_batch(job.run, c)
     losses = {name: job.reader.documents([entry], documents, shuffle=False) for name, entry in _named(c.losses)}
     return {"train": job.reader.prompts(c.data, c.batch, shuffle=False)} | losses
 

@@ -30,6 +30,11 @@ def training_options(target: Target | None = None) -> dict[str, str] | None:
     return {"xla_gpu_enable_command_buffer": ""}
 
 
+def unbound(function: Any) -> tuple[tuple, Any]:
+    """The first arguments that `partial` binds, and the jitted function that they are bound to."""
+    return (function.args, function.func) if isinstance(function, partial) else ((), function)
+
+
 class Program:
     """A jitted function that is traced and compiled in threads; a call waits for that once.
 
@@ -39,7 +44,7 @@ class Program:
 
     def __init__(self, tracer: Executor, compiler: Executor, function: Any, arguments: Callable[[], tuple]):
         self._function, self._called = function, False
-        bound, jitted = ((), function) if not isinstance(function, partial) else (function.args, function.func)
+        bound, jitted = unbound(function)
         target = current()  # of this thread; those that trace and compile have none
 
         def lower() -> Any:
@@ -63,6 +68,35 @@ class Program:
             processes.barrier("compiled")  # on CPUs a collective gives up when another process still compiles
             self._called = True
         return self._function(*arguments)
+
+
+def in_turn(
+    steps: OnlineSteps,
+    state: Any,
+    frozen: Any,
+    prompts: Any,
+    pretraining: Any,
+    later: Callable[[Any, Callable[[], tuple]], Any],
+) -> OnlineSteps:
+    """The steps of an iteration, each made by `later` of a function and what finds its arguments.
+
+    Those of one are `shapes()` of what was made of the one before it; the others may be of shapes themselves.
+    """
+    params, key = state.train.params, jax.random.key(0)
+    served, reshard = lambda: params, steps.reshard
+    if reshard is not None:
+        reshard = later(reshard, lambda: (params,))
+        served = reshard.shapes
+    rollout = later(steps.rollout, lambda: (served(), prompts, key))
+    score = later(steps.score, lambda: (params, frozen, rollout.shapes()))
+    estimate = later(steps.estimate, lambda: (score.shapes(), state.kl_coef))
+
+    def learned() -> tuple:
+        experience, measured = estimate.shapes()
+        return state, experience, pretraining, measured, key
+
+    update = later(steps.update, learned)
+    return replace(steps, rollout=rollout, score=score, estimate=estimate, update=update, reshard=reshard)
 
 
 class Ahead:
@@ -89,22 +123,8 @@ class Ahead:
         self._afterwards.append((function, arguments))
 
     def online(self, steps: OnlineSteps, state: Any, frozen: Any, prompts: Any, pretraining: Any) -> OnlineSteps:
-        """The steps of an iteration, each compiled for what the one before it gives."""
-        params, key = state.train.params, jax.random.key(0)
-        served, reshard = lambda: params, steps.reshard
-        if reshard is not None:
-            reshard = self.program(reshard, params)
-            served = reshard.shapes
-        rollout = self._later(steps.rollout, lambda: (served(), prompts, key))
-        score = self._later(steps.score, lambda: (params, frozen, rollout.shapes()))
-        estimate = self._later(steps.estimate, lambda: (score.shapes(), state.kl_coef))
-
-        def learned() -> tuple:
-            experience, measured = estimate.shapes()
-            return state, experience, pretraining, measured, key
-
-        update = self._later(steps.update, learned)
-        return replace(steps, rollout=rollout, score=score, estimate=estimate, update=update, reshard=reshard)
+        """The steps of an iteration over such a state, frozen parameters, prompts and pretraining batch."""
+        return in_turn(steps, state, frozen, prompts, pretraining, self._later)
 
     def _later(self, function: Any, arguments: Callable[[], tuple]) -> Program:
         self._programs.append(Program(self._tracer, self._compiler, function, arguments))

@@ -1,5 +1,7 @@
 """Direct preference optimisation: the SFT policy learns from rankings, without a reward model."""
 
+import jax
+
 from rlhfjax.config import schema
 from rlhfjax.data.pipeline import Batches
 from rlhfjax.stages.batches import held_out, longest, open_batches
@@ -9,21 +11,26 @@ from rlhfjax.stages.measures.validation import accuracy_meter, named
 from rlhfjax.stages.objectives import preference_optimisation
 from rlhfjax.stages.offline import OfflineLearner, learn_offline
 from rlhfjax.stages.packed_rows import ranking_packer
+from rlhfjax.stages.starts import Starts
 from rlhfjax.types import Params
 
 
 def dpo(job: Job) -> Facts:
     """DPO on K-way rankings; the reference is the policy that it starts from, frozen."""
-    c: schema.Dpo = job.config
-    model, policy = job.policy_from()
-    objective = preference_optimisation(model, c.loss, gather=job.mesh.size == 1)
-    pack = ranking_packer(c.batch, job.mesh, model, longest(open_batches(job)))
-    measure = accuracy_meter(job.mesh, objective, pack, "rewards/accuracies")
+    return learn_offline(job, learner(job.config, job.mesh, job, longest(open_batches(job))))
+
+
+def learner(c: schema.Dpo, mesh: jax.sharding.Mesh, starts: Starts, longest: int) -> OfflineLearner:
+    """A policy beside the one that it starts from; the longest comparison has `longest` tokens."""
+    model, policy = starts.policy_from()
+    objective = preference_optimisation(model, c.loss, gather=mesh.size == 1)
+    pack = ranking_packer(c.batch, mesh, model, longest)
+    measure = accuracy_meter(mesh, objective, pack, "rewards/accuracies")
 
     def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:
         return named("eval/dpo/accuracy", {name: measure(params, data) for name, data in held_out(opened).items()})
 
-    learner = OfflineLearner(
+    return OfflineLearner(
         role="policy",
         model=model,
         params=policy,
@@ -34,4 +41,3 @@ def dpo(job: Job) -> Facts:
         beside={"reference": policy},
         shown=("loss/train", "rewards/accuracies", "rewards/margins", "eval/dpo/accuracy"),
     )
-    return learn_offline(job, learner)

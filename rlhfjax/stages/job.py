@@ -111,12 +111,7 @@ class Job:
         return {"dtype": settings.dtype, "remat": settings.remat, "attention": settings.attention}
 
     def policy_from(self, *stages: str) -> tuple[SequenceModel, Params]:
-        """The policy of the first of `stages` that the recipe has; else the model's checkpoint; else a fresh one.
-
-        Where none are given, they are those that this stage starts from.
-
-        With `model.lora` it holds adapters, fresh ones where that policy has none. Pretraining has no use for them.
-        """
+        """As `Starts` has it."""
         for stage in stages or starts_of(self.run, self.stage):
             if getattr(self.run.stages, stage):
                 return self._adapted(*self.load(stage))

@@ -4,46 +4,31 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from rlhfjax.functional import kl_estimate
 from rlhfjax.host import processes
-from rlhfjax.models import EncoderDecoder, SequenceModel
+from rlhfjax.models import EncoderDecoder
 from rlhfjax.models.heads import with_head
-from rlhfjax.models.lora import has_adapters, split
-from rlhfjax.sharding import state_shardings
+from rlhfjax.models.lora import has_adapters
 from rlhfjax.stages.batches import open_batches
 from rlhfjax.stages.compilation import Ahead
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts, Learning, Stored, meta_for, rate_of
 from rlhfjax.stages.models import sampling_params
-from rlhfjax.stages.online_programs import OnlineLearner, build, optimizer_of, passes_of, policy_average
-from rlhfjax.stages.rewards import HostRewards, Judges, load_judges
+from rlhfjax.stages.online_programs import OnlineLearner, build, first_state, passes_of, policy_average
+from rlhfjax.stages.rewards import HostRewards, Judges
 from rlhfjax.training.flops import OnlineFlops, attended, forward_flops
 from rlhfjax.training.online import train_online
-from rlhfjax.training.state import init_state
 from rlhfjax.types import OnlineState, Params, Rollout, TokenBatch, TrainState
 
 SHOWN = (
     *("objective/scores", "objective/kl", "objective/length", "loss/ptx"),
     *("timing/rollout_share", "timing/update_share", "perf/mfu"),
 )
-
-
-def policy_learner(job: Job, algorithm: Any, model: SequenceModel, policy: Params) -> OnlineLearner:
-    """The learner of an algorithm that trains the policy alone."""
-    judges, scoring = load_judges(job)
-    return OnlineLearner(
-        algorithm=algorithm,
-        models={"policy": model},
-        params={"policy": policy},
-        judges=judges,
-        frozen={"reference": policy, "rewards": scoring},
-        optimizer=optimizer_of(job.config, model.config.width, ["policy"]),
-    )
 
 
 def learn_online(job: Job, learner: OnlineLearner) -> Facts:
@@ -119,16 +104,8 @@ class _Prompts:
 
 def _learning(job: Job, learner: OnlineLearner) -> Learning[OnlineState]:
     """The stage at its newest checkpoint."""
-    c, average = job.config, policy_average(job.config)
-    trained = split(learner.params)[1]
-
-    def fresh() -> OnlineState:
-        train = init_state(job.mesh, trained, learner.optimizer, average and average.of)
-        state = OnlineState(train, jnp.float32(c.kl.in_reward), jnp.int32(0))
-        return jax.device_put(state, state_shardings(job.mesh, state))
-
-    meta = meta_for(job, "policy", learner.policy, averaged=average is not None)
-    return Learning(job, job.checkpoints(), STORED, fresh, meta)
+    meta = meta_for(job, "policy", learner.policy, averaged=policy_average(job.config) is not None)
+    return Learning(job, job.checkpoints(), STORED, partial(first_state, job.config, job.mesh, learner), meta)
 
 
 def iteration_flops(c: Any, learner: OnlineLearner, mixed: TokenBatch | None) -> OnlineFlops | None:

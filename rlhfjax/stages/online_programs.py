@@ -17,7 +17,7 @@ from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.generation.slots import rollout as sample_groups
 from rlhfjax.models import SequenceModel
 from rlhfjax.models.lora import join, split
-from rlhfjax.sharding import batch_sharding, constrain_parts, replicated, state_shardings
+from rlhfjax.sharding import batch_sharding, constrain_parts, replicated, state_shapes, state_shardings
 from rlhfjax.sharding.sampling import split_caches
 from rlhfjax.stages.compilation import training_options
 from rlhfjax.stages.models import sampler_of
@@ -28,6 +28,7 @@ from rlhfjax.training.averaging import Average
 from rlhfjax.training.flops import seen_by
 from rlhfjax.training.online import OnlineSteps, Refill
 from rlhfjax.training.optimizer import make_optimizer
+from rlhfjax.training.state import init_state, init_state_shapes
 from rlhfjax.training.update import Passes, online_update
 from rlhfjax.types import OnlineState, Params, PromptBatch, Rollout, TokenBatch
 
@@ -54,6 +55,37 @@ class OnlineLearner:
     @property
     def online(self) -> OnlineAlgorithm:
         return online_part(self.algorithm)
+
+
+def policy_learner(
+    c: Any, algorithm: Any, model: SequenceModel, policy: Params, rewards: tuple[Judges, Mapping[str, Params]]
+) -> OnlineLearner:
+    """The learner of an algorithm that trains the policy alone."""
+    judges, scoring = rewards
+    return OnlineLearner(
+        algorithm=algorithm,
+        models={"policy": model},
+        params={"policy": policy},
+        judges=judges,
+        frozen={"reference": policy, "rewards": scoring},
+        optimizer=optimizer_of(c, model.config.width, ["policy"]),
+    )
+
+
+def first_state(c: Any, mesh: jax.sharding.Mesh, learner: OnlineLearner) -> OnlineState:
+    """The state that a stage begins with, on the mesh."""
+    average = policy_average(c)
+    train = init_state(mesh, split(learner.params)[1], learner.optimizer, average and average.of)
+    state = OnlineState(train, jnp.float32(c.kl.in_reward), jnp.int32(0))
+    return jax.device_put(state, state_shardings(mesh, state))
+
+
+def first_state_shapes(c: Any, mesh: jax.sharding.Mesh, learner: OnlineLearner) -> OnlineState:
+    """The shapes and layouts of that state."""
+    average = policy_average(c)
+    train = init_state_shapes(mesh, split(learner.params)[1], learner.optimizer, average and average.of)
+    number: Any = partial(jax.ShapeDtypeStruct, ())
+    return state_shapes(mesh, OnlineState(train, number(jnp.float32), number(jnp.int32)))
 
 
 def build(

@@ -1,5 +1,7 @@
 """Reinforcement learning from the reward model: PPO with the KL penalty and the pretraining mix."""
 
+import jax
+
 from rlhfjax.config import schema
 from rlhfjax.config.rewards import RECIPE
 from rlhfjax.models.heads import with_head, zero_head
@@ -9,25 +11,29 @@ from rlhfjax.stages.objectives import ppo_objective
 from rlhfjax.stages.online import learn_online
 from rlhfjax.stages.online_programs import OnlineLearner, optimizer_of
 from rlhfjax.stages.rewards import load_judges
+from rlhfjax.stages.starts import Starts
 
 
 def ppo(job: Job) -> Facts:
     """PPO against the reward model, with the SFT policy frozen as the reference (Ouyang et al. 2022, C.4)."""
-    c: schema.Ppo = job.config
-    policy_model, policy = job.policy_from()
-    judges, scoring = load_judges(job)
+    return learn_online(job, learner(job.config, job.mesh, job))
+
+
+def learner(c: schema.Ppo, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLearner:
+    """Policy and value model, with the policy as it was as the reference."""
+    policy_model, policy = starts.policy_from()
+    judges, scoring = load_judges(c.rewards, starts)
     if c.value.trunk == "policy":
         value_model, value = policy_model, {"head": zero_head(policy_model.config.width)}
     elif c.value.start_from == "policy":
         value_model, value = policy_model, with_head(policy, zero_head(policy_model.config.width))
     else:
-        value_model, value = judges.of_recipe(scoring) or job.load(RECIPE)
-    learner = OnlineLearner(
-        algorithm=ppo_objective(c, policy_model, value_model, gather=job.mesh.size == 1),
+        value_model, value = judges.of_recipe(scoring) or starts.load(RECIPE)
+    return OnlineLearner(
+        algorithm=ppo_objective(c, policy_model, value_model, gather=mesh.size == 1),
         models={"policy": policy_model, "value": value_model},
         params={"policy": policy, "value": value},
         judges=judges,
         frozen={"reference": policy, "rewards": scoring},
         optimizer=optimizer_of(c, policy_model.config.width),
     )
-    return learn_online(job, learner)

@@ -1,7 +1,11 @@
 """Pretraining and supervised fine-tuning: what makes the policy that PPO starts from."""
 
+from dataclasses import replace
+
+import jax
+
+from rlhfjax.config import schema
 from rlhfjax.data.pipeline import Batches
-from rlhfjax.models import SequenceModel
 from rlhfjax.models.lora import split
 from rlhfjax.stages.batches import held_out
 from rlhfjax.stages.job import Job
@@ -9,40 +13,44 @@ from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.measures.validation import loss_meter, named, reward_meter
 from rlhfjax.stages.objectives import training_loss
 from rlhfjax.stages.offline import OfflineLearner, learn_offline
+from rlhfjax.stages.starts import Starts
 from rlhfjax.types import Params
 
 
 def pretrain(job: Job) -> Facts:
     """Next-token prediction on packed documents."""
-    model, params = job.policy_from()
-    return _train_policy(job, model, params)
+    return learn_offline(job, learner(job.config, job.mesh, job))
 
 
 def sft(job: Job) -> Facts:
     """Supervised fine-tuning on demonstrations, with an optional share of pretraining text."""
-    model, params = job.policy_from()
-    return _train_policy(job, model, params)
+    made = learner(job.config, job.mesh, job)
+    if job.config.select_by != "reward_score":
+        return learn_offline(job, made)
+    score = reward_meter(job, made.model)
+    return learn_offline(
+        job, replace(made, validate=lambda params, opened: made.validate(params, opened) | score(params))
+    )
 
 
-def _train_policy(job: Job, model: SequenceModel, params: Params) -> Facts:
-    measure = loss_meter(job.mesh, model)
+def learner(
+    c: schema.Pretrain | schema.Sft, mesh: jax.sharding.Mesh, starts: Starts, longest: int = 0
+) -> OfflineLearner:
+    """A policy that learns the next token, of documents or of responses. `longest` is for comparisons."""
+    model, params = starts.policy_from()
+    measure = loss_meter(mesh, model)
 
     def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:
-        losses = {name: measure(params, data) for name, data in held_out(opened).items()}
-        return named("loss/validation", losses) | (reward_score(params) if reward_score else {})
+        return named("loss/validation", {name: measure(params, data) for name, data in held_out(opened).items()})
 
-    smoothing = job.config.loss.label_smoothing if job.stage == "sft" else 0.0
-    reward_score = None
-    if getattr(job.config, "select_by", "last") == "reward_score":
-        reward_score = reward_meter(job, model)
     objective = training_loss(
         model,
-        job.config.dropout,
-        label_smoothing=smoothing,
-        gather=job.mesh.size == 1,
+        c.dropout,
+        label_smoothing=c.loss.label_smoothing if isinstance(c, schema.Sft) else 0.0,
+        gather=mesh.size == 1,
         ahead="mtp_heads" in split(params)[1],  # adapters leave the heads of their base as they are
     )
-    learner = OfflineLearner(
+    return OfflineLearner(
         role="policy",
         model=model,
         params=params,
@@ -51,4 +59,3 @@ def _train_policy(job: Job, model: SequenceModel, params: Params) -> Facts:
         validate=validate,
         shown=("loss/train", "loss/validation", "perf/train_tokens_per_s", "perf/mfu"),
     )
-    return learn_offline(job, learner)

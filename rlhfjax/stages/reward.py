@@ -1,5 +1,6 @@
 """The reward model: trained on rankings, then centred."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -20,21 +21,27 @@ from rlhfjax.stages.measures.validation import accuracy_meter, named
 from rlhfjax.stages.objectives import reward_modelling
 from rlhfjax.stages.offline import OfflineLearner, learn_offline
 from rlhfjax.stages.packed_rows import ranking_packer
+from rlhfjax.stages.starts import Starts
 from rlhfjax.types import Params
 
 
 def reward(job: Job) -> Facts:
     """The reward model: the policy's decoder with a scalar head, on K-way rankings; then its scores are centred."""
-    c: schema.Reward = job.config
-    model, policy = job.policy_from()
-    params = with_head(policy, init_head(job.key("init"), model.config.width))
-    pack = ranking_packer(c.batch, job.mesh, model, longest(open_batches(job)), ends=True)
-    measure = accuracy_meter(job.mesh, reward_modelling(model, c.loss), pack)
+    made = learner(job.config, job.mesh, job, longest(open_batches(job)))
+    return learn_offline(job, replace(made, finish=partial(normalize_scores, job, made.model)))
+
+
+def learner(c: schema.Reward, mesh: jax.sharding.Mesh, starts: Starts, longest: int) -> OfflineLearner:
+    """The decoder of a policy with a fresh head; the longest comparison has `longest` tokens."""
+    model, policy = starts.policy_from()
+    params = with_head(policy, init_head(starts.key("init"), model.config.width))
+    pack = ranking_packer(c.batch, mesh, model, longest, ends=True)
+    measure = accuracy_meter(mesh, reward_modelling(model, c.loss), pack)
 
     def validate(params: Params, opened: dict[str, Batches]) -> dict[str, float]:
         return named("eval/rm/accuracy", {name: measure(params, data) for name, data in held_out(opened).items()})
 
-    learner = OfflineLearner(
+    return OfflineLearner(
         role="reward",
         model=model,
         params=params,
@@ -42,10 +49,8 @@ def reward(job: Job) -> Facts:
         meter=measure,
         validate=validate,
         pack=pack,
-        finish=partial(normalize_scores, job, model),
         shown=("train/rm/loss", "train/rm/accuracy", "eval/rm/accuracy", "perf/mfu"),
     )
-    return learn_offline(job, learner)
 
 
 def normalize_scores(job: Job, model: SequenceModel, params: Params) -> tuple[Params, Facts]:

@@ -17,6 +17,7 @@ from rlhfjax.models import SequenceModel
 from rlhfjax.rewards import Example, Pending, Rewards
 from rlhfjax.sharding import local_rows, place_share
 from rlhfjax.stages.job import Job
+from rlhfjax.stages.starts import Starts
 from rlhfjax.types import Params, Rollout, TokenBatch
 
 
@@ -145,13 +146,12 @@ class Asked:
         return replace(scored, rewards=rewards), {"objective/reward_failures": failures}
 
 
-def load_judges(job: Job) -> tuple[Judges, dict[str, Params]]:
+def load_judges(terms: Sequence[Any], starts: Starts) -> tuple[Judges, dict[str, Params]]:
     """The rewards of a stage, with the parameters of those that are models by their title."""
-    terms = tuple(job.config.rewards)
     loaded = {
-        term.title: job.load(RECIPE) if term.model == RECIPE else job.load_from(term.model)
+        term.title: starts.load(RECIPE) if term.model == RECIPE else starts.load_from(term.model)
         for term in terms
         if isinstance(term, ModelReward)
     }
     models = {title: model for title, (model, _) in loaded.items()}
-    return Judges(terms, models), {title: params for title, (_, params) in loaded.items()}
+    return Judges(tuple(terms), models), {title: params for title, (_, params) in loaded.items()}

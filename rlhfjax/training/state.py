@@ -1,6 +1,7 @@
 """Training states: created, saved and restored in their shardings."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rlhfjax.sharding import put, state_shardings
+from rlhfjax.sharding import put, state_shapes, state_shardings
 from rlhfjax.types import Params, TrainState
 
 
@@ -17,13 +18,22 @@ def init_state(
 ) -> TrainState:
     """A fresh training state around `params`; `average_of(params)` picks what the moving average follows, if any."""
 
-    def build(params):
-        average = None if average_of is None else average_of(params)
-        return TrainState(params, optimizer.init(params), jnp.int32(0), average)
-
+    build = partial(_fresh, optimizer, average_of)
     shardings = state_shardings(mesh, jax.eval_shape(build, params))
     # Donation is off: the parameters often come from a model that is still needed (the reference).
     return jax.jit(build, out_shardings=shardings)(params)
+
+
+def init_state_shapes(
+    mesh: Mesh, params: Params, optimizer: optax.GradientTransformation, average_of: Callable | None = None
+) -> TrainState:
+    """The shapes and layouts of that state; `params` may be of shapes."""
+    return state_shapes(mesh, jax.eval_shape(partial(_fresh, optimizer, average_of), params))
+
+
+def _fresh(optimizer: optax.GradientTransformation, average_of: Callable | None, params: Params) -> TrainState:
+    average = None if average_of is None else average_of(params)
+    return TrainState(params, optimizer.init(params), jnp.int32(0), average)
 
 
 def abstract(tree: Any) -> Any:

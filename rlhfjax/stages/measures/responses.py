@@ -25,9 +25,10 @@ from rlhfjax.stages.compilation import training_options
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.models import sampler_of, sampling_params
 from rlhfjax.stages.packed_rows import rows_at_a_time
+from rlhfjax.stages.starts import Started
 from rlhfjax.target import Target, current
 from rlhfjax.training.supervision import Watch
-from rlhfjax.types import Params, TokenBatch
+from rlhfjax.types import TokenBatch
 
 SHOWN_SAMPLES = 24
 
@@ -51,14 +52,14 @@ class Responses:
     entropies: list[float] = field(default_factory=list)
 
 
-def respond(
-    job: Job, prompts: Batches, policies: dict[str, tuple[SequenceModel, Params]], stage: str, watch: Watch
-) -> Responses:
+def respond(job: Job, prompts: Batches, policies: dict[str, Started], stage: str, watch: Watch) -> Responses:
     """One response to each of the first `samples` evaluation prompts, drawn by the policy of `stage`."""
     c: schema.Evaluate = job.config
     made = Responses()
     key = jax.random.fold_in(job.key("samples"), list(policies).index(stage))
-    sample = _sampler(job, policies, stage)
+    reference, settings = next(iter(policies.values())), sampling_params(c.sampling, job.tokenizer)
+    reward = job.load("reward") if job.run.stages.reward else None
+    sample = sampler(c, job.mesh, policies[stage], reference, reward, settings)
     for step in range(-(-c.samples // c.batch.size)):
         watch.begin(f"responses/{stage}", step)
         watch.poll()
@@ -77,25 +78,29 @@ def respond(
     return made
 
 
-def _sampler(job: Job, policies: dict[str, tuple[SequenceModel, Params]], stage: str) -> Callable:
-    """A compiled function of (prompts, key): rollout, KL and summed entropy of each response, and its score.
+def sampler(
+    c: schema.Evaluate,
+    mesh: jax.sharding.Mesh,
+    policy: Started,
+    reference: Started,
+    reward: Started | None,
+    settings: SamplingParams,
+) -> partial:
+    """A jitted function of (prompts, key): rollout, KL and summed entropy of each response, and its score.
 
     KL and entropy are of the policies at the temperature that the responses are drawn at (greedy: at 1), so that the
     mean over responses is that of the distribution they come from; filters are left out of them.
     """
-    model, params = policies[stage]
-    reference_model, reference = next(iter(policies.values()))
-    reward_model, reward = job.load("reward") if job.run.stages.reward else (model, None)
-    settings = sampling_params(job.config.sampling, job.tokenizer)
-    sampler = split_caches(job.mesh, sampler_of(model, job.config.sampling))
-    part = rows_at_a_time(job.config, job.mesh)
-    models = sampler, model, reference_model, reward_model
-    return partial(_program(*models, settings, part, job.mesh, current()), params, reference, reward)
+    model, params = policy
+    reward_model, scoring = reward or (model, None)
+    models = split_caches(mesh, sampler_of(model, c.sampling)), model, reference[0], reward_model
+    program = _program(*models, settings, rows_at_a_time(c, mesh), mesh, current())
+    return partial(program, params, reference[1], scoring)
 
 
 @lru_cache(maxsize=4)  # policies of one shape share what is traced and compiled
 def _program(
-    sampler: Any,
+    sampling_model: Any,
     model: SequenceModel,
     reference_model: SequenceModel,
     reward_model: SequenceModel,
@@ -108,7 +113,7 @@ def _program(
 
     @partial(jax.jit, compiler_options=training_options(target))
     def sample(params, reference, reward, batch, key):
-        made = generate(sampler, params, batch, key, settings)
+        made = generate(sampling_model, params, batch, key, settings)
 
         def of_rows(rows: TokenBatch) -> tuple[jax.Array, ...]:
             log_probs, entropies = token_log_probs(model, params, rows, **how)

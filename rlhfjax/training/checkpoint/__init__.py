@@ -16,7 +16,7 @@ from rlhfjax.training.checkpoint.meta import (
     tokenizer_of,
     verified_step,
 )
-from rlhfjax.training.checkpoint.models import Bases, load_model, reference_to, save_model, tree_digest
+from rlhfjax.training.checkpoint.models import Bases, load_model, model_shapes, reference_to, save_model, tree_digest
 from rlhfjax.training.checkpoint.saving import Checkpoints
 from rlhfjax.training.checkpoint.steps import require_writable
 
@@ -29,6 +29,7 @@ __all__ = [
     "find_checkpoint",
     "load_model",
     "meta_of",
+    "model_shapes",
     "read_meta",
     "reference_to",
     "require_writable",

@@ -93,9 +93,8 @@ def load_model(
     """
     meta = read_meta(step_dir)
     item = str(item or meta["serve"])
-    scalar = (meta["role"] if item == "average" else item) in SCALAR
-    here = {"dtype": compute_dtype(dtype), "remat": remat, "attention": attention}
-    model = model_of(meta["model"] | {name: here[name] for name in here if name in meta["model"]})
+    scalar = _scalar(meta, item)
+    model = _described(meta, dtype=dtype, remat=remat, attention=attention)
     place = (Path(os.path.abspath(step_dir)), item)
     if bases and place in bases.params:
         return model, bases.params[place]
@@ -111,6 +110,28 @@ def load_model(
     if bases:
         bases.params[place] = params
     return model, params
+
+
+def model_shapes(step_dir: Path, **here: str) -> tuple[SequenceModel, Params]:
+    """The model that a step directory serves, with the shapes of its parameters; adapters are left out.
+
+    No parameter is read. Of `here` are dtype, remat and attention, as `load_model` has them.
+    """
+    meta = read_meta(step_dir)
+    model = _described(meta, **here)
+    init = model.init_scalar if _scalar(meta, meta["serve"]) else model.init
+    return model, jax.eval_shape(init, jax.random.key(0))
+
+
+def _described(
+    meta: Mapping[str, Any], *, dtype: str = "auto", remat: str = "none", attention: str = "auto"
+) -> SequenceModel:
+    here = {"dtype": compute_dtype(dtype), "remat": remat, "attention": attention}
+    return model_of(meta["model"] | {name: here[name] for name in here if name in meta["model"]})
+
+
+def _scalar(meta: Mapping[str, Any], item: str) -> bool:
+    return (meta["role"] if item == "average" else item) in SCALAR
 
 
 def reference_to(base_dir: Path, stage_dir: Path) -> dict[str, str]:
