@@ -12,26 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhfjax.algorithms import restrict
-from rlhfjax.algorithms.dpo import Dpo
 from rlhfjax.algorithms.grpo import Grpo
 from rlhfjax.algorithms.likelihood import token_log_probs
 from rlhfjax.config import schema
 from rlhfjax.config.sections import Optimizer, RolloutBatch, Sampling
 from rlhfjax.config.sections import RankedBatch as RankedSection
-from rlhfjax.generation import SamplingParams, generate, rollout
+from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.heads import init_head, with_head
-from rlhfjax.sharding import batch_sharding, make_mesh, place_batch, state_shardings
-from rlhfjax.stages.compilation import Ahead, training_options
+from rlhfjax.sharding import make_mesh, place_batch
+from rlhfjax.stages.compilation import Ahead
 from rlhfjax.stages.objectives import ppo_objective, preference_optimisation, reward_modelling, training_loss
-from rlhfjax.stages.online_programs import OnlineLearner, build, optimizer_of
+from rlhfjax.stages.offline import OfflineLearner
+from rlhfjax.stages.offline import build as build_offline
+from rlhfjax.stages.online_programs import OnlineLearner, build, first_state, optimizer_of
 from rlhfjax.stages.packed_rows import ranking_packer
 from rlhfjax.stages.rewards import Judges
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.state import init_state, place
-from rlhfjax.training.update import Pack, offline_step
-from rlhfjax.types import OnlineState, Params, PromptBatch, RankedBatch, Rollout, TokenBatch, TrainState
+from rlhfjax.training.update import Pack
+from rlhfjax.types import Params, PromptBatch, RankedBatch, Rollout, TokenBatch, TrainState
 
 Work = dict[str, Any]
 PAD, STOP, NEVER = 0, 2, -1  # no token is NEVER: responses have their full length
@@ -94,37 +94,25 @@ def sampling_of(work: Work) -> SamplingParams:
 
 
 class OfflineLoop:
-    """One step after the other of a stage that trains on batches, as `rlhfjax.stages.offline` compiles it.
+    """One step after the other of a stage that trains on batches, as `rlhfjax.stages.offline` builds it."""
 
-    `algorithm` is made of the frozen parameters, which are an argument of the compiled step.
-    """
-
-    def __init__(
-        self,
-        work: Work,
-        algorithm: Callable[[Params], Any],
-        params: Params,
-        batch: Callable[[int], Any],
-        frozen: Params | None = None,
-        pack: Pack | None = None,
-    ):
-        self._mesh, self._batch, self._frozen = make_mesh(), batch, frozen or {}
-        optimizer = make_optimizer(optimizer_section(work), STEPS)
-        self._state: TrainState = init_state(self._mesh, params, optimizer)
-
-        layout = state_shardings(self._mesh, self._state)
-
-        @partial(jax.jit, donate_argnums=1, out_shardings=(layout, None), compiler_options=training_options())
-        def step(frozen: Any, state: TrainState, batch: Any, key: jax.Array):
-            return offline_step(algorithm(frozen), optimizer, state, batch, key, pack=pack)
-
-        self._step = step
+    def __init__(self, c: Any, learner: OfflineLearner, batch: Callable[[int], Any]):
+        self._mesh, self._batch = make_mesh(), batch
+        optimizer = make_optimizer(c.optimizer, STEPS)
+        self._state: TrainState = init_state(self._mesh, learner.params, optimizer)
+        self._step = partial(build_offline(c, self._mesh, learner, self._state, optimizer), learner.fixed)
 
     def __call__(self, number: int) -> None:
         batch = place_batch(self._mesh, self._batch(number))
-        self._state, metrics = self._step(self._frozen, self._state, batch, jax.random.key(number))
+        self._state, metrics = self._step(self._state, batch, jax.random.key(number))
         jax.block_until_ready(self._state)
         jax.device_get(metrics)
+
+
+def learner_of(model: LanguageModel, params: Params, objective: Any, **more: Any) -> OfflineLearner:
+    """A learner that is never measured."""
+    unmeasured: Any = None
+    return OfflineLearner("policy", model, params, objective, unmeasured, unmeasured, (), **more)
 
 
 def sft(work: Work) -> OfflineLoop:
@@ -135,33 +123,40 @@ def sft(work: Work) -> OfflineLoop:
         positions = np.broadcast_to(np.arange(work["length"], dtype=np.int32), tokens.shape)
         return TokenBatch(*map(jnp.asarray, (tokens, np.ones_like(tokens), positions, np.ones_like(tokens, bool))))
 
-    return OfflineLoop(work, lambda _: training_loss(model), fresh(make_mesh(), model, work["seed"]), batch)
+    section = schema.Sft(batch=schema.Batch(size=work["rows"], length=work["length"]), **trained_as(work))
+    params = fresh(make_mesh(), model, work["seed"])
+    return OfflineLoop(section, learner_of(model, params, training_loss(model)), batch)
 
 
 def reward(work: Work) -> OfflineLoop:
-    model = model_of(work)
+    model, section = model_of(work), schema.Reward(batch=pairs_section(work), **trained_as(work))
     params = with_head(fresh(make_mesh(), model, work["seed"]), init_head(jax.random.key(1), model.config.width))
-    algorithm = reward_modelling(model, schema.RankingLoss())
-    packer = pairs_packer(work, model, ends=True)
-    return OfflineLoop(work, lambda _: algorithm, params, partial(pairs_of, work), pack=packer)
+    pack = pairs_packer(work, model, ends=True)
+    learner = learner_of(model, params, reward_modelling(model, section.loss), pack=pack)
+    return OfflineLoop(section, learner, partial(pairs_of, work))
 
 
 def dpo(work: Work) -> OfflineLoop:
-    model, mesh = model_of(work), make_mesh()
-    both = preference_optimisation(model, schema.PreferenceLoss())
-
-    def algorithm(frozen: Params) -> Dpo:
-        return restrict(both, lambda params: params | {"reference": frozen})
-
+    model, mesh, section = model_of(work), make_mesh(), schema.Dpo(batch=pairs_section(work), **trained_as(work))
     policy, reference = (fresh(mesh, model, work["seed"]) for _ in range(2))
-    return OfflineLoop(work, algorithm, policy, partial(pairs_of, work), reference, pairs_packer(work, model))
+    how = {"beside": {"reference": reference}, "pack": pairs_packer(work, model)}
+    learner = learner_of(model, policy, preference_optimisation(model, section.loss), **how)
+    return OfflineLoop(section, learner, partial(pairs_of, work))
+
+
+def trained_as(work: Work) -> dict[str, Any]:
+    """What the sections of all of them say."""
+    return {"data": [schema.Data(source="random")], "steps": STEPS, "optimizer": optimizer_section(work)}
+
+
+def pairs_section(work: Work) -> RankedSection:
+    return RankedSection(size=work["rows"] // 2, length=work["length"], candidates=2)
 
 
 def pairs_packer(work: Work, model: LanguageModel, ends: bool = False) -> Pack | None:
     """The packing that a stage chooses for these pairs."""
-    batch = RankedSection(size=work["rows"] // 2, length=work["length"], candidates=2)
     width = 2 * work["length"] - work["prompt"] + 1
-    return ranking_packer(batch, make_mesh(), model, width, ends)
+    return ranking_packer(pairs_section(work), make_mesh(), model, width, ends)
 
 
 def pairs_of(work: Work, step: int) -> RankedBatch:
@@ -219,13 +214,11 @@ class PpoLoop:
         optimizer = optimizer_of(c, model.config.width)
         value = reward if c.value.trunk == "own" else {"head": reward["head"]}
         params, models = {"policy": policy, "value": value}, {"policy": model, "value": model}
-        train = init_state(self._mesh, params, optimizer)
-        state = OnlineState(train, jnp.float32(c.kl.coef), jnp.int32(0))
-        self._state = jax.device_put(state, state_shardings(self._mesh, state))
         self._frozen = {"reference": policy, "rewards": {"model": reward}}
         learner = OnlineLearner(
             ppo_objective(c, model, model), models, params, judged_by(c, model), self._frozen, optimizer
         )
+        self._state = first_state(c, self._mesh, learner)
         steps = build(c, self._mesh, learner, self._state, sampling_of(work))
         ahead, prompts = Ahead("ppo"), place_batch(self._mesh, prompts_of(work, 0))
         self._steps, self._first = ahead.online(steps, self._state, self._frozen, prompts, None), ahead.first_step
@@ -276,23 +269,20 @@ class GrpoLoop:
         algorithm: Any = Grpo(log_probs, work["per_prompt"], missing_eos="keep")
         optimizer = optax.partition({"policy": make_optimizer(optimizer_section(work), STEPS)}, {"policy": "policy"})
         policy, reference = (fresh(self._mesh, model, work["seed"]) for _ in range(2))
-        state = OnlineState(init_state(self._mesh, {"policy": policy}, optimizer), jnp.float32(0), jnp.int32(0))
-        self._state = jax.device_put(state, state_shardings(self._mesh, state))
         self._frozen = {"reference": reference, "rewards": {"model": {"decoder": {}}}}
         judge: Any = Counted()
         learner = OnlineLearner(
             algorithm, {"policy": model}, {"policy": policy}, judged_by(c, judge), self._frozen, optimizer
         )
+        self._state = first_state(c, self._mesh, learner)
         self._steps = build(c, self._mesh, learner, self._state, sampling_of(work))
-        sampling = {"sampling": sampling_of(work), "samples": work["per_prompt"]}
-        self._sample = jax.jit(partial(rollout, model, **sampling), out_shardings=batch_sharding(self._mesh))
 
     def __call__(self, number: int) -> dict[str, Any]:
         asked = self._work | {"rows": self._work["rows"] // self._work["per_prompt"]}
         prompts = place_batch(self._mesh, prompts_of(asked, number))
         sample_key, update_key = jax.random.split(jax.random.key(number))
         clock, steps, params = _Clock(), self._steps, self._state.train.params
-        made = clock("generation", self._sample(params["policy"], prompts, sample_key))
+        made = clock("generation", steps.rollout(params, prompts, sample_key))
         scored = clock("scoring", steps.score(params, self._frozen, made))
         experience, metrics = clock("estimate", steps.estimate(scored, self._state.kl_coef))
         self._state, measured = clock("update", steps.update(self._state, experience, None, metrics, update_key))
@@ -318,8 +308,7 @@ def ppo_section(work: Work, old_log_probs: Literal["recompute", "rollout"] = "re
     """The `ppo` section of a configuration that does what the workload says."""
     rows = work["rows"]
     return schema.Ppo(
-        data=[schema.Data(source="random")],
-        steps=STEPS,
+        **trained_as(work),
         batch=RolloutBatch(
             size=rows,
             minibatch=rows // work["minibatches"],
@@ -328,5 +317,4 @@ def ppo_section(work: Work, old_log_probs: Literal["recompute", "rollout"] = "re
         ),
         sampling=Sampling(max_new_tokens=work["response"], old_log_probs=old_log_probs),
         value=schema.Value(trunk="policy" if work["task"] == "ppo_shared_trunk" else "own"),
-        optimizer=optimizer_section(work),
     )

@@ -53,8 +53,10 @@ def require_file(path: Path) -> None:
     try:
         with readable(path):
             mode = path.stat().st_mode
-    except ValueError as error:  # a NUL
-        raise DataError(f"{str(path)!r}: expected the path of a data file, got {error}; check the path") from None
+    except ValueError:  # which Python words otherwise in each version
+        raise DataError(
+            f"{str(path)!r}: expected the path of a data file, got a null byte in it; check the path"
+        ) from None
     if stat.S_ISDIR(mode):
         raise DataError(f"{path}: expected a readable data file, got a directory; name a file in it")
     if not stat.S_ISREG(mode):
