@@ -461,7 +461,9 @@ def test_a_process_exits_with_the_code():
 
 
 def test_a_process_shows_a_bug_with_its_traceback():
-    program = "import sys, rlhfjax.cli as c; c.configuration.shipped = lambda: 1 / 0; sys.argv = ['x', 'ls']; c.main()"
+    program = (
+        "import sys, rlhfjax.cli as c, rlhfjax.config as f; f.shipped = lambda: 1 / 0; sys.argv = ['x', 'ls']; c.main()"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback (most recent call last)")

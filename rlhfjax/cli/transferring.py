@@ -1,0 +1,80 @@
+"""Models in and out: `rlhfjax import` and `rlhfjax export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhfjax.cli.checking import NoVerify
+from rlhfjax.cli.datasets import directory
+from rlhfjax.errors import ConfigError
+from rlhfjax.integrity import unverified
+from rlhfjax.terminal import say
+
+
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face directory, a .gguf file, or smollm2.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", parser=directory, help="The checkpoint directory that is made.")
+    ],
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help="How it is stored: float32 or bfloat16.")] = "float32",
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that was imported before.")] = False,
+) -> None:
+    """Make a checkpoint of a published model. Weights come from safetensors or GGUF; no code of a model is ever run.
+
+    \b
+    Example:
+      rlhfjax import smollm2 models/smollm2
+    """
+    from rlhfjax import transfer
+
+    transfer.import_model(source, target, dtype=dtype, force=force, report=say)
+
+
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="A checkpoint, a stage's directory, or a run's (its last policy).")
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", parser=directory, help="The Hugging Face directory that is made.")
+    ],
+    item: Annotated[
+        str | None, typer.Option(metavar="ITEM", help="policy, average, value or reward.  [default: what it serves]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16.")] = "float32",
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The largest file of weights.")] = "5GB",
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="Write a policy's adapters alone, as PEFT does, in float32.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that is there.")] = False,
+    no_verify: NoVerify = False,
+) -> None:
+    """Write a model as a Hugging Face directory, with a model card and proof that it computes the same.
+
+    Adapters are merged into their base, or with --adapters written alone.
+
+    \b
+    Example:
+      rlhfjax export runs/quickstart exported/policy --dtype bfloat16
+    """
+    if adapters:
+        if (dtype, shard_size) != ("float32", "5GB"):
+            raise ConfigError("--adapters: they are one file in float32; remove --dtype and --shard-size")
+        with unverified(no_verify):
+            _export_adapters(checkpoint, target, item, force)
+        return
+    from rlhfjax import transfer
+
+    settings = {"item": item, "dtype": dtype, "shard_size": transfer.parse_size(shard_size), "force": force}
+    with unverified(no_verify):
+        parity = transfer.export_checkpoint(checkpoint, target, **settings)
+    [difference] = (value for key, value in parity.items() if key.endswith("_difference"))
+    say(f"wrote {target} (read back, it differs by at most {difference:.2g})")
+
+
+def _export_adapters(checkpoint: str, target: Path, item: str | None, force: bool) -> None:
+    from rlhfjax.interop.peft import export_adapters
+    from rlhfjax.training.checkpoint import find_checkpoint, load_model
+
+    export_adapters(target, *load_model(find_checkpoint(checkpoint), item=item), force=force)
+    say(f"wrote {target} (adapters alone; their base is a model of its own)")
