@@ -7,6 +7,7 @@ while tracing, from target, types and shapes alone, and what a kernel does not t
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -33,6 +34,18 @@ def spread_by(wrapper: Spread) -> Iterator[None]:
         _spread.remove(wrapper)
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How a key is scored: softcap · tanh(scale · q·k / softcap), or scale · q·k without a soft cap.
+
+    Layers with a `window` score its last tokens alone. Without a scale it is 1 / sqrt(head size).
+    """
+
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+
 def attend(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B T K D"],
@@ -40,22 +53,20 @@ def attend(
     segments: Int[Array, "B T"],
     local: bool | Bool[Array, ""],
     *,
+    scoring: Scoring = Scoring(),
     prefixes: Int[Array, "B T"] | None = None,
-    window: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
     sinks: Float[Array, "H"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B T H D"]:
     """softmax(scale · q·k) · v over earlier tokens of the same segment and their own (Vaswani et al. 2017, eq. 1).
 
-    `local` layers see the last `window` tokens only; it may be traced. Heads are a multiple of the K key heads. With
-    `softcap` scores are softcap · tanh(score / softcap). Segments are runs of equal ids; padding is one, whatever its
-    id. `prefixes` names the segment that a token's own goes on from, which it sees as well. With `sinks` each head may
-    look at nothing (`softmax`), which `xla` alone computes. Raises ValueError on another implementation, and where
-    `takes_prefixes` says no.
+    `local` layers see the last tokens only, those of the window; it may be traced. Heads are a multiple of the K key
+    heads. Segments are runs of equal ids; padding is one, whatever its id. `prefixes` names the segment that a token's
+    own goes on from, which it sees as well. With `sinks` each head may look at nothing (`softmax`), which `xla` alone
+    computes. Raises ValueError on another implementation, and where `takes_prefixes` says no.
     """
-    scale, length = scale or query.shape[-1] ** -0.5, query.shape[1]
+    window, softcap, length = scoring.window, scoring.softcap, query.shape[1]
+    scale = scoring.scale or query.shape[-1] ** -0.5
     program = _program(implementation, query, key, softcap) if sinks is None else partial(reference, sinks=sinks)
     if prefixes is not None and not takes_prefixes(implementation, window, length):
         raise ValueError(f"expected segments alone for {implementation!r} with window {window}, got prefixes too")

@@ -13,13 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.models import decoding
 from rlhfjax.models.attention import takes_prefixes
+from rlhfjax.models.cache import Cache, empty_cache
 from rlhfjax.models.configuration import DecoderConfig
 from rlhfjax.models.decoder import Decoder
-from rlhfjax.models.decoding import Cache, Weights
 from rlhfjax.models.heads import apply_head, init_head, with_head
 from rlhfjax.models.lora import merge
 from rlhfjax.models.multi_token import ahead, init_heads
 from rlhfjax.models.quantized import is_quantized, quantize
+from rlhfjax.models.sampling_weights import Weights, arrange
 from rlhfjax.types import Params, Routing, TokenBatch
 
 
@@ -188,15 +189,15 @@ class LanguageModel:
     def arrange(
         self, params: Params | Weights, rows: int | None = None, parts: int | None = None, fused: bool = True
     ) -> Weights:
-        """The weights as sampling reads them (`decoding.arrange`); what takes parameters below takes these too."""
+        """The weights as sampling reads them; what takes parameters below takes these too."""
         if self.precision in ("int8", "int8_weights") and not isinstance(params, Weights) and not is_quantized(params):
             params = quantize(merge(params, self.config.lora_alpha))
-        return decoding.arrange(self.config, params, parts, fused, rows)
+        return arrange(self.config, params, parts, fused, rows)
 
     def empty_cache(self, rows: int, prompt: int, new_tokens: int) -> Cache:
         """A cache for prompts of up to `prompt` tokens and responses of up to `new_tokens`, without a token."""
         int8 = self.precision in ("int8", "int8_cache")
-        return decoding.empty_cache(self.config, rows, prompt + new_tokens, int8)
+        return empty_cache(self.config, rows, prompt + new_tokens, int8)
 
     def prefill(
         self, params: Params | Weights, prompt: Int[Array, "B P"], prompt_mask: Bool[Array, "B P"], new_tokens: int

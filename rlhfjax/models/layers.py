@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlhfjax.models.activations import GATED, PLAIN
-from rlhfjax.models.attention import attend
+from rlhfjax.models.attention import Scoring, attend
 from rlhfjax.models.configuration import DecoderConfig
 from rlhfjax.models.experts import Experts
 from rlhfjax.models.products import dot_general
@@ -146,8 +146,8 @@ class Attention(nn.Module):
         if sight.turns:
             turn = _unless_still(kind.rotated, _either(local, sight.turns))
             query, key = rotate(query, turn), rotate(key, turn)
-        how = {"window": c.window, "scale": c.score_scale, "softcap": c.attention_softcap}
-        how |= {"implementation": c.attention, "prefixes": sight.prefixes}
+        scoring = Scoring(c.window, c.score_scale, c.attention_softcap)
+        how = {"scoring": scoring, "prefixes": sight.prefixes, "implementation": c.attention}
         if c.attention_sinks:
             how |= {"sinks": self.param("sinks", nn.initializers.normal(c.init_std), (c.heads,), jnp.float32)}
         query, key, value = keep(query, key, value)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhfjax.models import kernels
-from rlhfjax.models.attention import attend, spread_by
+from rlhfjax.models.attention import Scoring, attend, spread_by
 from rlhfjax.sharding import make_mesh
 from rlhfjax.sharding.per_device import by_rows_and_heads
 
@@ -70,14 +70,13 @@ def by_loops(query, key, value, grad, segments, window=None, scale=None, softcap
     return out, d_query, d_key, d_value
 
 
-def computed(program, tensors, segments, local=True, dtype=jnp.float32, **how):
+def computed(program, tensors, segments, local=True, dtype=jnp.float32, prefixes=None, **how):
+    how = {"implementation": program, "prefixes": prefixes, "scoring": Scoring(**how)}
     query, key, value, grad = (jnp.asarray(x, dtype) for x in tensors)
 
     @jax.jit
     def value_and_gradients(segments, local):
-        out, back = jax.vjp(
-            lambda *qkv: attend(*qkv, segments, local, implementation=program, **how), query, key, value
-        )
+        out, back = jax.vjp(lambda *qkv: attend(*qkv, segments, local, **how), query, key, value)
         return out, *back(grad)
 
     return value_and_gradients(jnp.asarray(segments), local)
@@ -150,7 +149,7 @@ def test_layers_of_a_scan_choose_their_window_by_a_traced_bool(program):
                 *(jnp.asarray(x, jnp.float32) for x in tensors[:3]),
                 jnp.asarray(segments),
                 flag,
-                window=9,
+                scoring=Scoring(window=9),
                 implementation=program,
             )
         )(jnp.asarray(local))
