@@ -48,7 +48,7 @@ class Conversation:
         written = self._write(tokenizer, self.messages, True)
         if self.tools and written == tokenizer.writer.write(self.messages, True, None, self.chat_template_kwargs):
             raise DataError("tools: expected a chat template that writes them, got one that leaves them out")
-        shown = tokenizer.shown(written)
+        shown = tokenizer.seal.shown(written)
         for place, message in enumerate(self.messages):
             if message["role"] != "assistant" and (said := message["content"].strip()) and said not in shown:
                 other = [*self.messages[:place], {**message, "content": _MARK}, *self.messages[place + 1 :]]
@@ -70,7 +70,7 @@ class Conversation:
             begins = prompt.removeprefix(without) if prompt.startswith(without) else "another prompt"
             raise DataError(
                 "expected a chat template that writes the answer as it is generated, after "
-                f"{tokenizer.unsealed(begins)[:80]!r}, got one that does not begin it so; give its thought "
+                f"{tokenizer.seal.taken_off(begins)[:80]!r}, got one that does not begin it so; give its thought "
                 "(reasoning_content), other chat_template_kwargs, or another chat_template.jinja"
             )
         rest = whole[len(prompt) :]
@@ -79,9 +79,9 @@ class Conversation:
         if end:
             after = rest[end.end() :]
             usual = tokenizer.end_names.split(tokenizer.writer.after_answer, 1)[-1]
-            if after != usual and tokenizer.shown(after).strip():
+            if after != usual and tokenizer.seal.shown(after).strip():
                 raise DataError("expected a chat template that ends an answer once, got one that writes more after it")
-        shown = tokenizer.shown(written)
+        shown = tokenizer.seal.shown(written)
         parts = [*_THOUGHT.split(answer["content"]), answer.get("reasoning_content") or ""]
         if not all(part.strip() in shown for part in parts) and any(
             self._write(tokenizer, [*self.messages, other], False) == whole for other in _others(answer)
@@ -146,7 +146,7 @@ def all_answers(
 
 
 def _ids(tokenizer: HuggingFaceTokenizer, prompt: str, answer: str, ended: bool, known: Known) -> list[int]:
-    key = tokenizer.from_last_special(prompt), answer
+    key = tokenizer.seal.from_last(prompt), answer
     if key not in known:
         known[key] = tokenizer.encode_written_after(*key) + ([] if ended else [tokenizer.eos_id])
     return known[key]

@@ -1,11 +1,12 @@
 """A conversation as its chat template writes it: text in which special tokens have names that no text has."""
 
 import datetime
+import difflib
 import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -84,6 +85,17 @@ class ChatWriter:
         for token, name in spelled.items():
             sealed = sealed.replace(name, token)
         return sealed
+
+    def with_settings(self, settings: ChatSettings) -> "ChatWriter":
+        """The same one with these settings. Raises ConfigError on variables that the template does not read."""
+        known = self.template.variables if self.template else frozenset()
+        if unknown := sorted(settings.kwargs.keys() - known):
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            hint = f"did you mean {near[0]}" if near else "remove it"
+            raise ConfigError(
+                f"chat_template_kwargs: expected what the model's chat template reads, got {unknown[0]}; {hint}"
+            )
+        return replace(self, settings=settings)
 
     @cached_property
     def after_answer(self) -> str:

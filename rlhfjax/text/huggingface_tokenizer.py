@@ -11,14 +11,11 @@ or else the model's end of text. Generation stops at any of `end_ids`: that one,
 """
 
 import copy
-import difflib
 import hashlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from rlhfjax.errors import ConfigError, DataError, IntegrityError
 from rlhfjax.text.chat_writing import ChatSettings, ChatWriter, Message
 from rlhfjax.text.continuation import parts_of, prefixes_every_part, taking_prefix, without_prefix
 from rlhfjax.text.huggingface_files import files, read_files
+from rlhfjax.text.sealing import Seal
 from rlhfjax.text.sentencepiece_json import SPACE
 from rlhfjax.text.space_symbol import Spelling, encode, spelling
 from rlhfjax.text.templates import ChatTemplate
@@ -53,11 +51,10 @@ class HuggingFaceTokenizer:
         """
         self.description = dict(described)
         try:
-            self._salt = secrets.token_hex(16)
-            self._seal = {token: f"{token}{self._salt}" for token in _special(described["tokenizer"])}
-            sealed = _sealed(taking_prefix(described["tokenizer"]), self._seal)
+            self.seal = Seal.of(described["tokenizer"])
+            sealed = self.seal.put_on(taking_prefix(described["tokenizer"]))
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(sealed))
-            ids = {token: self._tokenizer.token_to_id(name) for token, name in self._seal.items()}
+            ids = {token: self._tokenizer.token_to_id(name) for token, name in self.seal.names.items()}
             self._special = {token: index for token, index in ids.items() if index is not None}
             named = {name: self._id(token) for name, token in described["named"].items()}
         # The library raises plain Exception on a file that it cannot read.
@@ -79,9 +76,8 @@ class HuggingFaceTokenizer:
         self.pad_id = self.eos_ids[0] if named["pad_token"] is None else named["pad_token"]
         self.chat_template = None if (source := described["chat_template"]) is None else ChatTemplate(source)
         named_tokens = {name: token for name, token in described["named"].items() if token is not None}
-        self.writer = ChatWriter(
-            self.chat_template, named_tokens, {token: self._seal[token] for token in self._special}
-        )
+        sealed_tokens = {token: self.seal.names[token] for token in self._special}
+        self.writer = ChatWriter(self.chat_template, named_tokens, sealed_tokens)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "HuggingFaceTokenizer":
@@ -132,7 +128,7 @@ class HuggingFaceTokenizer:
 
         Of several tokens that it writes there, it is the one that the model's files name, else the first.
         """
-        after = [self._special[token] for token in self.special_tokens(self.writer.after_answer)]
+        after = [self._special[token] for token in self.seal.special_tokens(self.writer.after_answer)]
         return next((index for index in after if index in self.eos_ids), (after or self.eos_ids)[0])
 
     @property
@@ -201,17 +197,11 @@ class HuggingFaceTokenizer:
 
         They are those of the whole, unless a token would reach from `before` into `text`.
         """
-        tail = self.from_last_special(before)
+        tail = self.seal.from_last(before)
         first, whole = self.encode_written(tail), self.encode_written(tail + text)
         if whole[: len(first)] == first:
             return whole[len(first) :]
         return encode(self._continuing, text, self._spelling)
-
-    def from_last_special(self, text: str) -> str:
-        """The end of what `writer` wrote: ids after it depend on no more, since a special token parts what it parts."""
-        end = text.rfind(self._salt) + len(self._salt)
-        name = next((name for name in self._seal.values() if text.endswith(name, 0, end)), "")
-        return name + text[end:] if name else text
 
     @cached_property
     def end_names(self) -> re.Pattern[str]:
@@ -219,32 +209,13 @@ class HuggingFaceTokenizer:
         names = [self._named(index) for index in self.end_ids]
         return re.compile("|".join(re.escape(name) for name in names if name) or "(?!)")
 
-    def shown(self, text: str) -> str:
-        """What `writer` wrote, without special tokens."""
-        return self._sealed_text.sub("", text)
-
-    def special_tokens(self, text: str) -> list[str]:
-        """Those in what `writer` wrote, in their order."""
-        return [self.unsealed(name) for name in self._sealed_text.findall(text)]
-
-    def unsealed(self, text: str) -> str:
-        """What `writer` wrote, special tokens under their own names."""
-        return text.replace(self._salt, "")
-
     def with_chat(self, settings: ChatSettings) -> "HuggingFaceTokenizer":
         """The same tokenizer, whose conversations are written with these settings.
 
         Raises ConfigError on variables that the chat template does not read.
         """
-        known = self.chat_template.variables if self.chat_template else frozenset()
-        if unknown := sorted(settings.kwargs.keys() - known):
-            near = difflib.get_close_matches(unknown[0], known, 1)
-            hint = f"did you mean {near[0]}" if near else "remove it"
-            raise ConfigError(
-                f"chat_template_kwargs: expected what the model's chat template reads, got {unknown[0]}; {hint}"
-            )
         made = copy.copy(self)
-        made.writer = replace(self.writer, settings=settings)
+        made.writer = self.writer.with_settings(settings)
         return made
 
     @property
@@ -311,52 +282,16 @@ class HuggingFaceTokenizer:
         given = self.description["tokenizer"]
         made = without_prefix(given)
         changed = any(made[key] != given.get(key) for key in ("normalizer", "pre_tokenizer", "decoder"))
-        return tokenizers.Tokenizer.from_str(json.dumps(_sealed(made, self._seal))) if changed else self._tokenizer
-
-    @cached_property
-    def _sealed_text(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, self._seal.values())) or "(?!)")
+        return tokenizers.Tokenizer.from_str(json.dumps(self.seal.put_on(made))) if changed else self._tokenizer
 
     def _named(self, index: int) -> str | None:
         token = next((token for token, other in self._special.items() if other == index), None)
-        return self._tokenizer.id_to_token(index) if token is None else self._seal[token]
+        return self._tokenizer.id_to_token(index) if token is None else self.seal.names[token]
 
     def _id(self, token: str | None) -> int | None:
         if token is None:
             return None
         return self._special[token] if token in self._special else self._tokenizer.token_to_id(token)
-
-
-def _special(tokenizer: Mapping[str, Any]) -> list[str]:
-    """The special tokens. One that is a single letter is text that people need: some models pad with "!"."""
-    return [token["content"] for token in tokenizer["added_tokens"] if token["special"] and len(token["content"]) > 1]
-
-
-def _sealed(tokenizer: Mapping[str, Any], seal: Mapping[str, str]) -> dict[str, Any]:
-    """tokenizer.json with special tokens under names that no text has."""
-    added = [
-        {**token, "content": seal[token["content"]], "normalized": False} if token["content"] in seal else token
-        for token in tokenizer["added_tokens"]
-    ]
-    model = {**tokenizer["model"], "dropout": None} if "dropout" in tokenizer["model"] else dict(tokenizer["model"])
-    vocab = model["vocab"]
-    if isinstance(vocab, list):
-        model["vocab"] = [[seal.get(token, token), score] for token, score in vocab]
-    else:
-        model["vocab"] = {seal.get(token, token): index for token, index in vocab.items()}
-        # The library numbers added tokens itself where the vocabulary does not: others than the file, after a gap.
-        model["vocab"] |= {token["content"]: token["id"] for token in added if token["content"] not in model["vocab"]}
-    if model.get("unk_token") in seal:
-        model["unk_token"] = seal[model["unk_token"]]
-    if "merges" in model:
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        # A pair that makes a special token would make it from text, and one that begins with it never occurs.
-        model["merges"] = [
-            pair for pair in pairs if not (pair[0] in seal or pair[1] in seal or pair[0] + pair[1] in seal)
-        ]
-    # Lengths and special tokens at the ends are decided here, never by the file.
-    fixed = {"added_tokens": added, "model": model, "truncation": None, "padding": None, "post_processor": None}
-    return {**tokenizer, **fixed}
 
 
 def _short(error: Exception) -> str:
