@@ -286,6 +286,16 @@ def test_a_stop_string_ends_a_response_before_it(policy, tokenizer):
     assert ("".join(stream), stream.completion.tokens) == (stopped[0].text, stopped[0].tokens)
 
 
+@pytest.mark.parametrize("verb", ["generate", "stream", "submit"])
+def test_a_keyword_with_a_typing_mistake_is_named(policy, verb):
+    asked = policy.session().submit if verb == "submit" else getattr(policy, verb)
+    prompt = ["the"] if verb == "generate" else "the"
+    with pytest.raises(TypeError, match=rf"^{verb}\(\) got an unexpected keyword argument 'stop_id'.*stop_ids"):
+        asked(prompt, stop_id=[3])
+    with pytest.raises(TypeError, match="'vocab_size'"):  # nobody reaches what is inside
+        asked(prompt, vocab_size=3)
+
+
 def test_a_session_writes_for_several_and_forgets_who_leaves(policy):
     session = policy.session(slots=2, context=32)
     prompts = ["the movie", "a bad film", "the", [5, 6]]

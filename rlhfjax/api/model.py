@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,16 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhfjax.api.prompts import Prompt, check_ids, pair_ids, prompt_ids
 from rlhfjax.api.responses import Completion, completions, cut_at
 from rlhfjax.api.session import Session, Stream
-from rlhfjax.api.settings import Settings, check_seed, check_stop, end_ids, pad_id, sampling_params
+from rlhfjax.api.settings import (
+    Further,
+    Settings,
+    check_names,
+    check_seed,
+    check_stop,
+    end_ids,
+    pad_id,
+    sampling_params,
+)
 from rlhfjax.data.batches import left_padded, right_padded
 from rlhfjax.errors import ConfigError
 from rlhfjax.generation import BeamParams, Engine, Programs, Room, SamplingParams, Speculation, beam_search
@@ -61,13 +70,9 @@ class Model:
         top_p: float = 1.0,
         seed: int = 0,
         n: int = 1,
-        min_p: float = 0.0,
-        stop_ids: Sequence[int] = (),
-        top_log_probs: int = 0,
-        speculate: int = 0,
-        stop: Sequence[str] = (),
+        **further: Unpack[Further],
     ) -> list[list[Completion]]:
-        """`n` responses to each prompt; temperature 0 is greedy.
+        """`n` responses to each prompt; temperature 0 is greedy. Further keywords are those of `settings.Further`.
 
         A prompt is a text, a list of ids as they are, a list of messages, or a record such as {"messages": […],
         "tools": […]}; conversations are written as the model was trained on them (`load`).
@@ -76,20 +81,14 @@ class Model:
         this temperature, whatever top_k, top_p and min_p leave of it. A model without a tokenizer takes ids only, stops
         at `stop_ids` alone, and its completions have no text. `speculate` is the number of draft tokens per call, from
         the model's own heads where it has as many, else by lookup in the text; responses stay what they are. Raises
-        ConfigError when a prompt and `max_new_tokens` do not fit the model's context, or the arguments make no sense.
+        ConfigError when a prompt and `max_new_tokens` do not fit the model's context, or the arguments make no sense,
+        TypeError on a keyword that there is not.
         """
         self._expect(scalar=False, what="generate")
-        sampling = sampling_params(
-            self.tokenizer,
-            self.config.vocab_size,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            stop_ids=stop_ids,
-            top_log_probs=top_log_probs,
-        )
+        check_names("generate", further, Further)
+        settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, **further}
+        stop, speculate = settings.pop("stop", ()), settings.pop("speculate", 0)
+        sampling = sampling_params(self.tokenizer, self.config.vocab_size, max_new_tokens=max_new_tokens, **settings)
         check_stop(stop, self.tokenizer)
         rows = self._prompt_ids(prompts)
         if not n >= 1 or n * len(rows) > _MOST:
@@ -117,6 +116,7 @@ class Model:
         nobody asks for more, no more is written. Raises as `generate`.
         """
         self._expect(scalar=False, what="stream")
+        check_names("stream", settings, Settings)
         asked = sampling_params(self.tokenizer, self.config.vocab_size, **settings)
         [row] = self._prompt_ids([prompt])
         self._check_length(len(row) + asked.max_new_tokens)

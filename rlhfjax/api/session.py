@@ -7,7 +7,7 @@ import jax
 
 from rlhfjax.api.prompts import Prompt, ids_of
 from rlhfjax.api.responses import Completion
-from rlhfjax.api.settings import Settings, check_seed, check_stop, sampling_params
+from rlhfjax.api.settings import Settings, check_names, check_seed, check_stop, sampling_params
 from rlhfjax.generation import Engine, Response, SamplingParams
 from rlhfjax.text.loading import AnyTokenizer
 from rlhfjax.text.streaming import TextStream
@@ -90,6 +90,7 @@ class Session:
         Arguments are those of `Model.generate`. Raises ConfigError on what makes no sense, or is more than the session
         has room for, DataError on a conversation that cannot be written.
         """
+        check_names("submit", settings, Settings)
         check_seed(seed)
         check_stop(stop, self._tokenizer)
         sampling = sampling_params(self._tokenizer, self._vocab_size, **settings)

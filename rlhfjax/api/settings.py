@@ -1,7 +1,8 @@
 """Settings of drawing: the keywords that a model may be asked with, and what of them makes sense."""
 
-from collections.abc import Sequence
-from typing import TypedDict
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -15,6 +16,16 @@ _SEEDS = 2**32  # beyond these jax keeps the lower 32 bits alone: other numbers 
 _HOTTEST = 1e6  # beyond this a draw is uniform
 
 
+class Further(TypedDict, total=False):
+    """The rarer keywords of `Model.generate`."""
+
+    min_p: float  # only tokens so many times as likely as the likeliest; 0: all
+    stop_ids: Sequence[int]  # tokens that end a response beside the tokenizer's own
+    stop: Sequence[str]  # texts that end a response before them
+    top_log_probs: int  # how many of the likeliest tokens to tell at each place
+    speculate: int  # draft tokens per call
+
+
 class Settings(TypedDict, total=False):
     """The keywords of `Model.generate` that say how to draw; what is left out is as there."""
 
@@ -25,6 +36,14 @@ class Settings(TypedDict, total=False):
     min_p: float
     stop_ids: Sequence[int]
     top_log_probs: int
+
+
+def check_names(function: str, given: Mapping[str, Any], known: type) -> None:
+    """Raises TypeError, as Python does, on a keyword that `known`, a TypedDict, has not."""
+    if unknown := [name for name in given if name not in known.__annotations__]:
+        near = difflib.get_close_matches(unknown[0], known.__annotations__, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}{hint}")
 
 
 def sampling_params(
