@@ -290,21 +290,6 @@ def test_links_and_named_files_are_there(path):
         assert any((base / name).exists() for base in (ROOT, ROOT / "rlhfjax", path.parent)), name
 
 
-@pytest.mark.parametrize(
-    ("word", "rows"),
-    [("rloo", ("an offline algorithm", "an online algorithm", "a stage")), ("numeric_match", ("a reward",))],
-)
-def test_where_to_add_names_each_file_that_knows_an_algorithm_or_a_rule(word, rows):
-    """Of the last that was added; the equation apart, whose docstring names who published it."""
-    table = dict(
-        re.findall(r"^\| (an? [^|]*) \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE)
-    )
-    named = {name.replace("NAME", word) for row in rows for name in re.findall(r"`([\w/]+\.py)`", table[row])}
-    package = ROOT / "rlhfjax"
-    knows = [path.relative_to(package) for path in package.rglob("*.py") if word in path.read_text("utf-8").lower()]
-    assert {path.as_posix() for path in knows if path.parts[0] != "functional"} <= named
-
-
 def test_the_floors_are_those_that_the_import_contract_holds():
     layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
     floor_of = {name: i for i, layer in enumerate(layers) for name in re.split(r"[:|]", layer.replace(" ", ""))}
