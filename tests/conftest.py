@@ -8,6 +8,7 @@ import hypothesis
 import jax
 import pytest
 
+from rlhfjax.host.memory import collect_seldom
 from rlhfjax.xla_flags import refused
 
 # Most of a run is compiling programs that then run once; the first two take two thirds of that time away, and programs
@@ -53,9 +54,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not {"stages", "sharding"} & set(item.path.parts))
 
 
+def pytest_collection_finish():
+    """What is imported stays, and is looked through for cycles no more; traces, seldom: a tenth of a run."""
+    gc.collect()
+    gc.freeze()
+    collect_seldom()
+
+
 @pytest.fixture(autouse=True)
 def own_collector():
-    """A command that runs in this process lets Python look for cycles seldom; the tests after it don't."""
+    """A test may tell Python when to look for cycles; the tests after it look when all do."""
     threshold = gc.get_threshold()
     yield
     gc.set_threshold(*threshold)

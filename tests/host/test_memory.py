@@ -54,17 +54,28 @@ def test_arrays_inside_a_program_of_a_small_model_are_not_mapped_anew_in_every_c
 
 
 HEAP = """
-import time
+import threading, time
+from types import SimpleNamespace
 from rlhfjax.host import memory as freed_memory
+begun, freed = threading.Event(), threading.Event()
+
+def sleep(seconds):  # a thread that looks while the blocks are there finds that they are what it holds
+    begun.set()
+    freed.wait()
+    time.sleep(seconds)
+
+freed_memory.time = SimpleNamespace(sleep=sleep)
 freed_memory._KEPT = 64 * 2**20
 assert freed_memory.keep_freed_memory(0)
+assert begun.wait(300), "waited 300 s for the thread to begin"
 blocks = [bytes([n]) * 2**20 for n in range(256)]
 last = b"x" * 2**20  # the heap does not end with what is freed
 full = freed_memory._resident()
 del blocks
-deadline = time.monotonic() + 20
+freed.set()
+deadline = time.monotonic() + 300
 while freed_memory._resident() > full - 200 * 2**20:
-    assert time.monotonic() < deadline
+    assert time.monotonic() < deadline, "waited 300 s for the thread to give free pages back"
     time.sleep(0.1)
 """
 
@@ -84,6 +95,7 @@ def test_python_looks_for_cycles_after_many_objects_alone() -> None:
 
     gc.callbacks.append(listen)
     try:
+        gc.set_threshold(700, 10, 10)
         collect_seldom()
         gc.collect()
         phases.clear()
