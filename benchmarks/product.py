@@ -22,11 +22,12 @@ from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.heads import init_head, with_head
 from rlhfjax.sharding import make_mesh, place_batch
 from rlhfjax.stages.compilation import Ahead
-from rlhfjax.stages.objectives import ppo_objective, preference_optimisation, reward_modelling, training_loss
+from rlhfjax.stages.objectives import preference_optimisation, reward_modelling, training_loss
 from rlhfjax.stages.offline import OfflineLearner
 from rlhfjax.stages.offline import build as build_offline
 from rlhfjax.stages.online_programs import OnlineLearner, build, first_state, optimizer_of
 from rlhfjax.stages.packed_rows import ranking_packer
+from rlhfjax.stages.ppo import ppo_objective
 from rlhfjax.stages.rewards import Judges
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.state import init_state, place

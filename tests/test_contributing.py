@@ -4,7 +4,9 @@ import ast
 import inspect
 import re
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import get_args
 
 import pytest
@@ -73,7 +75,7 @@ def test_a_table_or_class_stands_in_the_file_that_it_is_said_to(name, file):
 @pytest.mark.parametrize(
     ("word", "rows"),
     [
-        ("rloo", ("an offline algorithm", "an online algorithm", "a stage")),
+        ("rloo", ("an online algorithm", "a stage")),
         ("numeric_match", ("a reward",)),
         ("heldout_losses", ("a measure",)),
         ("smollm3", ("a model family",)),
@@ -108,17 +110,30 @@ def test_every_stage_has_its_section_its_key_and_its_function():
         assert facts.name in defined(PACKAGE / "stages" / f"{facts.module}.py")
 
 
-def test_every_algorithm_is_named_and_built_over_a_model():
-    """Each is named in `algorithms/__init__.py` and in `stages/objectives.py`; an online stage has one of its own."""
-    given = {name: getattr(algorithms, name) for name in algorithms.__all__}
-    contracts = (algorithms.Objective, algorithms.OnlineAlgorithm)
-    bases = {name: set(one.__mro__[1:]) & {*contracts} for name, one in given.items() if inspect.isclass(one)}
-    named = {name for name, found in bases.items() if found and given[name] not in contracts}
-    built = {node.id for node in ast.walk(tree_of(PACKAGE / "stages" / "objectives.py")) if isinstance(node, ast.Name)}
-    assert {"Dpo", "LanguageModelling", "RewardModelling"} <= named <= built
-    for name in (facts.name for facts in STAGES if facts.online):
-        assert algorithms.OnlineAlgorithm in bases[name.capitalize()]
-        assert given[name.capitalize()].__module__ == f"rlhfjax.algorithms.{name}"
+def test_every_algorithm_is_in_a_module_of_its_own_and_built_over_a_model():
+    """Offline ones are named in `stages/objectives.py`, that of an online stage in the stage, and in no list."""
+    loaded = [import_module(f"rlhfjax.algorithms.{module.name}") for module in iter_modules(algorithms.__path__)]
+    classes = {name: one for module in loaded for name, one in vars(module).items() if inspect.isclass(one)}
+    contracts = {algorithms.Objective, algorithms.OnlineAlgorithm}
+    found = {name: one for name, one in classes.items() if contracts & {*one.__mro__[1:]} and one not in contracts}
+    online = {facts.name.capitalize(): facts.name for facts in STAGES if facts.online}
+    assert {"Dpo", "LanguageModelling", "RewardModelling"} | online.keys() <= found.keys()
+    for name, one in found.items():
+        file = f"{online[name]}.py" if name in online else "objectives.py"
+        assert name in {node.id for node in ast.walk(tree_of(PACKAGE / "stages" / file)) if isinstance(node, ast.Name)}
+        if name in online:
+            assert issubclass(one, algorithms.OnlineAlgorithm)
+            assert one.__module__ == f"rlhfjax.algorithms.{online[name]}"
+
+
+def test_an_online_algorithm_is_six_files_of_the_package():
+    """Of the last that was added, its equation with its name among them."""
+    words = ("rloo", "leaveoneout", "leave_one_out")
+    knows = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if any(word in said(path) for word in words)]
+    assert sorted(path.as_posix() for path in knows) == [
+        *("algorithms/rloo.py", "config/online_stages.py", "config/recipe.py"),
+        *("functional/__init__.py", "functional/returns.py", "stages/rloo.py"),
+    ]
 
 
 def test_every_measure_has_a_field_and_is_in_the_report():

@@ -31,8 +31,8 @@ from rlhfjax.algorithms import Mix
 from rlhfjax.functional import token_log_probs
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.sharding import make_mesh, place_batch, state_shardings
-from rlhfjax.stages.objectives import ppo_objective
 from rlhfjax.stages.online_programs import OnlineLearner, build, optimizer_of, passes_of
+from rlhfjax.stages.ppo import ppo_objective
 from rlhfjax.stages.rewards import Judges
 from rlhfjax.training.loop import Beside
 from rlhfjax.training.metrics import MetricsWriter

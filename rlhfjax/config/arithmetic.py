@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-from rlhfjax.config.online_stages import prompts_of
 from rlhfjax.config.recipe import FACTS, SUPERVISED, needs_of, offline, online, sampling, section_of, stages_of
 from rlhfjax.config.rewards import on_device
 from rlhfjax.config.schema import Mesh, Optimizer, RolloutBatch, Run, Sampling
@@ -73,7 +72,7 @@ def _batch_sizes(run: Run) -> Iterator[tuple[str, float]]:
             if section and (size := getattr(section.batch, key, None)):
                 yield f"stages.{stage}.batch.{key}", size
     for stage, section in online(run):
-        if (prompts := prompts_of(section)) != section.batch.size:
+        if (prompts := section.prompts) != section.batch.size:
             yield f"stages.{stage}.batch.size / groups.size =", prompts
         if section.ptx:
             micro = section.batch.micro or section.batch.minibatch or section.batch.size

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from rlhfjax.config.arithmetic import least_devices, mesh_shape, updates_per_step
-from rlhfjax.config.online_stages import prompts_of
 from rlhfjax.config.schema import Batch, Evaluate, Offline, Online, Optimizer, Ptx, RankedBatch, Run, Sft
 from rlhfjax.config.shape import Shape, active_count, adapter_count, model_shape, parameter_count
 
@@ -100,7 +99,7 @@ def _rankings(stage: Offline, batch: RankedBatch) -> str:
 def _online(stage: Online) -> str:
     batch, response = stage.batch, stage.sampling.max_new_tokens
     minibatch, updates = batch.minibatch or batch.size, updates_per_step(batch)
-    prompts = prompts_of(stage)
+    prompts = stage.prompts
     each = "" if prompts == batch.size else f" ({prompts:,} prompts x {batch.size // prompts} responses)"
     return (
         f"{stage.steps:,} steps x {batch.size:,} rollouts{each} = {stage.steps * batch.size:,} episodes; "

@@ -134,3 +134,12 @@ class Dpo(Offline):
 
     batch: RankedBatch
     loss: PreferenceLoss = PreferenceLoss()
+
+
+class OfflineStages(Section):
+    """They in the order of the recipe."""
+
+    pretrain: Pretrain | None = None
+    sft: Sft | None = None
+    reward: Reward | None = None
+    dpo: Dpo | None = None

@@ -1,6 +1,6 @@
 """The stages that train on what they sample: PPO, GRPO and RLOO."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -70,6 +70,16 @@ class Online(Section):
     optimizer: Optimizer
     ptx: Ptx | None = None
 
+    @property
+    def responses(self) -> int:
+        """Responses to each prompt."""
+        return 1
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of one iteration; `batch.size` counts the responses to them."""
+        return self.batch.size // self.responses
+
     @model_validator(mode="after")
     def _samples(self):
         s = self.sampling
@@ -129,7 +139,31 @@ class Ppo(Online):
     value: Value = Value()
 
 
-class Groups(Section):
+class Group(Section):
+    """`size` responses per prompt, next to each other; `batch.size` and `minibatch` count responses."""
+
+    size: Annotated[int, Field(ge=2)]
+
+
+class Grouped(Online):
+    """What stages have in common that compare the responses to a prompt with each other."""
+
+    groups: Group
+
+    @property
+    def responses(self) -> int:
+        return self.groups.size
+
+    @model_validator(mode="after")
+    def _groups_fit(self):
+        size = self.groups.size
+        for name, count in (("batch.size", self.batch.size), ("batch.minibatch", self.batch.minibatch)):
+            if count is not None and count % size:
+                raise ValueError(f"{name} {count} counts responses and must be a multiple of groups.size {size}")
+        return self
+
+
+class Groups(Group):
     """`size` responses per prompt, next to each other, compared with each other.
 
     Advantages are divided by the standard `deviation` of their group's scores. `overlong` punishes the last tokens of
@@ -178,19 +212,15 @@ class GroupKl(Kl):
         return self
 
 
-class Grpo(Online):
+class Grpo(Grouped):
     """Group relative policy optimisation (Shao et al. 2024), with the choices of Dr. GRPO and DAPO."""
 
     groups: Groups = Groups()
     kl: GroupKl = GroupKl()
     loss: GroupLoss = GroupLoss()
 
-    @model_validator(mode="after")
-    def _groups_fit(self):
-        return check_groups(self, self.groups.size)
 
-
-class LeaveOneOut(Section):
+class LeaveOneOut(Group):
     """`size` responses per prompt, next to each other; the baseline of each is the mean score of the others."""
 
     size: Annotated[int, Field(ge=2)] = 4
@@ -203,25 +233,16 @@ class RlooLoss(Section):
     ratio: Literal["sequence", "token"] = "sequence"
 
 
-class Rloo(Online):
+class Rloo(Grouped):
     """REINFORCE leave-one-out (Ahmadian et al. 2024), with the KL penalty in the reward."""
 
     groups: LeaveOneOut = LeaveOneOut()
     loss: RlooLoss = RlooLoss()
 
-    @model_validator(mode="after")
-    def _groups_fit(self):
-        return check_groups(self, self.groups.size)
 
+class OnlineStages(Section):
+    """They in the order of the recipe."""
 
-def check_groups(stage: Any, size: int) -> Any:
-    """Groups stay whole: `batch.size` and `minibatch` count responses, and are multiples of the size of a group."""
-    for name, count in (("batch.size", stage.batch.size), ("batch.minibatch", stage.batch.minibatch)):
-        if count is not None and count % size:
-            raise ValueError(f"{name} {count} counts responses and must be a multiple of groups.size {size}")
-    return stage
-
-
-def prompts_of(stage: Online) -> int:
-    """Prompts of one iteration; `batch.size` counts the responses to them."""
-    return stage.batch.size // (stage.groups.size if isinstance(stage, Grpo | Rloo) else 1)
+    ppo: Ppo | None = None
+    grpo: Grpo | None = None
+    rloo: Rloo | None = None

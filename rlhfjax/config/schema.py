@@ -13,6 +13,7 @@ from rlhfjax.config.model import Lora, Model
 from rlhfjax.config.offline_stages import (
     Dpo,
     Offline,
+    OfflineStages,
     PreferenceLoss,
     Pretrain,
     PretrainingMix,
@@ -20,7 +21,7 @@ from rlhfjax.config.offline_stages import (
     Reward,
     Sft,
 )
-from rlhfjax.config.online_stages import Grpo, Online, Ppo, Ptx, Rloo, Value
+from rlhfjax.config.online_stages import Online, OnlineStages, Ppo, Ptx, Value
 from rlhfjax.config.sections import (
     Batch,
     Count,
@@ -44,7 +45,6 @@ __all__ = [
     "Dpo",
     "Evaluate",
     "ExactMatch",
-    "Grpo",
     "Logging",
     "Lora",
     "Mesh",
@@ -63,7 +63,6 @@ __all__ = [
     "Ratings",
     "Reliability",
     "Reward",
-    "Rloo",
     "RolloutBatch",
     "Run",
     "Sampling",
@@ -111,16 +110,9 @@ class Evaluate(Section):
     exact_match: ExactMatch | None = None
 
 
-class Stages(Section):
-    """The recipe in its order; a stage that is left out is not run."""
+class Stages(OnlineStages, OfflineStages):
+    """The recipe in its order, offline stages before those that sample; a stage that is left out is not run."""
 
-    pretrain: Pretrain | None = None
-    sft: Sft | None = None
-    reward: Reward | None = None
-    dpo: Dpo | None = None
-    ppo: Ppo | None = None
-    grpo: Grpo | None = None
-    rloo: Rloo | None = None
     evaluate: Evaluate | None = None
 
 

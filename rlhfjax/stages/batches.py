@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhfjax.config import schema
-from rlhfjax.config.online_stages import prompts_of
 from rlhfjax.config.recipe import FACTS
 from rlhfjax.data.pipeline import Batches
 from rlhfjax.stages.job import Job
@@ -49,7 +48,7 @@ def _opened(job: Job, data: list[schema.Data], train: bool) -> Batches:
         case "comparison":
             return reader.comparisons(data, c.batch, shuffle=train)
         case "prompt":
-            return reader.prompts(data, c.batch.model_copy(update={"size": prompts_of(c)}), shuffle=train)
+            return reader.prompts(data, c.batch.model_copy(update={"size": c.prompts}), shuffle=train)
         case kind:
             raise NotImplementedError(f"batches of {kind} records")
 

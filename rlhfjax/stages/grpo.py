@@ -1,11 +1,15 @@
 """Group relative policy optimisation: several responses per prompt, compared with each other."""
 
+from typing import Any
+
 import jax
 
-from rlhfjax.config import schema
+from rlhfjax.algorithms.grpo import Grpo
+from rlhfjax.config import online_stages
+from rlhfjax.models import SequenceModel
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
-from rlhfjax.stages.objectives import grpo_objective
+from rlhfjax.stages.objectives import policy_log_probs, with_pretraining
 from rlhfjax.stages.online import learn_online
 from rlhfjax.stages.online_programs import OnlineLearner, policy_learner
 from rlhfjax.stages.rewards import load_judges
@@ -17,8 +21,27 @@ def grpo(job: Job) -> Facts:
     return learn_online(job, learner(job.config, job.mesh, job))
 
 
-def learner(c: schema.Grpo, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLearner:
+def learner(c: online_stages.Grpo, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLearner:
     """The policy alone, with itself as it was as the reference."""
     model, policy = starts.policy_from()
     objective = grpo_objective(c, model, gather=mesh.size == 1)
     return policy_learner(c, objective, model, policy, load_judges(c.rewards, starts))
+
+
+def grpo_objective(c: online_stages.Grpo, policy: SequenceModel, gather: bool = True) -> Any:
+    """GRPO over the policy, with the pretraining loss in the same gradient where the recipe has it."""
+    algorithm = Grpo(
+        log_probs=policy_log_probs(policy, c.sampling.temperature, gather=gather),
+        group=c.groups.size,
+        clip=c.loss.clip,
+        clip_high=c.loss.clip_high,
+        beta=c.kl.in_loss,
+        deviation=c.groups.deviation,
+        average=c.loss.average,
+        longest=c.sampling.max_new_tokens,
+        overlong=c.groups.overlong,
+        dynamic_sampling=c.groups.draws > 1,
+        missing_eos=c.missing_eos.mode,
+        missing_eos_value=c.missing_eos.value,
+    )
+    return with_pretraining(algorithm, c.ptx, policy, gather)

@@ -6,25 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhfjax.algorithms import (
-    Dpo,
-    Grpo,
-    LanguageModelling,
-    Mix,
-    OnlineAlgorithm,
-    Ppo,
-    RewardModelling,
-    Rloo,
-    RoutedLanguageModelling,
-)
+from rlhfjax.algorithms import Mix, OnlineAlgorithm
+from rlhfjax.algorithms.dpo import Dpo
+from rlhfjax.algorithms.language_modelling import LanguageModelling, RoutedLanguageModelling
 from rlhfjax.algorithms.likelihood import (
     cross_entropy,
-    log_probs_and_values,
     token_log_probs,
     token_scores,
-    token_values,
 )
 from rlhfjax.algorithms.multi_token import MultiTokenPrediction, Sums, head_sums
+from rlhfjax.algorithms.reward_modelling import RewardModelling
 from rlhfjax.config import schema
 from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.types import Params, RankedBatch, TokenBatch, TokenRanking
@@ -131,32 +122,6 @@ def joined_rows(batch: RankedBatch) -> TokenBatch:
     return TokenBatch(batch.tokens.reshape(-1, length), mask.astype(jnp.int32), slots, mask & response)
 
 
-def ppo_objective(c: schema.Ppo, policy: SequenceModel, value: SequenceModel, gather: bool = True) -> Ppo | Mix:
-    """PPO over the two models, with the pretraining loss in the same gradient where the recipe has it.
-
-    `gather` is for one device (see `rlhfjax.functional.vocabulary`).
-    """
-    how = {"entropy_gradient": c.loss.entropy_coef > 0, "gather": gather}
-
-    def both(params: Params, rows: TokenBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        parts = params["policy"], params["value"]["head"], rows
-        return log_probs_and_values(policy, *parts, c.sampling.temperature, **how)
-
-    algorithm = Ppo(
-        log_probs=policy_log_probs(policy, c.sampling.temperature, **how),
-        values=lambda params, rows: token_values(value, params["value"], rows),
-        both=both if c.value.trunk == "policy" else None,
-        clip=c.loss.clip,
-        value_clip=c.value.clip,
-        value_coef=c.value.coef,
-        entropy_coef=c.loss.entropy_coef,
-        **c.returns.model_dump(),
-        missing_eos=c.missing_eos.mode,
-        missing_eos_value=c.missing_eos.value,
-    )
-    return with_pretraining(algorithm, c.ptx, policy, gather)
-
-
 def policy_log_probs(policy: SequenceModel, temperature: float, **how: bool) -> Callable[[Params, TokenBatch], Any]:
     """Log-probabilities and entropies of a policy at the temperature of sampling, as online algorithms read them."""
     return lambda params, rows: token_log_probs(policy, params["policy"], rows, temperature, **how)
@@ -174,35 +139,3 @@ def with_pretraining(
 
 def _policy(params: Params) -> Params:
     return params["policy"]
-
-
-def grpo_objective(c: schema.Grpo, policy: SequenceModel, gather: bool = True) -> Any:
-    """GRPO over the policy, with the pretraining loss in the same gradient where the recipe has it."""
-    algorithm = Grpo(
-        log_probs=policy_log_probs(policy, c.sampling.temperature, gather=gather),
-        group=c.groups.size,
-        clip=c.loss.clip,
-        clip_high=c.loss.clip_high,
-        beta=c.kl.in_loss,
-        deviation=c.groups.deviation,
-        average=c.loss.average,
-        longest=c.sampling.max_new_tokens,
-        overlong=c.groups.overlong,
-        dynamic_sampling=c.groups.draws > 1,
-        missing_eos=c.missing_eos.mode,
-        missing_eos_value=c.missing_eos.value,
-    )
-    return with_pretraining(algorithm, c.ptx, policy, gather)
-
-
-def rloo_objective(c: schema.Rloo, policy: SequenceModel, gather: bool = True) -> Any:
-    """RLOO over the policy, with the pretraining loss in the same gradient where the recipe has it."""
-    algorithm = Rloo(
-        log_probs=policy_log_probs(policy, c.sampling.temperature, gather=gather),
-        group=c.groups.size,
-        clip=c.loss.clip,
-        ratio=c.loss.ratio,
-        missing_eos=c.missing_eos.mode,
-        missing_eos_value=c.missing_eos.value,
-    )
-    return with_pretraining(algorithm, c.ptx, policy, gather)

@@ -2,16 +2,21 @@
 
 import jax
 
+from rlhfjax.algorithms import Mix
+from rlhfjax.algorithms.likelihood import log_probs_and_values, token_values
+from rlhfjax.algorithms.ppo import Ppo
 from rlhfjax.config import schema
 from rlhfjax.config.rewards import RECIPE
+from rlhfjax.models import SequenceModel
 from rlhfjax.models.heads import with_head, zero_head
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
-from rlhfjax.stages.objectives import ppo_objective
+from rlhfjax.stages.objectives import policy_log_probs, with_pretraining
 from rlhfjax.stages.online import learn_online
 from rlhfjax.stages.online_programs import OnlineLearner, optimizer_of
 from rlhfjax.stages.rewards import load_judges
 from rlhfjax.stages.starts import Starts
+from rlhfjax.types import Params, TokenBatch
 
 
 def ppo(job: Job) -> Facts:
@@ -37,3 +42,29 @@ def learner(c: schema.Ppo, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLea
         frozen={"reference": policy, "rewards": scoring},
         optimizer=optimizer_of(c, policy_model.config.width),
     )
+
+
+def ppo_objective(c: schema.Ppo, policy: SequenceModel, value: SequenceModel, gather: bool = True) -> Ppo | Mix:
+    """PPO over the two models, with the pretraining loss in the same gradient where the recipe has it.
+
+    `gather` is for one device (see `rlhfjax.functional.vocabulary`).
+    """
+    how = {"entropy_gradient": c.loss.entropy_coef > 0, "gather": gather}
+
+    def both(params: Params, rows: TokenBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        parts = params["policy"], params["value"]["head"], rows
+        return log_probs_and_values(policy, *parts, c.sampling.temperature, **how)
+
+    algorithm = Ppo(
+        log_probs=policy_log_probs(policy, c.sampling.temperature, **how),
+        values=lambda params, rows: token_values(value, params["value"], rows),
+        both=both if c.value.trunk == "policy" else None,
+        clip=c.loss.clip,
+        value_clip=c.value.clip,
+        value_coef=c.value.coef,
+        entropy_coef=c.loss.entropy_coef,
+        **c.returns.model_dump(),
+        missing_eos=c.missing_eos.mode,
+        missing_eos_value=c.missing_eos.value,
+    )
+    return with_pretraining(algorithm, c.ptx, policy, gather)

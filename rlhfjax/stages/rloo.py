@@ -1,11 +1,15 @@
 """REINFORCE leave-one-out: several responses per prompt, each compared with the mean of the others."""
 
+from typing import Any
+
 import jax
 
-from rlhfjax.config import schema
+from rlhfjax.algorithms.rloo import Rloo
+from rlhfjax.config import online_stages
+from rlhfjax.models import SequenceModel
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
-from rlhfjax.stages.objectives import rloo_objective
+from rlhfjax.stages.objectives import policy_log_probs, with_pretraining
 from rlhfjax.stages.online import learn_online
 from rlhfjax.stages.online_programs import OnlineLearner, policy_learner
 from rlhfjax.stages.rewards import load_judges
@@ -17,8 +21,21 @@ def rloo(job: Job) -> Facts:
     return learn_online(job, learner(job.config, job.mesh, job))
 
 
-def learner(c: schema.Rloo, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLearner:
+def learner(c: online_stages.Rloo, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLearner:
     """The policy alone, with itself as it was as the reference."""
     model, policy = starts.policy_from()
     objective = rloo_objective(c, model, gather=mesh.size == 1)
     return policy_learner(c, objective, model, policy, load_judges(c.rewards, starts))
+
+
+def rloo_objective(c: online_stages.Rloo, policy: SequenceModel, gather: bool = True) -> Any:
+    """RLOO over the policy, with the pretraining loss in the same gradient where the recipe has it."""
+    algorithm = Rloo(
+        log_probs=policy_log_probs(policy, c.sampling.temperature, gather=gather),
+        group=c.groups.size,
+        clip=c.loss.clip,
+        ratio=c.loss.ratio,
+        missing_eos=c.missing_eos.mode,
+        missing_eos_value=c.missing_eos.value,
+    )
+    return with_pretraining(algorithm, c.ptx, policy, gather)

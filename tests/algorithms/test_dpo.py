@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhfjax.algorithms import Dpo
+from rlhfjax.algorithms.dpo import Dpo
 from rlhfjax.types import RankedBatch
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from algorithms.groups_of_responses import GROUP, ROLLOUT, ROWS, SCORES
-from rlhfjax.algorithms import Grpo
 from rlhfjax.algorithms.groups import chosen, differing, refilled
+from rlhfjax.algorithms.grpo import Grpo
 
 
 def test_groups_in_which_a_score_differs():

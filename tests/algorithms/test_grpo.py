@@ -26,7 +26,7 @@ from algorithms.groups_of_responses import (
     packings,
     table,
 )
-from rlhfjax.algorithms import Grpo
+from rlhfjax.algorithms.grpo import Grpo
 
 AVERAGES = ["sequence", "token", "constant"]
 

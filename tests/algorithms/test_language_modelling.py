@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import VOCAB, cross_entropy_from, params_of, tiny, token_batch
 
-from rlhfjax.algorithms import LanguageModelling
-from rlhfjax.algorithms.language_modelling import RoutedLanguageModelling, predicted
+from rlhfjax.algorithms.language_modelling import LanguageModelling, RoutedLanguageModelling, predicted
 from rlhfjax.stages.objectives import language_modelling
 from rlhfjax.types import Routing, TokenBatch
 

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import pytest
 
-from rlhfjax.algorithms import LanguageModelling, Mix, restrict
+from rlhfjax.algorithms import Mix, restrict
+from rlhfjax.algorithms.language_modelling import LanguageModelling
 
 
 def test_both_parts_of_a_mix_see_the_whole():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import VOCAB, experience, log_probs_from
 
-from rlhfjax.algorithms import Ppo
+from rlhfjax.algorithms.ppo import Ppo
 
 ROWS, LENGTH, BETA = 12, 5, 0.3
 MADE = experience(ROWS, 3, LENGTH)

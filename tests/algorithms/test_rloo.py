@@ -22,7 +22,7 @@ from algorithms.groups_of_responses import (
     packings,
     table,
 )
-from rlhfjax.algorithms import Rloo
+from rlhfjax.algorithms.rloo import Rloo
 
 TABLE = log_probs_from(lambda params, rollout: params["policy"])
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tiny import experience, one_prompt_each, params_of, ranked_batch, scalar_params_of, tiny
 
-from rlhfjax.algorithms import Grpo, OnlineAlgorithm
+from rlhfjax.algorithms import OnlineAlgorithm
+from rlhfjax.algorithms.grpo import Grpo
 from rlhfjax.algorithms.likelihood import token_log_probs, token_scores, token_values
 from rlhfjax.algorithms.packing import on_packed, pack, packed_experience, packed_ranking, row_width
 from rlhfjax.algorithms.reward_modelling import RewardModelling

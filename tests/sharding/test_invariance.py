@@ -25,7 +25,8 @@ from rlhfjax.algorithms.objective import MixedBatch
 from rlhfjax.algorithms.packing import packed_experience
 from rlhfjax.config import schema
 from rlhfjax.sharding import batch_sharding, constrain_parts, make_mesh, place_batch, state_shardings
-from rlhfjax.stages.objectives import language_modelling, ppo_objective, reward_modelling
+from rlhfjax.stages.objectives import language_modelling, reward_modelling
+from rlhfjax.stages.ppo import ppo_objective
 from rlhfjax.training.update import gradients
 
 ROWS, COEF = 16, 2.5

@@ -27,7 +27,7 @@ from enumerable import (
 )
 from tiny import lenient, log_probs_from
 
-from rlhfjax.algorithms import Ppo
+from rlhfjax.algorithms.ppo import Ppo
 from rlhfjax.functional import token_log_probs
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.training.loop import Beside

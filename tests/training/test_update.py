@@ -9,7 +9,9 @@ import optax
 import pytest
 from tiny import VOCAB, cross_entropy_from, experience, lenient, log_probs_from, ppo_config, token_batch
 
-from rlhfjax.algorithms import LanguageModelling, Mix, Objective, OnlineAlgorithm, Ppo
+from rlhfjax.algorithms import Mix, Objective, OnlineAlgorithm
+from rlhfjax.algorithms.language_modelling import LanguageModelling
+from rlhfjax.algorithms.ppo import Ppo
 from rlhfjax.stages.online_programs import optimizer_of
 from rlhfjax.training.averaging import Average
 from rlhfjax.training.update import Passes, all_finite, apply_gradients, offline_step, online_update

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhfjax.algorithms import Dpo, RewardModelling
+from rlhfjax.algorithms.dpo import Dpo
 from rlhfjax.algorithms.language_modelling import predicted
+from rlhfjax.algorithms.reward_modelling import RewardModelling
 from rlhfjax.config import schema
 from rlhfjax.data.pipeline import Batches
 from rlhfjax.models import SequenceModel
