@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from rlhfjax.config import schema
-from rlhfjax.config.online_stages import prompts_of
 from rlhfjax.config.recipe import FACTS, compared, section_of, starts_of
 from rlhfjax.generation import SamplingParams
 from rlhfjax.models.attention import spread_by
@@ -172,7 +171,7 @@ def _online(c: Any, starts: Shapes, target: Target) -> dict[str, Built]:
     mesh, learner = starts.mesh, _module(starts.stage).learner(c, starts.mesh, starts)
     state = online_programs.first_state_shapes(c, mesh, learner)
     steps = online_programs.build(c, mesh, learner, state, _sampling(c.sampling, starts.vocabulary))
-    prompts, mixed = _prompts(mesh, prompts_of(c), c.batch.prompt_length), None
+    prompts, mixed = _prompts(mesh, c.prompts, c.batch.prompt_length), None
     if c.ptx:
         mixed = _batch(mesh, mixed_batch(c))
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sharding.groups import by_loops
+from sharding.test_groups import assert_as_by_loops
 from sharding.two_processes import LENGTH, SIZE
 
 WORKER = Path(__file__).with_name("two_processes.py")
@@ -19,7 +21,7 @@ def reports():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(WORKER.parents[1])}
     started = [
         subprocess.Popen(
             [sys.executable, WORKER, coordinator, str(index)],
@@ -56,6 +58,12 @@ def test_each_reads_only_its_rows_and_all_see_the_whole_batch(reports, mesh, pla
     wanted = [[100 * row + token for token in range(LENGTH)] for row in rows]
     assert first["batch"] == second["batch"] == wanted
     assert first["shape"] == [SIZE, LENGTH]
+
+
+def test_groups_of_responses_are_compared_whole_wherever_their_rows_are(reports):
+    wanted = by_loops()
+    for report in reports:
+        assert_as_by_loops(report["groups"], wanted)
 
 
 def test_they_say_what_they_do_not_agree_on(reports):

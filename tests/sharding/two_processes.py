@@ -13,6 +13,7 @@ from rlhfjax.host import processes
 from rlhfjax.host.processes import Place, agree, by_first, fetch, is_first, started
 from rlhfjax.sharding import local_rows, make_mesh, place_share, put, replicated
 from rlhfjax.types import TokenBatch
+from sharding.groups import on_mesh
 
 ROWS, SIZE, LENGTH = 96, 8, 6
 
@@ -63,6 +64,7 @@ def main(coordinator, index):
         report["one works"] = told(by_first, lambda: None, "x")
         whole = put(np.arange(4.0), replicated(make_mesh(4)))
         report["sum"] = float(jax.jit(lambda x: x.sum())(whole))
+        report["groups"] = on_mesh(make_mesh(2, 2))
         report["preempted"] = [processes.preempted() for _ in range(3)]
     print(json.dumps(report), flush=True)
 
