@@ -1,5 +1,7 @@
 """Every program of attention against loops over tokens in float64, value and gradient."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,15 +84,20 @@ def computed(program, tensors, segments, local=True, dtype=jnp.float32, prefixes
     return value_and_gradients(jnp.asarray(segments), local)
 
 
+@cache
+def looped(case):
+    """What goes into every program, and what the loops make of it, once for all programs."""
+    runs, key_heads, how = CASES[case]
+    tensors, segments = arrays(runs, key_heads)
+    return tensors, segments, how, by_loops(*tensors, segments, **how)
+
+
 # fails with a window one token too wide, a block that begins one too late, and segments that are not compared: seen
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("program", ["xla", "blocked", "splash"])
 def test_every_program_equals_the_loops(program, case):
-    runs, key_heads, how = CASES[case]
-    tensors, segments = arrays(runs, key_heads)
-    for got, wanted in zip(
-        computed(program, tensors, segments, **how), by_loops(*tensors, segments, **how), strict=True
-    ):
+    tensors, segments, how, expected = looped(case)
+    for got, wanted in zip(computed(program, tensors, segments, **how), expected, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-5)
 
 

@@ -23,8 +23,8 @@ def wait_for_checkpoint(process, folder):
     raise AssertionError(process.communicate()[1])
 
 
-# Pretraining is the loop of the reward model; a test of guards resumes it to the last bit, too.
-@pytest.mark.parametrize("stage", [pytest.param("pretrain", marks=pytest.mark.faults), "reward", "ppo"])
+# Pretraining is the loop of the reward model; in every run a test of guards resumes it to the last bit.
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.faults) for s in ("pretrain", "reward")), "ppo"])
 def test_killed_in_a_stage(copied, finished, config, start, command, stage):
     run_dir = copied(stage)
     arguments = ("run", config, "--run-dir", run_dir, "--only", stage)

@@ -10,7 +10,7 @@ import pytest
 from stages.conftest import assert_same_bits, rows_of, saved
 from stages.tiny_recipe import STEPS
 
-DEADLINE = 120  # seconds; of what takes a few
+DEADLINE = 600  # seconds, of what takes a few, on a busy machine
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_a_second_signal_does_not_wait(started, copied, config):
     # The first comes where the loop can't end before the update; that hangs, and so nothing is saved.
     process = started("hang@update:2", "run", config, "--run-dir", run_dir, "--only", "ppo")
     metrics = run_dir / "ppo" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and (run_dir / "ppo" / "checkpoints" / "1").exists(), process)
+    wait_for(lambda: metrics.exists() and (run_dir / "ppo" / "checkpoints" / "1").exists(), process, "the first step")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert process.poll() is None
@@ -137,19 +137,21 @@ def test_a_second_signal_does_not_wait(started, copied, config):
     assert "ended" in line
 
 
-def wait_for(condition, process):
+def wait_for(condition, process, what):
     until = time.monotonic() + DEADLINE
     while not condition():
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < until
+        assert time.monotonic() < until, f"waited {DEADLINE} s for {what}"
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("kind", ["lock_gil", slow("hang")])
+# That a deadline ends what hangs, and which deadline, is in every run: tests of the watchdog and of supervision.
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", ["lock_gil", "hang"])
 def test_what_hangs_is_ended(started, copied, finished, config, kind):
     run_dir = copied("ppo")
     arguments = ("run", config, "--run-dir", run_dir, "--only", "ppo")
-    code, err = ended(started(f"{kind}@update:3", *arguments, "reliability.deadlines.step=2.0"))
+    code, err = ended(started(f"{kind}@update:3", *arguments, "reliability.deadlines.step=30.0"))
     assert code == 42, err
     stacks = (run_dir / "ppo" / "stacks.txt").read_text(encoding="utf-8")
     assert "in reach" in stacks  # the thread that hangs

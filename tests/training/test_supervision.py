@@ -5,13 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from rlhfjax.config.upkeep import Deadlines
 from rlhfjax.errors import Stopped
 from rlhfjax.host import stopping
+from rlhfjax.training import supervision
 from rlhfjax.training.supervision import Watch
 
 
@@ -91,15 +94,46 @@ def test_several_processes_ask_each_other(said):
         watch.wait(jnp.ones(2))
 
 
-def test_the_longest_unit_counts_for_the_next_request():
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when the test says so: a list of one number."""
+    now = [100.0]
+    monkeypatch.setattr(supervision, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_the_longest_unit_counts_for_the_next_request(clock):
     watch = Watch()
     for seconds in (0.3, 0.05, 0.1):  # the first compiles
         for unit, share in (("rollout", 3.0), ("update", 1.0), ("save", 0.5)):
             watch.begin(unit, 1)
-            time.sleep(seconds * share)
+            clock[0] += seconds * share
     watch.close()
-    assert 0.14 < watch.facts()["timing/stop_s"] < 0.3  # an update and a save, since a rollout is broken off
+    assert watch.facts() == {"timing/stop_s": 0.15}  # an update and a save, since a rollout is broken off
     assert Watch().facts() == {}
+
+
+def test_a_unit_has_the_deadline_of_its_kind_and_compiles_once(monkeypatch, tmp_path):
+    # fails when a unit that was seen still has the hours of compiling, and when a save has a step's deadline
+    armed = []
+
+    class Dog:
+        def __init__(self, stacks):
+            armed.append(stacks)
+
+        def arm(self, seconds):
+            armed.append(seconds)
+
+        def close(self):
+            armed.append("closed")
+
+    monkeypatch.setattr(supervision, "Watchdog", Dog)
+    watch = Watch(tmp_path, Deadlines(compile=7.0, step=2.0, save=3.0))
+    for step in (1, 2):
+        for unit in ("rollout", "update", "save"):
+            watch.begin(unit, step)
+    watch.close()
+    assert armed == [tmp_path / "stacks.txt", 7.0, 7.0, 3.0, 2.0, 2.0, 3.0, "closed"]
 
 
 STUCK = """
@@ -108,30 +142,39 @@ from rlhfjax.host import stopping
 stopping.PATIENCE = 0.2
 with stopping.honoured(print):
     stopping.before_exit(lambda code: print("left with", code, flush=True))
-    print("ready", flush=True)
     HOLD
 """
+# libc's system() ignores neither signal's handler, but does not return to Python either: here, while there is a file
+INSIDE = "ctypes.CDLL(None).system(b'touch inside; while [ -e inside ]; do sleep 0.1; done > /dev/null')"
 
 
 @pytest.mark.parametrize(
     ("hold", "code", "words"),
     [
-        # libc's system() ignores neither signal's handler, but does not return to Python either
-        ("ctypes.CDLL(None).system(b'sleep 4')", 42, "left with 42\n"),
-        ("with stopping.held(): ctypes.CDLL(None).system(b'sleep 2'); print('saved', flush=True)", 1, "saved\n"),
+        (INSIDE, 42, "left with 42\n"),
+        (f"with stopping.held(): {INSIDE}; print('saved', flush=True)", 1, "saved\n"),
     ],
 )
-def test_inside_a_library(hold, code, words):
+def test_inside_a_library(tmp_path, hold, code, words):
+    inside = tmp_path / "inside"
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK.replace("HOLD", hold)],
+        cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(0.3)
+    until = time.monotonic() + 300
+    while not inside.exists():
+        assert time.monotonic() < until, "waited 300 s for the process to be inside the library"
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=30)
+    if code == 42:
+        process.wait(timeout=300)
+    else:
+        time.sleep(1.0)  # longer than patience, which does not count while it saves
+    inside.unlink()
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == code  # 1: Stopped, which nobody caught
     assert out.endswith(words)
 
