@@ -5,17 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlhfjax.config import Run
 from rlhfjax.config.recipe import parents_of
-from rlhfjax.stages.job import Job
 from rlhfjax.text.loading import CHAT_TEMPLATE, AnyTokenizer
 from rlhfjax.training.checkpoint import find_checkpoint, stored_digests, tree_digest
 
 
-def parents(job: Job) -> dict[str, dict[str, Any]]:
+def parents(run: Run, run_dir: Path, stage: str) -> dict[str, dict[str, Any]]:
     """Step and digest of the models that a stage starts from, by the stage that made them."""
     found = {}
-    for name in parents_of(job.run, job.stage):
-        step_dir = find_checkpoint(job.run_dir / name)
+    for name in parents_of(run, stage):
+        step_dir = find_checkpoint(run_dir / name)
         found[name] = {"step": int(step_dir.name), "digest": checkpoint_digest(step_dir)}
     return found
 

@@ -141,7 +141,7 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
             manifest.note(**tokenizer_facts(job.tokenizer))
             check_data(jobs)
         report(f"{job.stage}: started")
-        manifest.began(job.stage, parents(job))
+        manifest.began(job.stage, parents(run, run_dir, job.stage))
         job.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         with building_for(target):
             facts = execute(job)

@@ -28,6 +28,7 @@ from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.measures.accuracies import Accuracies, accuracies_of
 from rlhfjax.stages.measures.exact_match import exact_match
 from rlhfjax.stages.measures.responses import Responses, respond, row_of, samples_of
+from rlhfjax.stages.measures.reward_scores import RewardScorer
 from rlhfjax.stages.measures.validation import loss_meter
 from rlhfjax.training.checkpoint import COMPLETE
 from rlhfjax.training.supervision import Watch
@@ -87,7 +88,15 @@ class Measured:
     @cached_property
     def accuracies(self) -> Accuracies:
         self.watch.begin("judges", 0)
-        return accuracies_of(self.job)
+        return accuracies_of(self.job.config, self.job.reader, self._scorer())
+
+    def _scorer(self) -> RewardScorer | None:
+        """The run's reward model, if it has one."""
+        job = self.job
+        if not job.run.stages.reward:
+            return None
+        gain = _complete(job, "reward").get("normalized_gain", 1.0)
+        return RewardScorer(*job.load("reward"), job.tokenizer, gain, job.report)
 
 
 def _losses(measured: Measured) -> dict[str, dict[str, float]]:
@@ -141,8 +150,12 @@ MEASURES: dict[str, Callable[[Measured], Any]] = {
 
 def _seconds(job: Job) -> dict[str, float]:
     """The wall time of every stage before this one."""
-    done = (stage for stage in stages_of(job.run) if stage != job.stage)
-    return {stage: json.loads((job.run_dir / stage / COMPLETE).read_text("utf-8"))["seconds"] for stage in done}
+    return {stage: _complete(job, stage)["seconds"] for stage in stages_of(job.run) if stage != job.stage}
+
+
+def _complete(job: Job, stage: str) -> Facts:
+    """What a stage said of itself when it had finished."""
+    return json.loads((job.run_dir / stage / COMPLETE).read_text(encoding="utf-8"))
 
 
 def _write(job: Job, result: Evaluation) -> None:

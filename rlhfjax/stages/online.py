@@ -79,7 +79,7 @@ def learn_online(job: Job, learner: OnlineLearner) -> Facts:
         return facts | ahead.facts | learning.facts()
 
     prompts, records = _Prompts(), opened["train"].records
-    with closing(HostRewards(job, learner.judges, records)) as host:
+    with closing(HostRewards(learner.judges, records, job.tokenizer, job.mesh, job.report)) as host:
         if host.asked:
             steps = replace(steps, judge=lambda rollout: host.begin(prompts.place - 1, rollout))
         return learning.run(train, finish)

@@ -10,6 +10,7 @@ from rlhfjax.models.lora import split
 from rlhfjax.stages.batches import held_out
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
+from rlhfjax.stages.measures.draws import last_sampling
 from rlhfjax.stages.measures.validation import loss_meter, named, reward_meter
 from rlhfjax.stages.objectives import training_loss
 from rlhfjax.stages.offline import OfflineLearner, learn_offline
@@ -27,7 +28,8 @@ def sft(job: Job) -> Facts:
     made = learner(job.config, job.mesh, job)
     if job.config.select_by != "reward_score":
         return learn_offline(job, made)
-    score = reward_meter(job, made.model)
+    how = job.config, job.reader, job.mesh, made.model
+    score = reward_meter(*how, last_sampling(job.run), job.key("samples"))
     return learn_offline(
         job, replace(made, validate=lambda params, opened: made.validate(params, opened) | score(params))
     )

@@ -16,8 +16,8 @@ from rlhfjax.host import processes
 from rlhfjax.models import SequenceModel
 from rlhfjax.rewards import Example, Pending, Rewards
 from rlhfjax.sharding import local_rows, place_share
-from rlhfjax.stages.job import Job
 from rlhfjax.stages.starts import Starts
+from rlhfjax.text.loading import AnyTokenizer
 from rlhfjax.types import Params, Rollout, TokenBatch
 
 
@@ -74,20 +74,28 @@ class Judges:
 class HostRewards:
     """The host's rewards of a stage at work; each process finds those of its own rows. Close it."""
 
-    def __init__(self, job: Job, judges: Judges, records: Callable[[int], list[dict[str, Any]]]):
-        self._job, self._records, self.asked = job, records, bool(judges.on_host)
-        self._rewards = Rewards.open(judges.on_host, job.report)
+    def __init__(
+        self,
+        judges: Judges,
+        records: Callable[[int], list[dict[str, Any]]],
+        tokenizer: AnyTokenizer,
+        mesh: jax.sharding.Mesh,
+        report: Callable[[str], None],
+    ):
+        self._records, self._tokenizer, self._mesh = records, tokenizer, mesh
+        self.asked = bool(judges.on_host)
+        self._rewards = Rewards.open(judges.on_host, report)
 
     def begin(self, place: int, rollout: Rollout) -> "Asked":
         """Ask for the rewards of a rollout over the prompts at a place."""
         examples = self._examples(place, rollout)
-        return Asked(self._job, self._rewards.submit(place, examples), len(examples))
+        return Asked(self._mesh, self._rewards.submit(place, examples), len(examples))
 
     def _examples(self, place: int, rollout: Rollout) -> list[Example]:
         """The rows of this process, each with the record of its prompt."""
-        t, made = self._job.tokenizer, processes.fetch(rollout)
+        t, made = self._tokenizer, processes.fetch(rollout)
         records = self._records(place)
-        rows = local_rows(self._job.mesh, len(made.finished)) if self._job.mesh.is_multi_process else None
+        rows = local_rows(self._mesh, len(made.finished)) if self._mesh.is_multi_process else None
         rows = np.arange(len(made.finished)) if rows is None else rows
         each = len(rows) // len(records)  # responses to a prompt lie next to each other
         examples = []
@@ -116,7 +124,7 @@ class HostRewards:
 class Asked:
     """Rewards of the rows of this process that the host is finding."""
 
-    job: Job
+    mesh: jax.sharding.Mesh
     pending: Pending
     rows: int
 
@@ -140,7 +148,7 @@ class Asked:
         put = {title: np.full_like(x, np.nan) if scores.skip else x for title, x in scores.values.items()}
         failed = np.zeros(self.rows, np.float32)
         failed[0] = scores.failed  # summed over processes
-        shares = place_share(self.job.mesh, put | {"failures": failed})
+        shares = place_share(self.mesh, put | {"failures": failed})
         failures = float(processes.fetch(shares.pop("failures")).sum())
         rewards = {**(scored.rewards or {}), **shares}
         return replace(scored, rewards=rewards), {"objective/reward_failures": failures}

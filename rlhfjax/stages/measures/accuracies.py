@@ -6,12 +6,12 @@ import numpy as np
 
 from rlhfjax.config import schema
 from rlhfjax.data.datasets import open_source
+from rlhfjax.data.pipeline import Reader
 from rlhfjax.evaluation.calibration import calibration
 from rlhfjax.evaluation.judges import Judge, fit_ridge_judge, tfidf_ridge_baseline, vader_judge
 from rlhfjax.evaluation.pairwise import RatedTexts
 from rlhfjax.evaluation.results import AccuracyRow, Calibration
 from rlhfjax.evaluation.rows import REWARD_MODEL, accuracy_row, comparison_row, human_rows
-from rlhfjax.stages.job import Job
 from rlhfjax.stages.measures.reward_scores import RewardScorer
 from rlhfjax.text.chat import beginning
 
@@ -26,14 +26,12 @@ class Accuracies:
     calibration: Calibration | None
 
 
-def accuracies_of(job: Job) -> Accuracies:
-    """Whatever the recipe has ratings, comparisons and a reward model for."""
-    scorer = RewardScorer(job) if job.run.stages.reward else None
-    c: schema.Evaluate = job.config
-    seed, judges, accuracy, judge_accuracy, calibrated = job.run.seed, [], [], [], None
+def accuracies_of(c: schema.Evaluate, reader: Reader, scorer: RewardScorer | None) -> Accuracies:
+    """Whatever there are ratings and comparisons for; without a `scorer` no reward model is among them."""
+    seed, judges, accuracy, judge_accuracy, calibrated = reader.seed, [], [], [], None
     if c.ratings:
         judged, based, tested = (
-            list(open_source(entry.source, entry.split, job.data_dir, kind="rated_text"))
+            list(open_source(entry.source, entry.split, reader.data_dir, kind="rated_text"))
             for entry in (c.ratings.judge, c.ratings.baseline, c.ratings.test)
         )
         texts = [row["text"] for row in tested]
@@ -46,7 +44,7 @@ def accuracies_of(job: Job) -> Accuracies:
         judges = [ridge, lexicon]
         judge_accuracy = [accuracy_row(judge.name, judge(texts), rated, seed) for judge in judges]
         if scorer:
-            t = job.tokenizer
+            t = reader.tokenizer
             prefix = (*beginning(t), *t.encode(c.ratings.prefix))
             answers = [(*t.encode_continuation(f" {text}", after=prefix[-1]), t.eos_id) for text in texts]
             scores = scorer([prefix] * len(texts), answers)
@@ -58,7 +56,7 @@ def accuracies_of(job: Job) -> Accuracies:
             *human_rows(rated, seed),
         ]
     if scorer and c.comparisons:
-        compared = job.reader.comparison_ids(c.comparisons, c.batch)
+        compared = reader.comparison_ids(c.comparisons, c.batch)
         pairs = [(prompt, response) for prompt, responses, _ in compared for response in responses]
         scores = scorer([prompt for prompt, _ in pairs], [response for _, response in pairs])
         asked, ranks = [prompt for prompt, *_ in compared], [ranks for *_, ranks in compared]

@@ -1,24 +1,33 @@
-"""Scores of texts that are there already, by the reward model of the run."""
+"""Scores of texts that are there already, by a reward model."""
 
-import json
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from rlhfjax.data.batches import right_padded
 from rlhfjax.host import processes
-from rlhfjax.stages.job import Job
-from rlhfjax.training.checkpoint import COMPLETE
+from rlhfjax.models import SequenceModel
+from rlhfjax.text.loading import AnyTokenizer
+from rlhfjax.types import Params
 
 
 class RewardScorer:
-    """Scores of (prompt, response) pairs by the run's reward model, in batches of one shape."""
+    """Scores of (prompt, response) pairs by a reward model, in batches of one shape.
 
-    def __init__(self, job: Job):
-        self.job, (self.model, self.params) = job, job.load("reward")
-        self.score = jax.jit(self.model.scores)
-        facts = json.loads((job.run_dir / "reward" / COMPLETE).read_text(encoding="utf-8"))
-        self.gain: float = facts.get("normalized_gain", 1.0)  # what normalisation multiplied the scores with
+    `gain` is what normalisation multiplied its scores with.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        params: Params,
+        tokenizer: AnyTokenizer,
+        gain: float = 1.0,
+        report: Callable[[str], None] = lambda text: None,
+    ):
+        self.model, self.params, self.tokenizer, self.gain, self.report = model, params, tokenizer, gain, report
+        self.score = jax.jit(model.scores)
 
     def __call__(self, prompts: list[tuple[int, ...]], responses: list[tuple[int, ...]]) -> np.ndarray:
         """One score per pair of ids, the response with its end; equal pairs are computed once.
@@ -26,10 +35,10 @@ class RewardScorer:
         A text beyond the context is read without its last words, and that is told.
         """
         distinct = list(dict.fromkeys(zip(prompts, responses, strict=True)))
-        t, size, limit = self.job.tokenizer, 64, self.model.config.context
+        t, size, limit = self.tokenizer, 64, self.model.config.context
         whole = [[*prompt, *response] for prompt, response in distinct]
         if cut := sum(len(row) > limit for row in whole):
-            self.job.report(
+            self.report(
                 f"evaluate: the reward model reads {cut:,} of {len(whole):,} comparisons' and ratings' texts without "
                 f"their end, which is beyond its context of {limit} tokens"
             )

@@ -12,11 +12,10 @@ from rlhfjax.algorithms.dpo import Dpo
 from rlhfjax.algorithms.language_modelling import predicted
 from rlhfjax.algorithms.reward_modelling import RewardModelling
 from rlhfjax.config import schema
-from rlhfjax.data.pipeline import Batches
+from rlhfjax.data.pipeline import Batches, Reader
 from rlhfjax.models import SequenceModel
 from rlhfjax.sharding import place_share
-from rlhfjax.stages.job import Job
-from rlhfjax.stages.measures.draws import draws_of, last_sampling
+from rlhfjax.stages.measures.draws import draws_of
 from rlhfjax.stages.objectives import language_modelling
 from rlhfjax.training.checkpoint import find_checkpoint, load_model
 from rlhfjax.training.state import abstract
@@ -54,16 +53,23 @@ def loss_meter(mesh: jax.sharding.Mesh, model: SequenceModel) -> Meter:
     return Meter(total, mesh)
 
 
-def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[Params], dict[str, float]]:
-    """Mean score that the reward model at `reward_model` gives samples for validation prompts.
+def reward_meter(
+    c: schema.Sft,
+    reader: Reader,
+    mesh: jax.sharding.Mesh,
+    model: SequenceModel,
+    sampled: schema.Sampling | None,
+    key: jax.Array,
+    count: int = 64,
+) -> Callable[[Params], dict[str, float]]:
+    """Mean score that the reward model at `reward_model` gives samples for validation prompts (`draws_of`).
 
     InstructGPT chose its SFT checkpoint by this, not by validation loss (Ouyang et al. 2022, C.1).
     """
-    c: schema.Sft = job.config
-    scorer, reward = load_model(find_checkpoint(str(c.reward_model)), job.mesh)
-    pairs = job.reader.demonstration_ids(c.validation, c.batch.length, count, c.batch.refused)
+    scorer, reward = load_model(find_checkpoint(str(c.reward_model)), mesh)
+    pairs = reader.demonstration_ids(c.validation, c.batch.length, count, c.batch.refused)
     context = min(model.config.context, scorer.config.context)
-    draws = draws_of(last_sampling(job.run), job.tokenizer, [prompt for prompt, _ in pairs], context, c.batch.length)
+    draws = draws_of(sampled, reader.tokenizer, [prompt for prompt, _ in pairs], context, c.batch.length)
 
     @jax.jit
     def mean_score(params, reward, key):
@@ -71,7 +77,7 @@ def reward_meter(job: Job, model: SequenceModel, count: int = 64) -> Callable[[P
         parts = (made.prompt, made.prompt_mask, made.response, made.response_mask)
         return scorer.response_scores(reward, *parts).mean()
 
-    return lambda params: {"eval/reward_score": float(mean_score(params, reward, job.key("samples")))}
+    return lambda params: {"eval/reward_score": float(mean_score(params, reward, key))}
 
 
 def accuracy_meter(
