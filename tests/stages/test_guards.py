@@ -157,7 +157,7 @@ def test_a_reward_model_that_knows_no_number(copied, run):
 )
 def test_ppo_stops_at_its_bounds(copied, run, setting, metric):
     run_dir = copied("ppo")
-    kept = ("stages.ppo.optimizer.lr=0.03", "stages.ppo.kl.coef=0.0")
+    kept = ("stages.ppo.optimizer.lr=0.03", "stages.ppo.kl={coef: 0.0, controller: fixed}")
     code, err = run(run_dir, "ppo", *kept, f"reliability.guards.{setting}")
     assert code == 4, err
     assert metric in err
