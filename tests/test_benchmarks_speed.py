@@ -113,7 +113,7 @@ def test_a_policy_that_ends_by_chance():
     model = product.model_of(work)
     params = product.policy_of(work, make_mesh(devices=jax.devices()[:1]), model)
     tokens = jnp.asarray(product.random_tokens(work, 0, 4, 16))
-    logits = model.logits(params, tokens, jnp.ones_like(tokens, bool))
+    logits = jax.jit(model.logits)(params, tokens, jnp.ones_like(tokens, bool))
     assert jax.nn.softmax(logits, axis=-1)[..., product.STOP] == pytest.approx(1 / 5, rel=0.05)
 
 

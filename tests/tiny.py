@@ -197,9 +197,12 @@ def cross_entropy_from(logits):
     return total
 
 
+_packed = jax.jit(packed_experience, static_argnums=0)
+
+
 def first_part(experience: Experience) -> TokenExperience:
     """All of an experience as packed rows, the way the models read it."""
-    packed, used = packed_experience(len(experience.advantages), experience)
+    packed, used = _packed(len(experience.advantages), experience)
     assert int(used) == 1
     return jax.tree.map(lambda x: x[0], packed)
 

@@ -55,9 +55,13 @@ def test_loss_of_a_decoder_is_that_of_loops():
     algorithm = training_loss(model, ahead=True)
     weight = algorithm.weight(batch)
     loss, metrics = jax.jit(algorithm.loss)(params, batch, weight)
-    hidden = model.hidden(params, batch.tokens, batch.positions, batch.segments)
-    every = jnp.concatenate([hidden[None], model.ahead(params, hidden)])
-    log_p = np.asarray(jax.nn.log_softmax(model.unembed(params, every)), np.float64)
+
+    @jax.jit
+    def logits(params):
+        hidden = model.hidden(params, batch.tokens, batch.positions, batch.segments)
+        return model.unembed(params, jnp.concatenate([hidden[None], model.ahead(params, hidden)]))
+
+    log_p = np.asarray(jax.nn.log_softmax(logits(params)), np.float64)
     means, rates = [], []
     for n in range(3):
         said, hits = [], []
@@ -82,9 +86,10 @@ def test_parts_add_up_and_heads_learn():
     params, batch = params_of(model, seed=1), token_batch(4, 9)
     algorithm = training_loss(model, ahead=True)
     weight = algorithm.weight(batch)
-    whole, gradient = jax.value_and_grad(lambda p: algorithm.loss(p, batch, weight)[0])(params)
+    loss = jax.jit(lambda p, batch: algorithm.loss(p, batch, weight)[0])
+    whole, gradient = jax.jit(jax.value_and_grad(loss))(params, batch)
     halves = [jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(0, 2), slice(2, 4))]
-    np.testing.assert_allclose(sum(algorithm.loss(params, half, weight)[0] for half in halves), whole, rtol=1e-5)
+    np.testing.assert_allclose(sum(loss(params, half) for half in halves), whole, rtol=1e-5)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient["mtp_heads"]))
-    plain = jax.grad(lambda p: training_loss(model).loss(p, batch, weight["targets"])[0])(params)
+    plain = jax.jit(jax.grad(lambda p: training_loss(model).loss(p, batch, weight["targets"])[0]))(params)
     assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(plain["mtp_heads"]))

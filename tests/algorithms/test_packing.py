@@ -94,9 +94,9 @@ def test_parts_that_hold_nothing_are_not_computed():
         jax.debug.callback(lambda: calls.append(1))
         return batch.tokens.astype(jnp.float32)
 
-    jax.block_until_ready(on_packed(1, ROLLOUT, of_rows))
+    jax.block_until_ready(jax.jit(lambda rollout: on_packed(1, rollout, of_rows))(ROLLOUT))
     jax.effects_barrier()
-    assert len(calls) == int(pack(ROLLOUT, 1).used) < ROWS
+    assert len(calls) == int(jax.jit(lambda rollout: pack(rollout, 1).used)(ROLLOUT)) < ROWS
 
 
 def test_experience_moves_with_its_tokens():

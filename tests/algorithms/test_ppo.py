@@ -226,9 +226,10 @@ def test_entropy_bonus_spreads_the_policy(params):
     algorithm = ppo(entropy_coef=1.0)
     still = replace(MADE, advantages=jnp.zeros((ROWS, LENGTH)))
 
+    @jax.jit
     def loss(p):
         return algorithm.loss(p, still, algorithm.weight(still))
 
-    gradient, before = jax.grad(loss, has_aux=True)(params)
+    gradient, before = jax.jit(jax.grad(loss, has_aux=True))(params)
     after = loss(jax.tree.map(lambda p, g: p - 100.0 * g, params, gradient))[1]
     assert after["policy/entropy_avg"] > before["policy/entropy_avg"] + 0.01
