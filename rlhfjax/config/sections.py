@@ -206,7 +206,8 @@ class RolloutBatch(Section):
 class Sampling(Section):
     """How responses are drawn. Online stages take no top_k, top_p and min_p, since they learn as the policy itself.
 
-    `stop` ends a response at that single token (default: EOS) from position `stop_after` on.
+    `stop` ends a response at that text of one token, or at each text or id of a list (default: EOS), from position
+    `stop_after` on.
     `old_log_probs: rollout` keeps the sampler's own; `recompute` takes them from one forward pass (exact ratio 1).
     `precision` is that of the weights and the cache that sampling reads. `speculate` says where
     `speculate_tokens` draft tokens per call come from: what followed the last `speculate_ngram` tokens in the row, or
@@ -218,7 +219,7 @@ class Sampling(Section):
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    stop: str | None = None
+    stop: str | Annotated[list[str | Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     stop_after: Annotated[int, Field(ge=0)] = 0
     old_log_probs: Literal["recompute", "rollout"] = "recompute"
     precision: Literal["full", "int8_weights", "int8_cache", "int8"] = "full"

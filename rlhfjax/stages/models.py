@@ -25,16 +25,8 @@ def new_model(settings: schema.Model, vocab_size: int, start_id: int = 0) -> Seq
 
 
 def sampling_params(sampling: schema.Sampling, tokenizer: AnyTokenizer) -> SamplingParams:
-    """The sampler's settings: a response ends with any id that ends one in the tokenizer, or with `stop` alone.
-
-    Raises ConfigError when `stop` is not a single token.
-    """
-    stop = list(tokenizer.end_ids) if sampling.stop is None else tokenizer.encode_continuation(sampling.stop)
-    if sampling.stop is not None and len(stop) != 1:
-        raise ConfigError(
-            f"sampling.stop: expected text of one token, got {sampling.stop!r}, which is {len(stop)}; give a shorter "
-            "text, or leave it out to stop at EOS"
-        )
+    """The sampler's settings; raises ConfigError on a text that is not a single token, or an id that is none."""
+    stop = _stops(sampling, tokenizer)
     speculation = None
     if sampling.speculate != "none":
         speculation = Speculation(sampling.speculate, sampling.speculate_tokens, sampling.speculate_ngram)
@@ -51,6 +43,28 @@ def sampling_params(sampling: schema.Sampling, tokenizer: AnyTokenizer) -> Sampl
         stop_ids=tuple(stop[1:]),
         slots=current().slots,
     )
+
+
+def _stops(sampling: schema.Sampling, tokenizer: AnyTokenizer) -> list[int]:
+    """The ids that end a response: any that ends one in the tokenizer, or in their place those of `stop`."""
+    if sampling.stop is None:
+        return list(tokenizer.end_ids)
+    named = [sampling.stop] if isinstance(sampling.stop, str) else sampling.stop
+    return list(dict.fromkeys(_stop(name, tokenizer) for name in named))
+
+
+def _stop(name: str | int, tokenizer: AnyTokenizer) -> int:
+    if isinstance(name, int):
+        if name >= tokenizer.vocab_size:
+            raise ConfigError(f"sampling.stop: expected an id below {tokenizer.vocab_size:,}, got {name}")
+        return name
+    ids = tokenizer.encode_continuation(name)
+    if len(ids) != 1:
+        raise ConfigError(
+            f"sampling.stop: expected text of one token, got {name!r}, which is {len(ids)}; give a shorter text, or "
+            "leave it out to stop at EOS"
+        )
+    return ids[0]
 
 
 def plain_sampling(new_tokens: int, tokenizer: AnyTokenizer) -> SamplingParams:

@@ -32,3 +32,17 @@ def test_a_stop_of_ones_own_is_the_only_one_and_goes_on_after_text():
     assert tokenizer.pieces(ends(sampling_params(schema.Sampling(max_new_tokens=3, stop="\n"), tokenizer))) == ["\n"]
     with pytest.raises(ConfigError, match="text of one token"):
         sampling_params(schema.Sampling(max_new_tokens=3, stop="?!\n"), tokenizer)
+
+
+def test_several_texts_and_ids_end_a_response_and_each_is_there_once():
+    tokenizer = load_tokenizer(GOLDEN / "sentence_piece")
+    [newline], [point] = (tokenizer.encode_continuation(text) for text in ("\n", "."))
+
+    def settings(*stop):
+        return ends(sampling_params(schema.Sampling(max_new_tokens=3, stop=list(stop)), tokenizer))
+
+    assert settings("\n", ".", 7, newline) == (newline, point, 7)
+    with pytest.raises(ConfigError, match=r"text of one token, got '\?!\\n'"):
+        settings("\n", "?!\n")
+    with pytest.raises(ConfigError, match=f"id below .*, got {tokenizer.vocab_size}"):
+        settings(tokenizer.vocab_size)
