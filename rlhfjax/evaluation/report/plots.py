@@ -63,13 +63,13 @@ def metric_curve(steps: Float[np.ndarray, "S"], values: Float[np.ndarray, "S"], 
 
 @matplotlib.rc_context(_STYLE)
 def reward_against_kl(
-    steps: Float[np.ndarray, "S"], kl: Float[np.ndarray, "S"], scores: Float[np.ndarray, "S"]
+    steps: Float[np.ndarray, "S"], kl: Float[np.ndarray, "S"], scores: Float[np.ndarray, "S"], score: str
 ) -> Figure:
-    """Score against divergence from the reference, one point per step, from amber (first) to violet (last).
+    """What is called `score` against divergence from the reference, from amber (first step) to violet (last).
 
     Source: Gao et al. 2023, figure 1: what a policy pays in KL for its reward.
     """
-    figure, axes = _panel("reward model score", xlabel="KL from the reference, nats per response")
+    figure, axes = _panel(score, xlabel="KL from the reference, nats per response")
     order = np.linspace(0.0, 1.0, len(steps))
     axes.plot(kl, scores, color=_INK, alpha=0.15, linewidth=0.8)
     axes.scatter(kl, scores, c=_TIME(order), s=16, linewidths=0, zorder=3)

@@ -19,13 +19,14 @@ from rlhfjax.evaluation.rows import MEASURES
 
 _LOSSES = {"train": ("loss/train", "train/rm/loss"), "held out": ("loss/validation", "eval/rm/loss")}
 _ONLINE = (  # metric, title, unit
-    ("objective/scores", "Reward model score", "score"),
+    ("objective/scores", "{score}", "score"),
     ("objective/kl", "KL from the reference", "nats per response"),
     ("objective/rlhf_reward", "Score less KL penalty", "reward"),
     ("objective/entropy", "Entropy of the policy", "nats"),
     ("objective/length", "Response length", "tokens"),
     ("objective/eos_rate", "Responses that end by themselves", "share"),
 )
+_REWARD = "objective/reward/"  # before the name of each, where a score is the sum of several
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,30 @@ def _losses(run: ReportData) -> Section:
 
 
 def _online(run: ReportData, stage: str) -> Section:
-    found = []
-    for i, (metric, title, unit) in enumerate(_ONLINE):
+    found, rewards = [], _rewards(run, stage)
+    each = ((_REWARD + name, f"Reward: {name}", "reward") for name in rewards)
+    for i, (metric, title, unit) in enumerate((*_ONLINE, *each)):
+        title = title.format(score=_score(rewards)) if metric == "objective/scores" else title
         steps, values = run.series(stage, metric)
         if steps.size:
             figure = plots.metric_curve(steps, values, unit, i)
             found.append(_plot(title, figure, f"{stage}-{i}", f"{title} over the steps of {stage}"))
     note = (
         "A score that rises while entropy, length or the share of responses that end falls is a policy that found a "
-        "weakness of its reward model. All of it is of the policy that samples and trains. Where the stage keeps a "
+        "weakness of its reward. All of it is of the policy that samples and trains. Where the stage keeps a "
         "moving average, that is what it hands on, and what the other sections measure."
     )
     return Section(f"Online training: {stage}", note, found)
+
+
+def _rewards(run: ReportData, stage: str) -> list[str]:
+    """The rewards of which the score of a stage is the weighted sum; none where the reward model's is all."""
+    names = dict.fromkeys(name for row in run.metrics.get(stage, []) for name in row if name.startswith(_REWARD))
+    return [name.removeprefix(_REWARD) for name in names]
+
+
+def _score(rewards: list[str]) -> str:
+    return "Weighted sum of the rewards" if rewards else "Reward model score"
 
 
 def _frontier(run: ReportData, stage: str) -> Section:
@@ -120,8 +133,9 @@ def _frontier(run: ReportData, stage: str) -> Section:
     found = []
     if kept:
         steps, scores = steps[kept], scores[kept]
-        figure = plots.reward_against_kl(steps, np.array([by_step[step] for step in steps]), scores)
-        found.append(_plot("", figure, f"{stage}-frontier", "Reward model score against KL, by step"))
+        title = _score(_rewards(run, stage))
+        figure = plots.reward_against_kl(steps, np.array([by_step[step] for step in steps]), scores, title.lower())
+        found.append(_plot("", figure, f"{stage}-frontier", f"{title} against KL, by step"))
     note = "What the policy paid in divergence from the supervised model for its score; amber is early, violet late."
     return Section(f"Reward against KL: {stage}", note, found)
 

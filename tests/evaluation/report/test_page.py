@@ -198,7 +198,7 @@ def test_bars_show_the_numbers_they_are_given():
 
 def test_curves_show_the_numbers_they_are_given():
     kl, scores = np.array([0.0, 1.0, 3.0]), np.array([0.5, 1.5, 1.0])
-    axes = plots.reward_against_kl(np.array([10.0, 20.0, 30.0]), kl, scores).axes[0]
+    axes = plots.reward_against_kl(np.array([10.0, 20.0, 30.0]), kl, scores, "score").axes[0]
     assert np.asarray(axes.collections[0].get_offsets()).tolist() == [[0.0, 0.5], [1.0, 1.5], [3.0, 1.0]]
     assert [text.get_text() for text in axes.texts] == ["step 10", "step 30"]
     constant = plots.metric_curve(np.arange(1000.0), np.full(1000, 2.0), "u").axes[0]

@@ -47,6 +47,24 @@ def test_each_curve_has_the_unit_of_the_stage(whole, stage):
     assert FACTS[stage].unit in figure
 
 
+def test_a_sum_of_rewards_is_called_one_and_each_of_them_has_its_curve(whole):
+    # the sum was called the reward model's score, in a run without such a model, too: seen
+    sums = {
+        "objective/kl": 1.0,
+        "objective/scores": 1.0,
+        "objective/reward/exact": 2.0,
+        "objective/reward/length": -1.0,
+    }
+    write_lines(whole / "grpo" / "metrics.jsonl", [{"step": step} | sums for step in (1, 2)])
+    page = render_report(read_run(whole))
+    curves, frontier, *_ = (part.split("<section")[0] for part in page.split("grpo</h2>")[1:])
+    for title in ("Weighted sum of the rewards", "Reward: exact", "Reward: length"):
+        assert f'aria-label="{title} over the steps of grpo"' in curves
+    assert "Reward model score" not in curves + frontier
+    assert "weighted sum of the rewards" in frontier
+    assert 'aria-label="Reward model score over the steps of ppo"' in page
+
+
 def test_the_loss_of_dpo_is_per_pair_and_its_accuracy_is_shown(whole):
     rows = [{"step": step, "loss/train": 0.7 - 0.1 * step, "eval/dpo/accuracy": 0.5 + 0.1 * step} for step in (1, 2)]
     write_lines(whole / "dpo" / "metrics.jsonl", rows)
