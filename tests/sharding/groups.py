@@ -1,4 +1,7 @@
-"""Groups of responses on a mesh, by the product and by loops in float64: for one process and for several."""
+"""Groups of responses on a mesh, with the pretraining mix, by the product and by loops in float64.
+
+For one process and for several.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -6,9 +9,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import VOCAB, experience
+from tiny import VOCAB, experience, token_batch
 
 from rlhfjax.algorithms.grpo import Grpo
+from rlhfjax.algorithms.language_modelling import LanguageModelling, predicted
+from rlhfjax.algorithms.objective import Mix, MixedBatch
 from rlhfjax.algorithms.packing import packed_experience
 from rlhfjax.algorithms.rloo import Rloo
 from rlhfjax.sharding import batch_sharding, constrain_parts, put, replicated
@@ -16,7 +21,7 @@ from rlhfjax.training.update import gradients
 from rlhfjax.types import Rollout
 
 ROWS, GROUP, WIDTH, PARTS, KL = 16, 4, 6, 8, 0.3
-CLIP, HIGH, BETA, OVERLONG = 0.2, 0.28, 0.1, 3
+CLIP, HIGH, BETA, OVERLONG, PTX = 0.2, 0.28, 0.1, 3, 0.5
 SCORES = [1, 2, 3, 6, 5, 5, 5, 5, -1, 0, 0, 1, 0.5, 0.25, -4, 2]  # the second group has nothing to prefer
 
 
@@ -43,18 +48,24 @@ ALGORITHMS = {
 }
 
 
+def _cross_entropy(params, batch, key):
+    return -jnp.where(predicted(batch), params["policy"][batch.tokens[:, 1:]], 0.0).sum()
+
+
 def on_mesh(mesh) -> dict[str, dict[str, list]]:
     """By algorithm: the advantage of each response, the loss, and its gradient by token."""
     rollout, table = made()
-    rows = jax.tree.map(lambda x: put(x, batch_sharding(mesh)), rollout)
+    texts = jax.tree.map(np.asarray, token_batch(ROWS, 6))
+    rows, texts = jax.tree.map(lambda x: put(x, batch_sharding(mesh)), (rollout, texts))
     pack = partial(packed_experience, PARTS, place=partial(constrain_parts, mesh), group=GROUP)
 
     @partial(jax.jit, out_shardings=replicated(mesh))
-    def run(rollout, params):
+    def run(rollout, texts, params):
         found = {}
         for name, algorithm in ALGORITHMS.items():
             experience, _ = algorithm.estimate(rollout, jnp.float32(KL))
-            grads, metrics = gradients(algorithm, params, experience, jax.random.key(0), pack=pack)
+            mix, both = Mix(algorithm, PTX, LanguageModelling(_cross_entropy)), MixedBatch(experience, texts)
+            grads, metrics = gradients(mix, params, both, jax.random.key(0), pack=pack)
             found[name] = {
                 "advantages": experience.advantages[:, 0],
                 "loss": metrics["loss/total"],
@@ -62,7 +73,7 @@ def on_mesh(mesh) -> dict[str, dict[str, list]]:
             }
         return found
 
-    found = run(rows, {"policy": put(table, replicated(mesh))})
+    found = run(rows, texts, {"policy": put(table, replicated(mesh))})
     return jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), found)
 
 
@@ -73,7 +84,9 @@ def by_loops() -> dict[str, dict[str, list]]:
     real = [np.flatnonzero(mask) for mask in rollout.response_mask]
     kl = np.asarray([(old[i, t] - ref[i, t]).sum() for i, t in enumerate(real)])
     excess = np.asarray([max(0, len(t) - (WIDTH - OVERLONG)) / OVERLONG for t in real])
-    found = {}
+    texts, found = token_batch(ROWS, 6), {}
+    own = np.asarray(texts.segments[:, 1:] == texts.segments[:, :-1]) & np.asarray(texts.loss_mask[:, 1:])
+    targets = np.asarray(texts.tokens)[:, 1:][own]
     for name, losses, extra in (("grpo", _grpo, excess), ("rloo", _rloo, 0.0)):
         rewards = (np.asarray(SCORES, np.float64) - KL * kl - extra).reshape(-1, GROUP)
         centred = rewards - rewards.mean(axis=1, keepdims=True)
@@ -90,7 +103,7 @@ def by_loops() -> dict[str, dict[str, list]]:
                 for i, t in enumerate(real)
                 if not alike[i]
             ]
-            return sum(x for x, _ in each) / sum(count for _, count in each)
+            return sum(x for x, _ in each) / sum(count for _, count in each) - PTX * table[targets].mean()
 
         table64, step = np.asarray(table, np.float64), 1e-6
         slopes = [(loss(table64 + step * e) - loss(table64 - step * e)) / (2 * step) for e in np.eye(VOCAB)]

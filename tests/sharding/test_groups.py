@@ -1,4 +1,7 @@
-"""Groups of responses that lie on several devices: GRPO and RLOO on every mesh are those of loops in float64."""
+"""Groups of responses that lie on several devices: GRPO and RLOO on every mesh are those of loops in float64.
+
+The pretraining mix is in the gradient, as its coefficient times a mean over targets.
+"""
 
 import jax
 import numpy as np
@@ -22,7 +25,7 @@ def assert_as_by_loops(found, wanted):
     for name, expected in wanted.items():
         np.testing.assert_allclose(found[name]["advantages"], expected["advantages"], atol=1e-5, err_msg=name)
         assert found[name]["loss"] == pytest.approx(expected["loss"], rel=2e-5, abs=1e-6), name
-        assert np.abs(expected["gradient"]).max() > 0.1
+        assert np.abs(expected["gradient"]).max() > 0.01  # far above what is tolerated
         np.testing.assert_allclose(found[name]["gradient"], expected["gradient"], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
