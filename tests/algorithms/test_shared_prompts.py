@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import jax
@@ -39,7 +39,7 @@ def test_the_example_of_a_packed_row_is_what_packing_makes():
     prompts, responses = jnp.asarray([[5, 6, 7]] * 2), jnp.asarray([[8, 1], [9, 1]])
     real = [jnp.ones(shape, bool) for shape in ((2, 3), (2, 2), 2)]
     rollout = Rollout(prompts, real[0], responses, real[1], real[2], jnp.zeros((2, 2)))
-    batch = pack(rollout, 1, 2).tokens(rollout)
+    batch = jax.jit(lambda rollout: pack(rollout, 1, 2).tokens(rollout))(rollout)
     assert batch.most == 4
     shown = re.findall(r"^ +(tokens|segments|prefixes|positions|loss_mask) +(.*)$", TokenBatch.__doc__, re.MULTILINE)
     assert len(shown) == 5
@@ -91,14 +91,14 @@ def test_what_models_say_of_responses_is_what_they_say_of_rows_of_their_own(laye
 
     got = jax.jit(lambda rollout: on_packed(2, rollout, of_rows, group=GROUP))(ROLLOUT)
     sides = (ROLLOUT.prompt, ROLLOUT.prompt_mask, ROLLOUT.response, ROLLOUT.response_mask)
-    wanted = log_probs_of(model.response_logits(params, *sides), ROLLOUT.response)
-    values = model.response_values(scalar, *sides)
+    wanted = log_probs_of(jax.jit(model.response_logits)(params, *sides), ROLLOUT.response)
+    values = jax.jit(model.response_values)(scalar, *sides)
     mask = ROLLOUT.response_mask
     np.testing.assert_allclose(got[0], jnp.where(mask, wanted, 0.0), atol=1e-5)
     np.testing.assert_allclose(got[2], jnp.where(mask, values, 0.0), atol=1e-5)
     last = np.asarray(mask.sum(axis=1)) - 1
     scores = np.asarray(got[3])[np.arange(ROWS), last]
-    np.testing.assert_allclose(scores, model.response_scores(scalar, *sides), atol=1e-5)
+    np.testing.assert_allclose(scores, jax.jit(model.response_scores)(scalar, *sides), atol=1e-5)
     plain = jax.jit(lambda rollout: on_packed(2, rollout, of_rows))(ROLLOUT)
     np.testing.assert_allclose(got[1], plain[1], atol=1e-5)
 
@@ -173,18 +173,25 @@ def dpo():
     return preference_optimisation(MODEL, schema.PreferenceLoss(beta=0.5)), params | {"reference": reference}, False
 
 
+def learned(algorithm, params, pack):
+    return jax.jit(lambda p: gradients(algorithm, p, BATCH, jax.random.key(0), pack=pack))(params)
+
+
+@cache
+def in_rows_of_their_own(method):
+    """What candidates teach that share no row, once for all ways of sharing one."""
+    algorithm, params, _ = method()
+    return learned(algorithm, params, None)
+
+
 # fails when a comparison is counted in every part, when absent candidates bring tokens, and without prefixes: seen
 @pytest.mark.parametrize("part", [1, 2, 5])
 @pytest.mark.parametrize("width", [LONGEST, LONGEST + 17])
 @pytest.mark.parametrize("method", [reward, dpo])
 def test_rankings_teach_the_same_with_each_prompt_read_once(method, width, part):
     algorithm, params, ends = method()
-    packed = partial(packed_ranking, part, width, ends=ends)
-
-    def learned(pack):
-        return jax.jit(lambda p: gradients(algorithm, p, BATCH, jax.random.key(0), pack=pack))(params)
-
-    (grads, metrics), (wanted, wanted_metrics) = learned(packed), learned(None)
+    grads, metrics = learned(algorithm, params, partial(packed_ranking, part, width, ends=ends))
+    wanted, wanted_metrics = in_rows_of_their_own(method)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6), grads, wanted)
     for name in wanted_metrics:
         np.testing.assert_allclose(metrics[name], wanted_metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
@@ -198,7 +205,7 @@ def test_packed_rankings_hold_each_prompt_once():
     assert int(rows.batch.real_tokens()) == (prompts - 1).sum() + (responses + 1)[there].sum()
     assert int(used) < len(prompts)  # some rows hold two comparisons
     np.testing.assert_array_equal(rows.mask.sum(axis=0), there)  # each in one part
-    ends, _ = packed_ranking(1, LONGEST, BATCH, ends=True)
+    ends, _ = jax.jit(lambda batch: packed_ranking(1, LONGEST, batch, ends=True))(BATCH)
     assert int(ends.batch.loss_mask.sum()) == there.sum()
     assert int(ends.batch.loss_mask.sum(-1).max()) <= ends.batch.most == 8
 
@@ -210,13 +217,14 @@ def test_a_comparison_counts_in_the_part_that_holds_it_and_in_no_other():
     ranks = jnp.asarray([[1, 2], [1, 2]], jnp.int32)
     batch = RankedBatch(tokens, jnp.ones(tokens.shape, bool), ranks, there, jnp.ones(2, jnp.int32))
     pack = partial(packed_ranking, 1, 6, ends=True)  # a row of 6 has room for one comparison: 1 - 1 + 2 * 3 tokens
-    assert int(pack(batch)[1]) == 2
+    assert int(jax.jit(pack)(batch)[1]) == 2
 
     def scores(params, rows, key):  # a tenth of the last token
         return rows.of_candidates(params["gain"] * rows.batch.tokens.astype(jnp.float32))
 
     gain = {"gain": jnp.float32(0.1)}
-    grads, metrics = gradients(RewardModelling(scores), gain, batch, jax.random.key(0), pack=pack)
+    run = jax.jit(lambda gain: gradients(RewardModelling(scores), gain, batch, jax.random.key(0), pack=pack))
+    grads, metrics = run(gain)
     # margins 0.8 - 0.5 and 0.2 - 0.6: the first pair is in order, the second is not
     loss = (np.log1p(np.exp(-0.3)) + np.log1p(np.exp(0.4))) / 2
     np.testing.assert_allclose(metrics["train/rm/loss"], loss, rtol=1e-6)
