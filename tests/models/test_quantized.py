@@ -1,6 +1,7 @@
 """Int8 parameters: how far each element may be off, what that may do to logits, and what is left as it is."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def test_logits_move_by_no_more_than_the_steps_allow():
     params = params_of(model, seed=2, std=0.1)
     quantized = quantize(params)
     change = jax.tree.map(lambda a, b: a - b, dequantize(quantized), params)
-    jacobian = jax.jacrev(lambda p: model.logits(p, TOKENS[:1], MASK[:1])[0, -1])(params)
+    jacobian = jax.jit(jax.jacrev(lambda p: model.logits(p, TOKENS[:1], MASK[:1])[0, -1]))(params)
     steps = {"kernel": 0.5, "embedding": 0.5}
     bound = np.zeros(16)
     for path, slope in jax.tree_util.tree_leaves_with_path(jacobian):
@@ -113,6 +114,7 @@ def test_what_is_small_or_routes_stays():
 # A cache of int8 ------------------------------------------------------------------------------------------------------
 
 
+@partial(jax.jit, static_argnums=(0, 3, 4))
 def continued(model, params, tokens, start, cut):
     """Logits after each token from `start` on, the first `cut` of these read one by one and the rest at once."""
     prompt = tokens[:, :start]
@@ -155,10 +157,12 @@ def test_sampling_at_int8_is_near_sampling_at_full_precision():
     model = tiny("llama-gqa")
     params = params_of(model, seed=7, std=0.2)
     batch = PromptBatch(TOKENS, MASK, jnp.arange(2, dtype=jnp.int32))
-    sampling = SamplingParams(max_new_tokens=8, stop_id=-1, pad_id=0)
+    sampling, exactly = SamplingParams(max_new_tokens=8, stop_id=-1, pad_id=0), jax.jit(model.response_logits)
     for precision, most in (("full", 1e-4), ("int8_cache", 0.05), ("int8_weights", 0.05), ("int8", 0.05)):
-        drawn = generate(replace(model, precision=precision), params, batch, jax.random.key(0), sampling)
-        logits = model.response_logits(params, TOKENS, MASK, drawn.response, drawn.response_mask)
+        sampler = replace(model, precision=precision)
+        run = jax.jit(lambda params, key, sampler=sampler: generate(sampler, params, batch, key, sampling))
+        drawn = run(params, jax.random.key(0))
+        logits = exactly(params, TOKENS, MASK, drawn.response, drawn.response_mask)
         exact = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn.response[:, :, None], axis=2)[:, :, 0]
         gap = jnp.abs(drawn.sampled_log_probs - exact).mean()
         assert gap < most
