@@ -58,7 +58,7 @@ def learn_online(job: Job, learner: OnlineLearner) -> Facts:
 
     def train(state: OnlineState) -> OnlineState:
         place = learning.place(state)
-        prompts.place = place + learning.guard.memory.drawn
+        prompts.place, prompts.iterations = place + learning.guard.memory.drawn, int(state.iteration)
         return train_online(
             steps,
             state,
@@ -81,15 +81,19 @@ def learn_online(job: Job, learner: OnlineLearner) -> Facts:
     prompts, records = _Prompts(), opened["train"].records
     with closing(HostRewards(learner.judges, records, job.tokenizer, job.mesh, job.report)) as host:
         if host.asked:
-            steps = replace(steps, judge=lambda rollout: host.begin(prompts.place - 1, rollout))
+            steps = replace(steps, judge=lambda rollout: host.begin(prompts.iterations + 1, prompts.place - 1, rollout))
         return learning.run(train, finish)
 
 
 @dataclass
 class _Prompts:
-    """Where the stage is in its prompts: the next batch. Dynamic sampling takes more than one for an iteration."""
+    """Where the stage is in its prompts: the next batch. Dynamic sampling takes more than one for an iteration.
+
+    `iterations` counts those whose batches have all been taken.
+    """
 
     place: int = 0
+    iterations: int = 0
 
     def counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
@@ -98,6 +102,7 @@ class _Prompts:
 
     def note(self, learning: Learning, iteration: int) -> None:
         """Have what is saved after an iteration say how many batches were taken beyond the first of each."""
+        self.iterations = iteration
         memory = learning.guard.memory
         learning.guard.memory = replace(memory, drawn=self.place - iteration - memory.left_out)
 

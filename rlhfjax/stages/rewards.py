@@ -86,10 +86,10 @@ class HostRewards:
         self.asked = bool(judges.on_host)
         self._rewards = Rewards.open(judges.on_host, report)
 
-    def begin(self, place: int, rollout: Rollout) -> "Asked":
-        """Ask for the rewards of a rollout over the prompts at a place."""
+    def begin(self, iteration: int, place: int, rollout: Rollout) -> "Asked":
+        """Ask for the rewards of an iteration's rollout over the prompts at a place."""
         examples = self._examples(place, rollout)
-        return Asked(self._mesh, self._rewards.submit(place, examples), len(examples))
+        return Asked(self._mesh, self._rewards.submit(iteration, examples), len(examples))
 
     def _examples(self, place: int, rollout: Rollout) -> list[Example]:
         """The rows of this process, each with the record of its prompt."""

@@ -88,6 +88,12 @@ _REMEDY = {
     "length_at_cap": "raise sampling.max_new_tokens, lower missing_eos.value, or raise the bound",
     "loss_spike": "lower optimizer.lr, look at those rows, or raise the bound",
 }
+_REWARDS = "rewards failed (objective/reward_failures): what was said of the first says why"
+
+
+def _remedy(finding: Finding, row: Row) -> str:
+    without = finding.kind == "non_finite" and row.get("objective/reward_failures")
+    return _REWARDS if without else _REMEDY[finding.kind]
 
 
 def judge(settings: Guards, memory: Memory, step: int, row: Row) -> list[Finding]:
@@ -202,7 +208,7 @@ class Guard:
         after = f" after {self.memory.rollbacks} rollbacks" if self.memory.rollbacks else ""
         raise Diverged(
             f"{self.stage} diverged at step {step}{after}: {found[0]}. The checkpoints before it are kept, row numbers "
-            f"are in {self._path}; {_REMEDY[found[0].kind]}"
+            f"are in {self._path}; {_remedy(found[0], row)}"
         )
 
     def rolled_back(self, rollback: RollBack, to: int, memory: Memory) -> None:
