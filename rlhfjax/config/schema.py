@@ -86,12 +86,14 @@ class Ratings(Section):
 class ExactMatch(Section):
     """Share of the demonstrations in `data` that the policy repeats to the letter, found by a search with `beams`.
 
-    Scores are divided by ((5 + length) / 6)^length_penalty (Wu et al. 2016, eq. 14).
+    Scores are divided by ((5 + length) / 6)^length_penalty (Wu et al. 2016, eq. 14). With `after` only what follows the
+    last such text counts, in demonstrations and responses that have it: the answer behind the steps that lead to it.
     """
 
     data: Sources
     beams: Count = 4
     length_penalty: NonNegative = 0.6
+    after: Annotated[str, Field(min_length=1)] | None = None
 
 
 class Evaluate(Section):

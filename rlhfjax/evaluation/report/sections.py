@@ -233,7 +233,10 @@ def _heldout(evaluation: Evaluation) -> Section:
 
 
 def _exact_match(evaluation: Evaluation) -> Section:
-    note = "Share of held-out demonstrations that the best response, found by beam search, repeats to the letter."
+    note = (
+        "Share of held-out demonstrations that the best response, found by beam search, repeats to the letter; of both "
+        "only the last part, where the configuration says what stands before it (exact_match.after)."
+    )
     sets = list(dict.fromkeys(name for by_set in evaluation.exact_match.values() for name in by_set))
     rows = [[stage, *(percent(by_set.get(name)) for name in sets)] for stage, by_set in evaluation.exact_match.items()]
     return Section("Exact match", note, tables=[Table(["policy", *sets], rows)])

@@ -28,7 +28,7 @@ def pairs_of(c: schema.Evaluate, reader: Reader, entry: schema.Data) -> list[tup
 def exact_match(
     c: schema.Evaluate, reader: Reader, mesh: jax.sharding.Mesh, model: SequenceModel, params: Params
 ) -> dict[str, float]:
-    """Share of responses that end and have the text of the demonstration, by the name of the dataset."""
+    """Share of responses that end and have the text of the demonstration, or its last part, by the dataset's name."""
     assert c.exact_match is not None
     t, e = reader.tokenizer, c.exact_match
     stop, *others = t.end_ids
@@ -45,6 +45,12 @@ def exact_match(
             made = processes.fetch(best(params, place_batch(mesh, batch)))
             for i, (prompt, response) in enumerate(pairs[start : start + c.batch.size]):
                 said = t.decode_continuation(made.response[i][made.response_mask[i]].tolist(), prompt[-1])
-                right += bool(made.finished[i]) and said == t.decode_continuation(response, prompt[-1])
+                wanted = t.decode_continuation(response, prompt[-1])
+                right += bool(made.finished[i]) and compared(said, e.after) == compared(wanted, e.after)
         shares[entry.name] = right / len(pairs)
     return shares
+
+
+def compared(text: str, after: str | None) -> str:
+    """What counts of a text: what follows the last `after`, or all of a text without it."""
+    return text.rpartition(after)[2] if after else text
