@@ -54,7 +54,7 @@ def pairs(seed: int = 0) -> list[Pair]:
     """All pairs of the numbers, shuffled, each in one of its orders."""
     draw, found = random.Random(seed), list(combinations_with_replacement(NUMBERS, 2))
     draw.shuffle(found)
-    return [pair if draw.random() < 0.5 else pair[::-1] for pair in found]
+    return [(low, high) if draw.random() < 0.5 else (high, low) for low, high in found]
 
 
 def worked_out(pair: Pair) -> str:
