@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: quickstart test test-short test-newer faults lint lock clean
+.PHONY: quickstart test test-short test-newer faults slow lint lock clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/rlhfjax data prepare movies
@@ -31,6 +31,10 @@ test-newer: $(VENV)/.installed-test
 # Every fault: what `make test` leaves out because it waits for deadlines and heartbeats.
 faults: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m faults
+
+# Whole recipes and models that learn: what `make test` has in small.
+slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m slow
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -171,6 +171,7 @@ print("shapes", logits.shape, scores.shape)
 """
 
 
+@pytest.mark.slow
 def test_own_data_from_start_to_end(with_configuration, pytestconfig):
     """All commands of docs/data.md in their order, then the Python of README and docs/python.md on what they made."""
     write_example_data(with_configuration / "data")

@@ -113,6 +113,7 @@ def test_the_numbers_are_those_of_one_device(sharded, finished, stage):
         assert {name: row[name] for name in wanted} == pytest.approx(wanted, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_interrupted_in_every_stage_it_ends_the_same(sharded, programs, config, tmp_path):
     run = load_config(config, [*MESH, "stages.evaluate=null"])
     stops, save = Counter(), Checkpoints.save

@@ -95,8 +95,10 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_dir(recipe, command, tmp_path_factory):
+    """A run that has only begun to learn."""
     directory = tmp_path_factory.mktemp("runs") / "reversal"
-    code, _, err = command("run", recipe, "--run-dir", directory)
+    few = "stages.sft.steps=20", "stages.sft.validate_every=20", "stages.sft.optimizer.warmup_steps=10"
+    code, _, err = command("run", recipe, *few, "--run-dir", directory)
     assert code == 0, err
     return directory
 
@@ -106,17 +108,36 @@ def policy(run_dir):
     return rlhfjax.load(run_dir / "sft")
 
 
-def test_it_reverses_strings_that_it_never_saw(run_dir):
-    found = json.loads((run_dir / "evaluate" / "evaluation.json").read_text("utf-8"))["exact_match"]
+@pytest.mark.slow
+def test_it_reverses_strings_that_it_never_saw(recipe, command, tmp_path):
+    code, _, err = command("run", recipe, "--run-dir", tmp_path / "run")
+    assert code == 0, err
+    sft = tmp_path / "run" / "sft"
+    found = json.loads((tmp_path / "run" / "evaluate" / "evaluation.json").read_text("utf-8"))["exact_match"]
     [share] = found["sft"].values()
     assert share >= 0.9
+    rows = rows_of(sft / "metrics.jsonl")
+    assert rows[-1]["loss/validation"] < 0.3 < 2.0 < rows[0]["loss/train"]
+    policy = rlhfjax.load(sft)
+    [best] = policy.beam_search([" a b c"], max_new_tokens=6)
+    assert (best.text, best.finish_reason) == (" c b a", "stop")
+    [[greedy]] = policy.generate([" a b c"], max_new_tokens=6, temperature=0)
+    assert greedy.tokens == best.tokens
+    np.testing.assert_allclose(greedy.log_probs, best.log_probs, atol=1e-4)
+    assert policy.beam_search([" a b"], beams=400, max_new_tokens=4)[0].text == " b a"  # more than there are tokens
+    code, out, err = invoked("generate", sft, "--prompt", " a d", "--max-new-tokens", 6, "--beams", 3)
+    assert (code, out) == (0, " d a\n"), err
+
+
+def test_how_many_it_reverses_is_in_evaluation_and_report(run_dir):
+    found = json.loads((run_dir / "evaluate" / "evaluation.json").read_text("utf-8"))["exact_match"]
     assert set(found) == {"sft", "ppo"}
     assert "Exact match" in (run_dir / "report.html").read_text("utf-8")
 
 
 def test_every_stage_measured_what_it_does(run_dir):
     rows = {stage: rows_of(run_dir / stage / "metrics.jsonl") for stage in ("sft", "reward", "ppo")}
-    assert rows["sft"][-1]["loss/validation"] < 0.3 < 2.0 < rows["sft"][0]["loss/train"]
+    assert rows["sft"][-1]["loss/validation"] < rows["sft"][0]["loss/train"]
     assert 0 < rows["reward"][-1]["train/rm/loss"] < 2
     assert rows["ppo"][0]["policy/first_minibatch_ratio_err"] < 1e-5
     assert rows["ppo"][0]["rollout_vs_train/logp_absdiff_max"] < 1e-4
@@ -127,11 +148,8 @@ def test_every_stage_measured_what_it_does(run_dir):
 def test_the_python_interface_takes_it(policy, run_dir):
     assert isinstance(policy.network, EncoderDecoder)
     assert policy.config.start_id == policy.tokenizer.bos_id
-    [best] = policy.beam_search([" a b c"], max_new_tokens=6)
-    assert (best.text, best.finish_reason) == (" c b a", "stop")
     [[greedy]] = policy.generate([" a b c"], max_new_tokens=6, temperature=0)
-    assert greedy.tokens == best.tokens
-    np.testing.assert_allclose(greedy.log_probs, best.log_probs, atol=1e-4)
+    assert len(greedy.tokens) == len(greedy.log_probs) <= 6
     scores = rlhfjax.load(run_dir / "reward").score([" a b", " a b"], [" b a", " a"])
     assert scores.shape == (2,)
     assert scores[0] != scores[1]
@@ -145,8 +163,7 @@ def test_beam_search_says_what_it_expects(policy):
         policy.beam_search([" a"], beams=0)
     with pytest.raises(ConfigError, match="a tokenizer, which says what token ends"):
         replace(policy, tokenizer=None).beam_search([[1, 2]])
-    wide = policy.beam_search([" a b"], beams=400, max_new_tokens=4)  # more than there are tokens
-    assert wide[0].text == " b a"
+    assert len(policy.beam_search([" a b"], beams=400, max_new_tokens=4)) == 1  # more than there are tokens
     with pytest.raises(ConfigError, match="at most 24 tokens"):
         policy.beam_search([" a"], max_new_tokens=64)
 
@@ -161,7 +178,7 @@ def test_the_command_line_searches(run_dir):
     sft = run_dir / "sft"
     words = ("generate", sft, "--prompt", " a d", "--max-new-tokens", 6)
     code, out, err = invoked(*words, "--beams", 3, "--length-penalty", 0.8)
-    assert (code, out) == (0, " d a\n"), err
+    assert (code, out[-1]) == (0, "\n"), err
     assert "a search draws nothing" in invoked(*words, "--beams", 3, "--n", 2)[2]
     assert "expected --beams with it" in invoked(*words, "--length-penalty", 1)[2]
 

@@ -138,11 +138,11 @@ def test_the_stages_are_evaluated_and_in_the_report(both, given):
         assert f"Online training: {stage}" in report
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_numbers_are_those_of_one_device(both, adapted, meshed, stage):
+@pytest.mark.parametrize("stage", [pytest.param("grpo", marks=pytest.mark.slow), "rloo"])
+def test_the_numbers_are_those_of_one_device(request, meshed, stage):
     names = ["objective/scores", "objective/kl", "objective/length", "objective/groups_alike", "loss/policy_avg"]
     names += ["loss/ptx", "grad/policy_norm", "grad/ptx_to_ppo_norm_ratio"]
-    many, one = meshed[stage][1] / stage, {"grpo": adapted, "rloo": both}[stage] / stage
+    many, one = meshed[stage][1] / stage, request.getfixturevalue({"grpo": "adapted", "rloo": "both"}[stage]) / stage
     for row, expected in zip(*(rows_of(place / "metrics.jsonl") for place in (many, one)), strict=True):
         assert {name: row[name] for name in names} == pytest.approx({name: expected[name] for name in names}, abs=1e-4)
     got, wanted = (saved(place / "checkpoints" / str(STEPS)) for place in (many, one))
@@ -164,6 +164,7 @@ def test_a_run_that_stopped_ends_the_same(meshed, monkeypatch, tmp_path, stage):
     assert_same_bits(*(saved(place / stage / "checkpoints" / str(STEPS)) for place in (run_dir, straight)))
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained_over_the_policy_that_is_the_reference(adapted, finished):
     # meant to catch a base that moves, and a reference that is not the policy at its start
     base, _ = split(rlhfjax.load(adapted).params)
@@ -176,7 +177,7 @@ def test_adapters_alone_are_trained_over_the_policy_that_is_the_reference(adapte
     assert last["objective/kl"] != pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.faults  # no fault, but long
+@pytest.mark.slow
 def test_two_processes_give_the_bits_of_one_with_as_many_devices(given, finished, command, tmp_path):
     rows, held = [], []
     for count, devices in ((2, 1), (1, 2)):

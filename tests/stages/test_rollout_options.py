@@ -35,6 +35,7 @@ def heads_of(path):
     return jax.tree.map(np.asarray, load_model(find_checkpoint(path), item="policy")[1]["mtp_heads"])
 
 
+@pytest.mark.slow
 def test_heads_learn_in_pretraining_and_sft_and_are_carried_by_ppo(run):
     for stage in ("pretrain", "sft"):
         rows = rows_of(run / stage / "metrics.jsonl")
@@ -46,6 +47,7 @@ def test_heads_learn_in_pretraining_and_sft_and_are_carried_by_ppo(run):
         np.testing.assert_array_equal(after[name], tuned[name])
 
 
+@pytest.mark.slow
 def test_what_sampling_added_is_measured(run):
     for row in rows_of(run / "ppo" / "metrics.jsonl"):
         assert 1e-6 < row["rollout_vs_train/logp_absdiff_mean"] <= row["rollout_vs_train/logp_absdiff_max"] < 0.5
@@ -54,6 +56,7 @@ def test_what_sampling_added_is_measured(run):
         assert row["policy/first_minibatch_ratio_err"] < 1e-5  # old log-probabilities are those of training
 
 
+@pytest.mark.slow
 def test_a_value_head_on_the_trunk_is_saved_as_a_model_of_its_own(run):
     model, value = load_model(find_checkpoint(run / "ppo"), item="value")
     _, policy = load_model(find_checkpoint(run / "ppo"), item="policy")
@@ -65,6 +68,7 @@ def test_a_value_head_on_the_trunk_is_saved_as_a_model_of_its_own(run):
     assert model.config.vocab_size == rlhfjax.load(run).config.vocab_size
 
 
+@pytest.mark.slow
 def test_scalar_models_have_no_heads_and_the_policy_answers_faster(run):
     assert "mtp_heads" not in rlhfjax.load(run / "reward").params["decoder"]
     policy = rlhfjax.load(run)
