@@ -5,8 +5,8 @@ learner; so a plan lowers these programs for devices that are not here, and they
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -54,15 +54,16 @@ class Built:
     arguments: tuple[Any, ...]
     mesh: jax.sharding.Mesh
     target: Target
-    _lowered: list[Any] = field(default_factory=list, repr=False)
 
     def lower(self) -> Any:
         """jax's `Lowered`, traced once. What `partial` binds is among the arguments of the program."""
-        if not self._lowered:
-            bound, jitted = unbound(self.function)
-            with building_for(self.target), spread_by(by_rows_and_heads(self.mesh)):
-                self._lowered.append(jitted.lower(*bound, *self.arguments))
-        return self._lowered[0]
+        return self._lowered
+
+    @cached_property
+    def _lowered(self) -> Any:
+        bound, jitted = unbound(self.function)
+        with building_for(self.target), spread_by(by_rows_and_heads(self.mesh)):
+            return jitted.lower(*bound, *self.arguments)
 
     def shapes(self) -> Any:
         """What it gives, as shapes with their layouts."""

@@ -12,7 +12,6 @@ from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.objectives import policy_log_probs, with_pretraining
 from rlhfjax.stages.online import learn_online
 from rlhfjax.stages.online_programs import OnlineLearner, policy_learner
-from rlhfjax.stages.rewards import load_judges
 from rlhfjax.stages.starts import Starts
 
 
@@ -22,10 +21,8 @@ def grpo(job: Job) -> Facts:
 
 
 def learner(c: online_stages.Grpo, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLearner:
-    """The policy alone, with itself as it was as the reference."""
-    model, policy = starts.policy_from()
-    objective = grpo_objective(c, model, gather=mesh.size == 1)
-    return policy_learner(c, objective, model, policy, load_judges(c.rewards, starts))
+    """The policy alone."""
+    return policy_learner(grpo_objective, c, mesh, starts)
 
 
 def grpo_objective(c: online_stages.Grpo, policy: SequenceModel, gather: bool = True) -> Any:

@@ -1,6 +1,6 @@
 """Programs of an online stage, apart from running it: its learner and the jitted steps of an iteration."""
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,8 @@ from rlhfjax.stages.compilation import training_options
 from rlhfjax.stages.models import sampler_of
 from rlhfjax.stages.offline import average_of
 from rlhfjax.stages.packed_rows import responses_a_row, rows_at_a_time
-from rlhfjax.stages.rewards import Judges
+from rlhfjax.stages.rewards import Judges, load_judges
+from rlhfjax.stages.starts import Starts
 from rlhfjax.training.averaging import Average
 from rlhfjax.training.flops import seen_by
 from rlhfjax.training.online import OnlineSteps, Refill
@@ -57,13 +58,15 @@ class OnlineLearner:
         return online_part(self.algorithm)
 
 
-def policy_learner(
-    c: Any, algorithm: Any, model: SequenceModel, policy: Params, rewards: tuple[Judges, Mapping[str, Params]]
-) -> OnlineLearner:
-    """The learner of an algorithm that trains the policy alone."""
-    judges, scoring = rewards
+def policy_learner(objective: Callable[..., Any], c: Any, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLearner:
+    """The learner of an algorithm that trains the policy alone, with itself as it was as the reference.
+
+    `objective(c, model, gather)` is the algorithm over the policy.
+    """
+    model, policy = starts.policy_from()
+    judges, scoring = load_judges(c.rewards, starts)
     return OnlineLearner(
-        algorithm=algorithm,
+        algorithm=objective(c, model, gather=mesh.size == 1),
         models={"policy": model},
         params={"policy": policy},
         judges=judges,

@@ -23,13 +23,13 @@ import pathlib
 import subprocess
 import time
 
-TODO = pathlib.Path(__file__).with_name("todo")  # a word for each call to come
+CALLS = pathlib.Path(__file__).with_name("calls")  # a word for each call to come
 
 
 def letters(examples):
     print("called")
-    word, _, rest = TODO.read_text().partition(" ")
-    TODO.write_text(rest)
+    word, _, rest = CALLS.read_text().partition(" ")
+    CALLS.write_text(rest)
     scores = [len(example.response) / 10 for example in examples]
     match word:
         case "raises":
@@ -77,7 +77,7 @@ def stage(files, finished, tmp_path, monkeypatch, programs):
         tree["stages"] = {key: tree["stages"][key] for key in BEFORE[1:]} | {"rloo": shared}
         tree |= {"checkpoints": {"every": every, "keep": STEPS}, "logging": {"samples_every": 1, "samples": SIZE}}
         (tmp_path / "run.yaml").write_text(json.dumps(tree), encoding="utf-8")
-        (tmp_path / "todo").write_text(todo, encoding="utf-8")
+        (tmp_path / "calls").write_text(todo, encoding="utf-8")
         if not run_dir.exists():
             run_dir.mkdir()
             for earlier in BEFORE:
