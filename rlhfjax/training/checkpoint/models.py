@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import traceback
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,8 +166,10 @@ def unreadable(step_dir: Path, what: str, error: Exception) -> Exception:
     """What to raise for an error of Orbax: IntegrityError in one line, unless the error is not about the files."""
     if isinstance(error, _BUGS):
         return error
-    # Of the other arrays that were being read, asyncio would log a page each, at some time later.
+    # Of the other arrays that were being read, asyncio would log a page each, at some time later, and of those that
+    # were still to be read Python would warn.
     logging.getLogger("asyncio").addFilter(_not_about_failed_reads)
+    warnings.filterwarnings("ignore", "coroutine '_read_array_index_and_device_put' was never awaited", RuntimeWarning)
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return IntegrityError(f"checkpoint {step_dir} {what}: {said[:300]}")
 
