@@ -6,7 +6,6 @@ while tracing, from target, types and shapes alone, and what a kernel does not t
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,24 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhfjax import layout
 from rlhfjax.models.kernels import cudnn_attention, cudnn_takes, splash_attention
 from rlhfjax.target import current
-
-Spread = Callable[[Callable[..., Array]], Callable[..., Array]]
-_spread: list[Spread] = [lambda program: program]  # of the process: programs may be compiled in several threads
-
-
-@contextmanager
-def spread_by(wrapper: Spread) -> Iterator[None]:
-    """Within, `attend` runs wrapper(kernel): the composition root splits rows and heads over devices with it.
-
-    XLA can't split a kernel by itself; what it compiles from the equations it lays out like everything else.
-    """
-    _spread.append(wrapper)
-    try:
-        yield
-    finally:
-        _spread.remove(wrapper)
 
 
 @dataclass(frozen=True)
@@ -72,9 +56,10 @@ def attend(
         raise ValueError(f"expected segments alone for {implementation!r} with window {window}, got prefixes too")
     everything = partial(program, window=None, scale=scale, softcap=softcap)
     nearby = partial(program, window=window, scale=scale, softcap=softcap)
-    # On several CPU devices `blocked` stays out: around its loops their collectives began in different orders.
-    if program in (cudnn_attention, splash_attention):
-        everything, nearby = _spread[-1](everything), _spread[-1](nearby)
+    # XLA can't split a kernel by itself. On several CPU devices `blocked` stays out: around its loops their collectives
+    # began in different orders.
+    if program in (cudnn_attention, splash_attention) and (devices := layout.current()):
+        everything, nearby = devices.attention(everything), devices.attention(nearby)
     arrays = (query, key, value, segments) + (() if prefixes is None else (prefixes,))
     if window is None or window >= length:
         return everything(*arrays)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlhfjax.layout import lay
 from rlhfjax.models.configuration import DecoderConfig
 from rlhfjax.models.layers import Block, Linear, Sight, kinds, norm
 from rlhfjax.models.quantized import int8_dot
@@ -165,7 +166,7 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             x = x + self.positions(jnp.minimum(positions, c.context - 1))
         kind = kinds(c)  # which is no parameter
-        x, sight = x.astype(c.compute_dtype), Sight(positions, segments, prefixes, turns(c, positions))
+        x, sight = lay("residual", x.astype(c.compute_dtype)), Sight(positions, segments, prefixes, turns(c, positions))
         if read is not None and _unroll(c) > 1 and not c.experts and not self.dropout:
             x = self._last_apart(x, kind, sight, read)
         else:
@@ -178,9 +179,7 @@ class Decoder(nn.Module):
 
         Where layers are few that is a good part of the work, a fifth of a reward model of four.
         """
-        # Kernels are traced for the current mesh; a cached trace would serve a model on another one.
-        shared = self.config.attention in ("auto", "xla", "blocked")
-        block = _traced_once(self.config) if shared else _traced_once.__wrapped__(self.config)
+        block = _traced_once(self.config)
         stacked = self.variables["params"]["blocks"]
         count = self.config.layers
         # One split and not slices, whose gradients would be padded and added up.

@@ -80,7 +80,7 @@ def splash_attention(
     """Pallas splash attention: blocks that the causal mask or the window leaves empty are not computed.
 
     Lengths are padded to whole blocks of 128, with a segment that no token is in. Inside a mesh of several devices it
-    has to run under `shard_map` (`spread_by`), since XLA can't split it.
+    has to run under `shard_map` (`rlhfjax.layout`), since XLA can't split it.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

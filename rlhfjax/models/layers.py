@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rlhfjax.layout import lay
 from rlhfjax.models.activations import GATED, PLAIN
 from rlhfjax.models.attention import Scoring, attend
 from rlhfjax.models.configuration import DecoderConfig
@@ -206,8 +207,8 @@ class Block(nn.Module):
 
         attended = Attention(c, name="attention")(normed(x, "attention_norm", "pre", "sandwich"), sight, kind)
         before, attended = sight.wanted(x), added(attended, "attention_post_norm")
-        x = normed(before + attended, "attention_norm", "post")
+        x = lay("residual", normed(before + attended, "attention_norm", "post"))
         read = normed(before if c.parallel else x, "mlp_norm", "pre", "sandwich")
         real = sight.wanted(sight.segments > 0)
         fed = Experts(c, name="experts")(read, real) if c.experts else FeedForward(c, name="mlp")(read)
-        return normed(x + added(fed, "mlp_post_norm"), "mlp_norm", "post"), None
+        return lay("residual", normed(x + added(fed, "mlp_post_norm"), "mlp_norm", "post")), None

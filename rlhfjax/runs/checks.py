@@ -29,13 +29,13 @@ from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.evaluation.judges import require_judges
 from rlhfjax.host import processes
+from rlhfjax.layout import laid_out_by
 from rlhfjax.models import model_of
-from rlhfjax.models.attention import spread_by
 from rlhfjax.models.lora import linears, targeted
 from rlhfjax.runs.parents import checkpoint_digest
 from rlhfjax.runs.sources import rewards_of, two_forms
 from rlhfjax.sharding import make_mesh
-from rlhfjax.sharding.per_device import by_rows_and_heads
+from rlhfjax.sharding.activations import layout_of
 from rlhfjax.stages.batches import open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.measures.exact_match import pairs_of
@@ -123,7 +123,7 @@ def agree_on_tokenizer(job: Job) -> None:
 def execute(job: Job) -> dict[str, Any]:
     """Run one stage."""
     faults.reach(job.stage, 0)
-    with spread_by(by_rows_and_heads(job.mesh)):
+    with laid_out_by(layout_of(job.mesh)):
         return _function(job.stage)(job)
 
 

@@ -1,13 +1,12 @@
 """Attention on a mesh: every device runs the program on its own rows and heads."""
 
-import math
 from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from rlhfjax.sharding.rules import MESH_AXES
+from rlhfjax.sharding.rules import MESH_AXES, dividing
 
 
 def by_rows_and_heads(mesh: Mesh) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
@@ -22,8 +21,8 @@ def by_rows_and_heads(mesh: Mesh) -> Callable[[Callable[..., Array]], Callable[.
             return program
 
         def attention(query: Array, key: Array, value: Array, *ids: Array) -> Array:
-            rows = _dividing(mesh, MESH_AXES["batch"], query.shape[0])
-            heads = _dividing(mesh, MESH_AXES["heads"], key.shape[2])
+            rows = dividing(mesh, MESH_AXES["batch"], query.shape[0])
+            heads = dividing(mesh, MESH_AXES["heads"], key.shape[2])
             split = PartitionSpec(rows, None, heads, None)
             specs = (split, split, split, *(PartitionSpec(rows, None) for _ in ids))
             # Pallas does not say over which axes what a kernel returns varies, so it can't be checked.
@@ -33,8 +32,3 @@ def by_rows_and_heads(mesh: Mesh) -> Callable[[Callable[..., Array]], Callable[.
         return attention
 
     return wrapper
-
-
-def _dividing(mesh: Mesh, axes: str | tuple[str, ...], size: int) -> str | tuple[str, ...] | None:
-    names = (axes,) if isinstance(axes, str) else axes
-    return axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None

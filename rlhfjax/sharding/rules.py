@@ -59,6 +59,20 @@ SMALL = (
 )
 
 
+# What models name in a computation (`rlhfjax.layout.lay`).
+ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
+    "residual": ("batch", "token", None),
+    "heads": ("batch", "token", "heads", None),
+    "mlp": ("batch", "token", "mlp"),
+}
+
+
+def dividing(mesh: Mesh, axes: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
+    """These mesh axes, if together they divide a size."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+
 def path_name(path: tuple) -> str:
     """A key path of a pytree as 'a/b/c'."""
     return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)

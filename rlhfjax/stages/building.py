@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from rlhfjax.config import schema
 from rlhfjax.config.recipe import FACTS, compared, section_of, starts_of
 from rlhfjax.generation import SamplingParams
-from rlhfjax.models.attention import spread_by
+from rlhfjax.layout import laid_out_by
 from rlhfjax.models.heads import with_head, zero_head
 from rlhfjax.models.lora import has_adapters, init_lora, join, split
 from rlhfjax.sharding import batch_shapes, state_shapes
-from rlhfjax.sharding.per_device import by_rows_and_heads
+from rlhfjax.sharding.activations import layout_of
 from rlhfjax.stages import offline, online_programs
 from rlhfjax.stages.batches import loss_batch, mixed_batch
 from rlhfjax.stages.compilation import in_turn, unbound
@@ -62,7 +62,7 @@ class Built:
     @cached_property
     def _lowered(self) -> Any:
         bound, jitted = unbound(self.function)
-        with building_for(self.target), spread_by(by_rows_and_heads(self.mesh)):
+        with building_for(self.target), laid_out_by(layout_of(self.mesh)):
             return jitted.lower(*bound, *self.arguments)
 
     def shapes(self) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from rlhfjax import layout
 from rlhfjax.host import processes
 from rlhfjax.target import Target, building_for, current, machine
 from rlhfjax.training.online import OnlineSteps
@@ -45,10 +46,10 @@ class Program:
     def __init__(self, tracer: Executor, compiler: Executor, function: Any, arguments: Callable[[], tuple]):
         self._function, self._called = function, False
         bound, jitted = unbound(function)
-        target = current()  # of this thread; those that trace and compile have none
+        here = current(), layout.current()  # of this thread; those that trace and compile have none
 
         def lower() -> Any:
-            with building_for(target):
+            with building_for(here[0]), layout.laid_out_by(here[1]):
                 return jitted.lower(*bound, *arguments())
 
         def compile_it() -> float:

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhfjax.layout import laid_out_by
 from rlhfjax.models import kernels
-from rlhfjax.models.attention import Scoring, attend, spread_by
+from rlhfjax.models.attention import Scoring, attend
 from rlhfjax.sharding import make_mesh
-from rlhfjax.sharding.per_device import by_rows_and_heads
+from rlhfjax.sharding.activations import layout_of
 
 # Runs of segments by row: packed documents with padding after them, or before; 0 is padding.
 PACKED = [(1, 70), (2, 1), (3, 60), (0, 69)], [(1, 3), (2, 130), (3, 67)]
@@ -195,7 +196,7 @@ def test_devices_compute_their_own_rows_and_heads(program, axes):
     # 4 rows on 8 devices of `data` stay whole
     tensors, segments = arrays((*PACKED, *LEFT), 2)
     mesh = make_mesh(**{"data": 1} | axes)
-    with spread_by(by_rows_and_heads(mesh)):
+    with laid_out_by(layout_of(mesh)):
         got = computed(program, tensors, segments)
     for mine, wanted in zip(got, by_loops(*tensors, segments), strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=2e-5)

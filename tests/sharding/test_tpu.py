@@ -9,10 +9,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhfjax.config import schema
+from rlhfjax.layout import laid_out_by
 from rlhfjax.models import LanguageModel, decoder_config
-from rlhfjax.models.attention import attend, spread_by
+from rlhfjax.models.attention import attend
 from rlhfjax.sharding import make_mesh, state_shardings
-from rlhfjax.sharding.per_device import by_rows_and_heads
+from rlhfjax.sharding.activations import layout_of
 from rlhfjax.stages.objectives import training_loss
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.update import offline_step
@@ -48,7 +49,7 @@ def test_splash_attention_compiles_forward_and_backward(mesh, length, size, how)
         program = partial(attend, segments=segments, local=True, implementation="splash", **how)
         return jax.vjp(program, query, key, value)[1](query)
 
-    with spread_by(by_rows_and_heads(mesh)):
+    with laid_out_by(layout_of(mesh)):
         compiled = jax.jit(gradients).lower(query, key, key, segments).compile()
     assert (
         compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
@@ -73,7 +74,7 @@ def test_a_whole_step_of_training_compiles_with_it(mesh, remat):
     rows = NamedSharding(mesh, PartitionSpec("data"))
     ids, marks = (jax.ShapeDtypeStruct((4, 512), dtype, sharding=rows) for dtype in (jnp.int32, jnp.bool_))
     step = partial(offline_step, training_loss(model), optimizer)
-    with spread_by(by_rows_and_heads(mesh)):
+    with laid_out_by(layout_of(mesh)):
         key = jax.eval_shape(lambda: jax.random.key(0))
         compiled = jax.jit(step, donate_argnums=0).lower(state, TokenBatch(ids, ids, ids, marks), key).compile()
     text = compiled.as_text()
