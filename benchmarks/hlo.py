@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 _WIDTHS = {"pred": 1, "s4": 1, "u4": 1, "bf16": 2, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[suf]\d+(?:e\d+m\d+\w*)?|c\d+)\[([\d,]*)\]")
@@ -127,9 +128,9 @@ class Program:
             if collective := self._collective(one, computation):
                 loop.collectives.append(collective)
                 continue  # its `to_apply` adds two numbers
-            branches = [name for pair in _BRANCHES.findall(one.rest) for part in pair for name in part.split(",") if name]
+            branches = ",".join(part for pair in _BRANCHES.findall(one.rest) for part in pair if part)
             if branches:  # the dearest
-                taken = [Loop(name.strip(" %")) for name in branches]
+                taken = [Loop(name.strip(" %")) for name in branches.split(",")]
                 for branch in taken:
                     self._walk(branch.name, branch)
                 dearest = max(taken, key=lambda b: (b.total_flops(), b.total_bytes()))
@@ -257,11 +258,8 @@ def _valid(size: int, kernel: int, out: int, window: _window, axis: int) -> int:
 def _instruction(found: re.Match) -> Instruction:
     text = found[3]
     if text.startswith("("):  # a tuple's shape
-        depth, end = 0, 0
-        for end, char in enumerate(text):
-            depth += (char == "(") - (char == ")")
-            if not depth:
-                break
+        depths = accumulate((char == "(") - (char == ")") for char in text)
+        end = next(place for place, depth in enumerate(depths) if not depth)
         shape, rest = text[: end + 1], text[end + 2 :]
     else:
         shape, _, rest = text.partition(" ")

@@ -13,6 +13,26 @@ import jax
 Program = Callable[..., Any]
 
 
+class Words(Protocol):
+    """A device's part of the vocabulary, and what it takes to speak of all of it."""
+
+    first: Any  # the id of the first word of the part
+    count: int  # words of the whole vocabulary
+    padded: bool  # whether some part has more words than there are
+
+    def summed(self, x: Any) -> Any:
+        """Σ over the parts, of an array or several."""
+        ...
+
+    def largest(self, x: jax.Array) -> jax.Array:
+        """The largest over the parts."""
+        ...
+
+    def likeliest(self, logits: jax.Array) -> jax.Array:
+        """The first word of the largest logit [*B, words of the part] among all, int32 [*B]."""
+        ...
+
+
 class Layout(Protocol):
     """The devices that a program is traced for; a value that can be hashed and compared."""
 
@@ -22,6 +42,15 @@ class Layout(Protocol):
 
     def attention(self, kernel: Program) -> Program:
         """f(query, key, value, segments, …) that each device computes on its own rows and heads."""
+        ...
+
+    def vocabulary(self, program: Program, axis: int, outs: tuple[str, ...], table: Any, *rows: Any) -> tuple:
+        """`program(words, table, *rows)` on every device: its `Words`, their part of the table, and its own rows.
+
+        Rows are [B, T, …]; `axis` of the table, a matrix, is that of the words, the other one is whole. `outs` says of
+        what it returns whether these are `rows`, a `table` whose sum over the rows is wanted, which is added up in the
+        type of the table that came, or a `number` to be summed likewise.
+        """
         ...
 
 

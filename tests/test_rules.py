@@ -76,7 +76,7 @@ def prompts(rows: int, iteration: int) -> PromptBatch:
 def record(directory, config, style, mesh) -> Recorded:
     policy, reward = tiny(style), tiny("gpt2")
     frozen = {"reference": params_of(policy, std=0.15), "rewards": {"model": scalar_params_of(reward, seed=2)}}
-    algorithm = ppo_objective(config, policy, reward, gather=mesh.size == 1)
+    algorithm = ppo_objective(config, policy, reward)
     optimizer = lenient(optimizer_of(config))
     params = {"policy": frozen["reference"], "value": frozen["rewards"]["model"]}
     train = init_state(mesh, params, optimizer)

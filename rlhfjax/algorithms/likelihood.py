@@ -58,15 +58,11 @@ def token_log_probs(
     temperature: float = 1.0,
     *,
     entropy_gradient: bool = False,
-    gather: bool = True,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """log p(token | what is before it in its sequence) of every target, and the entropy of that distribution, in nats.
-
-    `gather` as in `vocabulary_log_probs`: False where rows lie on several devices.
-    """
+    """log p(token | what is before it in its sequence) of every target, and the entropy of that distribution; nats."""
     wanted = _Wanted.of(batch, next_targets(batch)[1])
     hidden = model.batch_hidden(params, batch, read=wanted.columns)
-    return _log_probs(model, params, batch, wanted, hidden, temperature, entropy_gradient, gather)
+    return _log_probs(model, params, batch, wanted, hidden, temperature, entropy_gradient)
 
 
 def log_probs_and_values(
@@ -77,19 +73,18 @@ def log_probs_and_values(
     temperature: float = 1.0,
     *,
     entropy_gradient: bool = False,
-    gather: bool = True,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
     """`token_log_probs` of a policy and `token_values` of a head on its trunk, from one forward pass."""
     wanted = _Wanted.of(batch, next_targets(batch)[1])
     hidden = model.batch_hidden(params, batch, read=wanted.columns)
-    made = _log_probs(model, params, batch, wanted, hidden, temperature, entropy_gradient, gather)
+    made = _log_probs(model, params, batch, wanted, hidden, temperature, entropy_gradient)
     return *made, _before(wanted.back(model.scalar({"head": head}, hidden)))
 
 
-def _log_probs(model, params, batch, wanted, hidden, temperature, entropy_gradient, gather):
+def _log_probs(model, params, batch, wanted, hidden, temperature, entropy_gradient):
     tokens, mask = (wanted.at(x) for x in next_targets(batch))
     table, form = model.unembedding(params)
-    form |= {"chunk": chunk_tokens(model.config.vocab_size), "gather": gather, "entropy_gradient": entropy_gradient}
+    form |= {"chunk": chunk_tokens(model.config.vocab_size), "entropy_gradient": entropy_gradient}
     made = vocabulary_log_probs(table, hidden, tokens, mask, temperature, **form)
     log_probs, entropies = (jnp.roll(wanted.back(x), 1, axis=1) for x in made)
     return log_probs, entropies
@@ -127,13 +122,11 @@ def cross_entropy(
     batch: TokenBatch,
     hidden: Float[Array, "B T D"],
     label_smoothing: float = 0.0,
-    *,
-    gather: bool = True,
 ) -> Float[Array, ""]:
     """Σ over targets of the cross-entropy in nats, given the hidden states of the batch."""
     tokens, mask = next_targets(batch)
     table, form = model.unembedding(params)
-    form |= {"chunk": chunk_tokens(model.config.vocab_size), "gather": gather}
+    form |= {"chunk": chunk_tokens(model.config.vocab_size)}
     return vocabulary_cross_entropy(table, hidden, tokens, mask, label_smoothing, **form)
 
 

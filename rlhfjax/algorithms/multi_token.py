@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.algorithms.likelihood import chunk_tokens
 from rlhfjax.algorithms.objective import Objective
-from rlhfjax.functional.vocabulary import over_targets, vocabulary_cross_entropy
+from rlhfjax.functional.vocabulary import vocabulary_cross_entropy, vocabulary_hits
 from rlhfjax.types import Params, TokenBatch
 
 
@@ -24,22 +24,17 @@ def targets_ahead(batch: TokenBatch, distance: int) -> tuple[Int[Array, "B T"], 
 
 
 def head_sums(
-    model: Any, params: Params, batch: TokenBatch, hidden: Float[Array, "B T D"], *, gather: bool = True
+    model: Any, params: Params, batch: TokenBatch, hidden: Float[Array, "B T D"]
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
     """Cross-entropy (nats) and hits of every head, sums over its targets, given the hidden states of the batch."""
     table, form = model.unembedding(params)
-    form |= {"chunk": chunk_tokens(model.config.vocab_size), "gather": gather}
+    form |= {"chunk": chunk_tokens(model.config.vocab_size)}
     losses, hits = [], []
     for n, states in enumerate(model.ahead(params, hidden)):
         targets = targets_ahead(batch, n + 2)
         losses.append(vocabulary_cross_entropy(table, states, *targets, **form))
-        hits.append(over_targets(_hits, *jax.lax.stop_gradient((table, states)), *targets, **form))
+        hits.append(vocabulary_hits(*jax.lax.stop_gradient((table, states)), *targets, **form))
     return jnp.stack(losses), jnp.stack(hits)
-
-
-def _hits(logits: Array, tokens: Array, mask: Array) -> Array:
-    right = jnp.argmax(logits, axis=-1).astype(tokens.dtype) == tokens
-    return (right & mask).sum().astype(jnp.float32)
 
 
 class Sums(NamedTuple):

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax.sharding.per_device import by_rows_and_heads
 from rlhfjax.sharding.rules import ACTIVATIONS, MESH_AXES, dividing
+from rlhfjax.sharding.vocabulary import over_words
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class MeshLayout:
 
     def attention(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         return by_rows_and_heads(self.mesh)(kernel)
+
+    def vocabulary(
+        self, program: Callable[..., tuple], axis: int, outs: tuple[str, ...], table: Any, *rows: Any
+    ) -> tuple:
+        return over_words(self.mesh, program, axis, outs, table, *rows)
 
 
 def layout_of(mesh: Mesh) -> MeshLayout | None:

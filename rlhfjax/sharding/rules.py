@@ -67,10 +67,14 @@ ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
 }
 
 
+def named(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Mesh axes as an entry of a partition has them, one by one."""
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
 def dividing(mesh: Mesh, axes: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
     """These mesh axes, if together they divide a size."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None
+    return axes if size % math.prod(mesh.shape[name] for name in named(axes)) == 0 else None
 
 
 def path_name(path: tuple) -> str:

@@ -23,7 +23,7 @@ def dpo(job: Job) -> Facts:
 def learner(c: schema.Dpo, mesh: jax.sharding.Mesh, starts: Starts, longest: int) -> OfflineLearner:
     """A policy beside the one that it starts from; the longest comparison has `longest` tokens."""
     model, policy = starts.policy_from()
-    objective = preference_optimisation(model, c.loss, gather=mesh.size == 1)
+    objective = preference_optimisation(model, c.loss)
     pack = ranking_packer(c.batch, mesh, model, longest)
     measure = accuracy_meter(mesh, objective, pack, "rewards/accuracies")
 

@@ -25,10 +25,10 @@ def learner(c: online_stages.Grpo, mesh: jax.sharding.Mesh, starts: Starts) -> O
     return policy_learner(grpo_objective, c, mesh, starts)
 
 
-def grpo_objective(c: online_stages.Grpo, policy: SequenceModel, gather: bool = True) -> Any:
+def grpo_objective(c: online_stages.Grpo, policy: SequenceModel) -> Any:
     """GRPO over the policy, with the pretraining loss in the same gradient where the recipe has it."""
     algorithm = Grpo(
-        log_probs=policy_log_probs(policy, c.sampling.temperature, gather=gather),
+        log_probs=policy_log_probs(policy, c.sampling.temperature),
         group=c.groups.size,
         clip=c.loss.clip,
         clip_high=c.loss.clip_high,
@@ -41,4 +41,4 @@ def grpo_objective(c: online_stages.Grpo, policy: SequenceModel, gather: bool = 
         missing_eos=c.missing_eos.mode,
         missing_eos_value=c.missing_eos.value,
     )
-    return with_pretraining(algorithm, c.ptx, policy, gather)
+    return with_pretraining(algorithm, c.ptx, policy)

@@ -26,17 +26,16 @@ def language_modelling(
     dropout: float = 0.0,
     decoder: Callable[[Params], Params] = lambda params: params,
     label_smoothing: float = 0.0,
-    gather: bool = True,
 ) -> LanguageModelling:
     """The language-modelling loss of a decoder; of responses given their prompts for an encoder–decoder.
 
-    `decoder` picks the parameters of the model out of those that are trained. `gather` is for one device.
+    `decoder` picks the parameters of the model out of those that are trained.
     """
 
     def total(params, batch, key):
         params = decoder(params)
         hidden = model.batch_hidden(params, batch, dropout, key)
-        return cross_entropy(model, params, batch, hidden, label_smoothing, gather=gather)
+        return cross_entropy(model, params, batch, hidden, label_smoothing)
 
     return LanguageModelling(total)
 
@@ -46,7 +45,6 @@ def training_loss(
     dropout: float = 0.0,
     decoder: Callable[[Params], Params] = lambda params: params,
     label_smoothing: float = 0.0,
-    gather: bool = True,
     ahead: bool = False,
 ) -> LanguageModelling | RoutedLanguageModelling | MultiTokenPrediction:
     """What a policy is trained on: the language-modelling loss and, with experts, the losses of their routers.
@@ -54,26 +52,26 @@ def training_loss(
     With `ahead` also the loss of the heads that predict further ahead; the model has some, and no experts.
     """
     if ahead:
-        return _multi_token(model, dropout, decoder, label_smoothing, gather)
+        return _multi_token(model, dropout, decoder, label_smoothing)
     if isinstance(model, EncoderDecoder) or not model.config.experts:
-        return language_modelling(model, dropout, decoder, label_smoothing, gather)
+        return language_modelling(model, dropout, decoder, label_smoothing)
 
     def total(params, batch, key):
         params = decoder(params)
         inputs = batch.tokens, batch.positions, batch.segments
         hidden, routing = model.hidden_and_routing(params, *inputs, dropout, key)
-        return cross_entropy(model, params, batch, hidden, label_smoothing, gather=gather), routing
+        return cross_entropy(model, params, batch, hidden, label_smoothing), routing
 
     c = model.config
     return RoutedLanguageModelling(total, c.load_balancing_coef, c.router_z_coef)
 
 
-def _multi_token(model: Any, dropout: float, decoder: Callable, smoothing: float, gather: bool) -> MultiTokenPrediction:
+def _multi_token(model: Any, dropout: float, decoder: Callable, smoothing: float) -> MultiTokenPrediction:
     def sums(params, batch, key):
         params = decoder(params)
         hidden = model.batch_hidden(params, batch, dropout, key)
-        next_token = cross_entropy(model, params, batch, hidden, smoothing, gather=gather)
-        return Sums(next_token, *head_sums(model, params, batch, hidden, gather=gather))
+        next_token = cross_entropy(model, params, batch, hidden, smoothing)
+        return Sums(next_token, *head_sums(model, params, batch, hidden))
 
     return MultiTokenPrediction(sums, model.config.mtp_heads, model.config.mtp_coef)
 
@@ -92,16 +90,16 @@ def reward_modelling(model: SequenceModel, loss: schema.RankingLoss, dropout: fl
     return RewardModelling(scores, loss.kind, loss.margin)
 
 
-def preference_optimisation(model: SequenceModel, loss: schema.PreferenceLoss, gather: bool = True) -> Dpo:
+def preference_optimisation(model: SequenceModel, loss: schema.PreferenceLoss) -> Dpo:
     """DPO of a model; its parameters have those of the reference beside them, under `reference`.
 
-    Dropout is off: the ratio to the reference would be noise. `gather` is for one device.
+    Dropout is off: the ratio to the reference would be noise.
     """
 
     def log_probs(params: Params, batch: RankedBatch | TokenRanking) -> jax.Array:
         if isinstance(batch, TokenRanking):
-            return batch.of_candidates(token_log_probs(model, params, batch.batch, gather=gather)[0])
-        each, _ = token_log_probs(model, params, joined_rows(batch), gather=gather)
+            return batch.of_candidates(token_log_probs(model, params, batch.batch)[0])
+        each, _ = token_log_probs(model, params, joined_rows(batch))
         return each.sum(axis=1).reshape(batch.ranks.shape)
 
     def of_policy(params: Params, batch: RankedBatch | TokenRanking, key: jax.Array | None) -> jax.Array:
@@ -122,18 +120,20 @@ def joined_rows(batch: RankedBatch) -> TokenBatch:
     return TokenBatch(batch.tokens.reshape(-1, length), mask.astype(jnp.int32), slots, mask & response)
 
 
-def policy_log_probs(policy: SequenceModel, temperature: float, **how: bool) -> Callable[[Params, TokenBatch], Any]:
+def policy_log_probs(
+    policy: SequenceModel, temperature: float, entropy_gradient: bool = False
+) -> Callable[[Params, TokenBatch], Any]:
     """Log-probabilities and entropies of a policy at the temperature of sampling, as online algorithms read them."""
-    return lambda params, rows: token_log_probs(policy, params["policy"], rows, temperature, **how)
+    return lambda params, rows: token_log_probs(
+        policy, params["policy"], rows, temperature, entropy_gradient=entropy_gradient
+    )
 
 
-def with_pretraining(
-    algorithm: OnlineAlgorithm, ptx: schema.Ptx | None, policy: SequenceModel, gather: bool = True
-) -> Any:
+def with_pretraining(algorithm: OnlineAlgorithm, ptx: schema.Ptx | None, policy: SequenceModel) -> Any:
     """An online algorithm, with the loss of pretraining in the same gradient where the recipe has it (PPO-ptx)."""
     if ptx is None:
         return algorithm
-    second = training_loss(policy, decoder=_policy, gather=gather)
+    second = training_loss(policy, decoder=_policy)
     return Mix(algorithm, ptx.coef, second, shared=_policy)
 
 

@@ -61,12 +61,12 @@ class OnlineLearner:
 def policy_learner(objective: Callable[..., Any], c: Any, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLearner:
     """The learner of an algorithm that trains the policy alone, with itself as it was as the reference.
 
-    `objective(c, model, gather)` is the algorithm over the policy.
+    `objective(c, model)` is the algorithm over the policy.
     """
     model, policy = starts.policy_from()
     judges, scoring = load_judges(c.rewards, starts)
     return OnlineLearner(
-        algorithm=objective(c, model, gather=mesh.size == 1),
+        algorithm=objective(c, model),
         models={"policy": model},
         params={"policy": policy},
         judges=judges,

@@ -35,7 +35,7 @@ def learner(c: schema.Ppo, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLea
     else:
         value_model, value = judges.of_recipe(scoring) or starts.load(RECIPE)
     return OnlineLearner(
-        algorithm=ppo_objective(c, policy_model, value_model, gather=mesh.size == 1),
+        algorithm=ppo_objective(c, policy_model, value_model),
         models={"policy": policy_model, "value": value_model},
         params={"policy": policy, "value": value},
         judges=judges,
@@ -44,12 +44,9 @@ def learner(c: schema.Ppo, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLea
     )
 
 
-def ppo_objective(c: schema.Ppo, policy: SequenceModel, value: SequenceModel, gather: bool = True) -> Ppo | Mix:
-    """PPO over the two models, with the pretraining loss in the same gradient where the recipe has it.
-
-    `gather` is for one device (see `rlhfjax.functional.vocabulary`).
-    """
-    how = {"entropy_gradient": c.loss.entropy_coef > 0, "gather": gather}
+def ppo_objective(c: schema.Ppo, policy: SequenceModel, value: SequenceModel) -> Ppo | Mix:
+    """PPO over the two models, with the pretraining loss in the same gradient where the recipe has it."""
+    how = {"entropy_gradient": c.loss.entropy_coef > 0}
 
     def both(params: Params, rows: TokenBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
         parts = params["policy"], params["value"]["head"], rows
@@ -67,4 +64,4 @@ def ppo_objective(c: schema.Ppo, policy: SequenceModel, value: SequenceModel, ga
         missing_eos=c.missing_eos.mode,
         missing_eos_value=c.missing_eos.value,
     )
-    return with_pretraining(algorithm, c.ptx, policy, gather)
+    return with_pretraining(algorithm, c.ptx, policy)

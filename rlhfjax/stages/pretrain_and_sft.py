@@ -49,7 +49,6 @@ def learner(
         model,
         c.dropout,
         label_smoothing=c.loss.label_smoothing if isinstance(c, schema.Sft) else 0.0,
-        gather=mesh.size == 1,
         ahead="mtp_heads" in split(params)[1],  # adapters leave the heads of their base as they are
     )
     return OfflineLearner(

@@ -25,14 +25,14 @@ def learner(c: online_stages.Rloo, mesh: jax.sharding.Mesh, starts: Starts) -> O
     return policy_learner(rloo_objective, c, mesh, starts)
 
 
-def rloo_objective(c: online_stages.Rloo, policy: SequenceModel, gather: bool = True) -> Any:
+def rloo_objective(c: online_stages.Rloo, policy: SequenceModel) -> Any:
     """RLOO over the policy, with the pretraining loss in the same gradient where the recipe has it."""
     algorithm = Rloo(
-        log_probs=policy_log_probs(policy, c.sampling.temperature, gather=gather),
+        log_probs=policy_log_probs(policy, c.sampling.temperature),
         group=c.groups.size,
         clip=c.loss.clip,
         ratio=c.loss.ratio,
         missing_eos=c.missing_eos.mode,
         missing_eos_value=c.missing_eos.value,
     )
-    return with_pretraining(algorithm, c.ptx, policy, gather)
+    return with_pretraining(algorithm, c.ptx, policy)

@@ -56,9 +56,8 @@ def test_nothing_comes_after_the_last_token_of_a_row_that_one_document_fills():
     assert following[:, :2].tolist() == [[6, 7], [9, 3]]
 
 
-@pytest.mark.parametrize("gather", [True, False])
 @pytest.mark.parametrize("style", MODELS)
-def test_log_probs_entropies_and_cross_entropy(style, gather):
+def test_log_probs_entropies_and_cross_entropy(style):
     # meant to catch a result one place off, and a document's first token that counts
     family, changes = MODELS[style]
     model = tiny(family, **changes)
@@ -74,10 +73,10 @@ def test_log_probs_entropies_and_cross_entropy(style, gather):
                         wanted[row, slot] = log_p[int(BATCH.tokens[row, slot])]
                         spread[row, slot] = -(np.exp(log_p) * log_p).sum()
                 total -= log_p[int(BATCH.tokens[row, slot])]
-    log_probs, entropies = jax.jit(lambda p: token_log_probs(model, p, BATCH, TEMPERATURE, gather=gather))(params)
+    log_probs, entropies = jax.jit(lambda p: token_log_probs(model, p, BATCH, TEMPERATURE))(params)
     np.testing.assert_allclose(log_probs, wanted, atol=2e-5)
     np.testing.assert_allclose(entropies, spread, atol=2e-5)
-    got = jax.jit(lambda p: cross_entropy(model, p, BATCH, model.batch_hidden(p, BATCH), gather=gather))(params)
+    got = jax.jit(lambda p: cross_entropy(model, p, BATCH, model.batch_hidden(p, BATCH)))(params)
     np.testing.assert_allclose(got, total, rtol=1e-5)
 
 
@@ -146,15 +145,13 @@ def test_the_rows_of_these_tests_are_of_every_kind():
 
 
 # fails with results at the columns of other targets, or one place off: seen
-@pytest.mark.parametrize(
-    ("style", "gather"), [("tied", True), ("tied", False), ("own unembedding", True), ("soft cap", True)]
-)
-def test_how_many_targets_there_may_be_changes_no_result(style, gather):
+@pytest.mark.parametrize("style", ["tied", "own unembedding", "soft cap"])
+def test_how_many_targets_there_may_be_changes_no_result(style):
     family, changes = MODELS[style]
     model = tiny(family, **changes)
 
     def loss(params, batch):
-        how = {"entropy_gradient": True, "gather": gather}
+        how = {"entropy_gradient": True}
         alone = token_log_probs(model, params["decoder"], batch, TEMPERATURE, **how)
         *joint, values = log_probs_and_values(model, params["decoder"], params["head"], batch, TEMPERATURE, **how)
         return weighted([*alone, *joint, jnp.where(before_targets(batch), values, 0.0)])

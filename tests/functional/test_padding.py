@@ -13,7 +13,7 @@ import pytest
 from rlhfjax import functional as f
 from rlhfjax.functional.masking import at_last, masked_centred, masked_variance
 from rlhfjax.functional.preference import mean_of_pairs
-from rlhfjax.functional.vocabulary import over_targets, vocabulary_cross_entropy, vocabulary_log_probs
+from rlhfjax.functional.vocabulary import vocabulary_cross_entropy, vocabulary_hits, vocabulary_log_probs
 
 RNG = np.random.default_rng(0)
 MASK = np.array([[1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
@@ -57,11 +57,11 @@ CASES = {
         [(3, 4, 5)],
     ),
     "vocabulary_cross_entropy": (
-        lambda h, s: vocabulary_cross_entropy(s * TABLE, h, TOKENS, REAL, 0.1, chunk=3, gather=False),
+        lambda h, s: vocabulary_cross_entropy(s * TABLE, h, TOKENS, REAL, 0.1, chunk=3),
         [(3, 4, 5)],
     ),
 }
-NO_NUMBERS = {"last_token_mask", "length_mask", "ranked_pairs", "over_targets"}  # integers alone, or no gradient
+NO_NUMBERS = {"last_token_mask", "length_mask", "ranked_pairs", "vocabulary_hits"}  # integers alone, or no gradient
 
 
 def test_every_function_with_a_mask_is_here():
@@ -109,14 +109,11 @@ def test_pairs_that_are_absent_may_cost_anything():
         assert not np.asarray(gradient)[~pairs].any()
 
 
-def test_the_sum_over_targets_reads_no_padding():
+def test_hits_are_those_of_targets_alone():
     hidden = RNG.normal(size=(3, 4, 5)).astype(np.float32)
+    likeliest = (hidden @ np.asarray(TABLE).T).argmax(axis=-1).astype(np.int32)
 
-    def total(padding):
-        padded = jnp.where(MASK[..., None], hidden, padding)
-        return over_targets(
-            lambda z, _, keep: jnp.where(keep, z.sum(-1), 0).sum(), TABLE, padded, TOKENS, REAL, chunk=3
-        )
+    def hits(padding):
+        return vocabulary_hits(TABLE, jnp.where(MASK[..., None], hidden, padding), likeliest, REAL, chunk=3)
 
-    wanted = (hidden @ np.asarray(TABLE).T).sum(axis=-1)[MASK].sum()
-    np.testing.assert_allclose([float(total(garbage)) for garbage in GARBAGE], wanted, rtol=1e-5)
+    np.testing.assert_array_equal([float(hits(garbage)) for garbage in GARBAGE], np.asarray(MASK).sum())

@@ -1,4 +1,6 @@
-"""Chunks of tokens against the whole matrix of logits, and the memory that they save."""
+"""Chunks of tokens against the whole matrix of logits, on any devices, and the memory that they save."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +9,12 @@ import pytest
 
 from rlhfjax.functional import entropy, token_log_probs
 from rlhfjax.functional.likelihood import smoothed_cross_entropy
-from rlhfjax.functional.vocabulary import over_targets, vocabulary_cross_entropy, vocabulary_log_probs
+from rlhfjax.functional.vocabulary import vocabulary_cross_entropy, vocabulary_hits, vocabulary_log_probs
+from rlhfjax.layout import laid_out_by
+from rlhfjax.sharding import make_mesh
+from rlhfjax.sharding.activations import layout_of
 
-ROWS, LENGTH, WIDTH, WORDS = 3, 7, 5, 11
+ROWS, LENGTH, WIDTH, WORDS = 4, 6, 6, 11
 RNG = np.random.default_rng(0)
 HIDDEN = jnp.asarray(RNG.normal(size=(ROWS, LENGTH, WIDTH)), jnp.float32)
 TABLE = jnp.asarray(RNG.normal(size=(WORDS, WIDTH)), jnp.float32)
@@ -30,12 +35,26 @@ def close(got, wanted):
 
 
 FORMS = [(True, None), (False, None), (True, 1.5)]
+# Parts of the words (which never divide), of the rows, of the tokens of a row and of the width.
+MESHES = {
+    "one device": {},
+    "rows, width and words": {"data": 2, "fsdp": 2, "tensor": 2},
+    "tokens of a row": {"tensor": 2, "sequence": 2, "fsdp": 2},
+    "rows that do not divide": {"fsdp": 2, "expert": 4},
+}
 
 
-@pytest.mark.parametrize("gather", [True, False])
+def on(mesh, function, *arguments):
+    """What a compiled function gives on a mesh of that shape."""
+    devices = make_mesh(**MESHES[mesh], devices=jax.devices() if MESHES[mesh] else jax.devices()[:1])
+    with laid_out_by(layout_of(devices)):
+        return jax.jit(function)(*arguments)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("chunk", [1, 4, 6, 100])
 @pytest.mark.parametrize(("tied", "softcap"), FORMS)
-def test_log_probs_entropies_and_their_gradients(tied, softcap, chunk, gather):
+def test_log_probs_entropies_and_their_gradients(tied, softcap, chunk, mesh):
     # meant to catch a chunk left out, an entropy without a gradient, and a soft cap without its slope
     def whole(table, hidden):
         z = logits(table, hidden, softcap)
@@ -43,43 +62,42 @@ def test_log_probs_entropies_and_their_gradients(tied, softcap, chunk, gather):
         return jnp.where(MASK, jnp.stack(made) * WEIGHTS, 0.0).sum(axis=0)
 
     def chunked(table, hidden):
-        form = {"chunk": chunk, "tied": tied, "softcap": softcap, "gather": gather, "entropy_gradient": True}
+        form = {"chunk": chunk, "tied": tied, "softcap": softcap, "entropy_gradient": True}
         table = table if tied else table.T
         made = vocabulary_log_probs(table, hidden, TOKENS, MASK, TEMPERATURE, **form)
         return (jnp.stack(made) * WEIGHTS).sum(axis=0)
 
-    close(jax.jit(chunked)(TABLE, HIDDEN), whole(TABLE, HIDDEN))
-    gradient = jax.jit(jax.grad(lambda *args: chunked(*args).sum(), (0, 1)))
-    close(gradient(TABLE, HIDDEN), jax.grad(lambda *args: whole(*args).sum(), (0, 1))(TABLE, HIDDEN))
+    close(on(mesh, chunked, TABLE, HIDDEN), whole(TABLE, HIDDEN))
+    gradient = jax.grad(lambda *args: chunked(*args).sum(), (0, 1))
+    close(on(mesh, gradient, TABLE, HIDDEN), jax.grad(lambda *args: whole(*args).sum(), (0, 1))(TABLE, HIDDEN))
 
 
-@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("chunk", [1, 6, 100])
 @pytest.mark.parametrize(("tied", "softcap"), FORMS)
-def test_cross_entropy_and_its_gradient(tied, softcap, chunk, gather):
+def test_cross_entropy_and_its_gradient(tied, softcap, chunk, mesh):
     # the factor 1/3 stands for a normaliser that is only known later
     def whole(table, hidden):
         losses = smoothed_cross_entropy(logits(table, hidden, softcap), TOKENS, SMOOTHING)
         return jnp.where(MASK, losses, 0.0).sum() / 3.0
 
     def chunked(table, hidden):
-        form = {"chunk": chunk, "tied": tied, "softcap": softcap, "gather": gather}
+        form = {"chunk": chunk, "tied": tied, "softcap": softcap}
         table = table if tied else table.T
         return vocabulary_cross_entropy(table, hidden, TOKENS, MASK, SMOOTHING, **form) / 3.0
 
-    close(jax.jit(chunked)(TABLE, HIDDEN), whole(TABLE, HIDDEN))
-    got = jax.jit(jax.value_and_grad(chunked, (0, 1)))(TABLE, HIDDEN)
+    close(on(mesh, chunked, TABLE, HIDDEN), whole(TABLE, HIDDEN))
+    got = on(mesh, jax.value_and_grad(chunked, (0, 1)), TABLE, HIDDEN)
     close(got, jax.value_and_grad(whole, (0, 1))(TABLE, HIDDEN))
 
 
-def test_any_number_of_the_logits_of_targets():
-    def hits(logits, tokens, mask):
-        return (mask & (logits.argmax(axis=-1) == tokens)).sum().astype(jnp.float32)
-
+@pytest.mark.parametrize("mesh", MESHES)
+def test_how_often_the_likeliest_token_is_right(mesh):
     z = logits(TABLE, HIDDEN, None)
     likely = jnp.where(jnp.asarray(RNG.random((ROWS, LENGTH)) < 0.5), z.argmax(axis=-1), TOKENS).astype(jnp.int32)
     right = (np.asarray(z).argmax(axis=-1) == np.asarray(likely)) & np.asarray(MASK)
-    assert float(over_targets(hits, TABLE, HIDDEN, likely, MASK, chunk=4)) == right.sum() > 0
+    got = on(mesh, partial(vocabulary_hits, chunk=4), TABLE, HIDDEN, likely, MASK)
+    assert float(got) == right.sum() > 0
 
 
 def test_without_targets_nothing_is_computed_and_nothing_learnt():

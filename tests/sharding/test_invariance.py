@@ -3,7 +3,6 @@
 Rows differ in their number of targets from 1 to all: a mean of means would be far off.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -24,7 +23,9 @@ from tiny import (
 from rlhfjax.algorithms.objective import MixedBatch
 from rlhfjax.algorithms.packing import packed_experience
 from rlhfjax.config import schema
+from rlhfjax.layout import laid_out_by
 from rlhfjax.sharding import batch_sharding, constrain_parts, make_mesh, place_batch, state_shardings
+from rlhfjax.sharding.activations import layout_of
 from rlhfjax.stages.objectives import language_modelling, reward_modelling
 from rlhfjax.stages.ppo import ppo_objective
 from rlhfjax.training.update import gradients
@@ -34,16 +35,11 @@ POLICY, SCALAR = tiny("llama-gqa", tied=False), tiny("gpt2")
 CONFIG = ppo_config(loss={"entropy_coef": 0.1}, ptx={"coef": COEF, "data": [{"source": "unused"}], "length": 8})
 
 
-def algorithms_for(gather: bool) -> dict:
-    """All algorithms, with targets moved together or where they are."""
-    return {
-        "language_modelling": language_modelling(POLICY, gather=gather),
-        "reward_modelling": reward_modelling(SCALAR, schema.RankingLoss()),
-        "ppo_ptx": ppo_objective(CONFIG, POLICY, SCALAR, gather),
-    }
-
-
-ALGORITHMS = algorithms_for(gather=True)
+ALGORITHMS = {
+    "language_modelling": language_modelling(POLICY),
+    "reward_modelling": reward_modelling(SCALAR, schema.RankingLoss()),
+    "ppo_ptx": ppo_objective(CONFIG, POLICY, SCALAR),
+}
 PPO_PTX = ALGORITHMS["ppo_ptx"]
 LOSSES = {
     "language_modelling": ("loss/train",),
@@ -70,7 +66,7 @@ MESHES = {
 
 def all_gradients(shape, parts, **algorithms):
     """(gradients, metrics) of algorithms, by default all of them, on a mesh, as numpy."""
-    algorithms = algorithms or algorithms_for(gather=math.prod(shape) == 1)
+    algorithms = algorithms or ALGORITHMS
     mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
     params = {"policy": params_of(POLICY, std=0.15), "value": scalar_params_of(SCALAR, std=0.15)}
     params = jax.device_put(params, state_shardings(mesh, params))
@@ -94,7 +90,8 @@ def all_gradients(shape, parts, **algorithms):
             for key, (name, algorithm) in zip(keys, algorithms.items(), strict=True)
         }
 
-    return jax.device_get(run(params, tokens, ranked, made, jax.random.key(0)))
+    with laid_out_by(layout_of(mesh)):
+        return jax.device_get(run(params, tokens, ranked, made, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def _program(
     mesh: jax.sharding.Mesh,
     target: Target,  # whose options it is compiled with
 ) -> Callable:
-    how: dict[str, Any] = {"temperature": settings.temperature or 1.0, "gather": mesh.size == 1}
+    how: dict[str, Any] = {"temperature": settings.temperature or 1.0}
 
     @partial(jax.jit, compiler_options=training_options(target))
     def sample(params, reference, reward, batch, key):

@@ -42,7 +42,7 @@ class Meter:
 
 def loss_meter(mesh: jax.sharding.Mesh, model: SequenceModel) -> Meter:
     """Mean loss over every target token of a dataset, nats per token."""
-    algorithm = language_modelling(model, gather=mesh.size == 1)
+    algorithm = language_modelling(model)
 
     @jax.jit
     def total(params, batch, rows):

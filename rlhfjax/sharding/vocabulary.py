@@ -1,0 +1,89 @@
+"""Logits on a mesh: every device has its own rows, and the words of its place on the axis of the vocabulary."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array
+
+from rlhfjax.sharding.rules import MESH_AXES, dividing, named
+
+_WORDS, _WIDTH = "tensor", "fsdp"  # the axes of `vocab` and `embed`
+
+
+@dataclass(frozen=True)
+class PartOfWords:
+    """`rlhfjax.layout.Words` inside `shard_map`, in `size` equal parts."""
+
+    count: int
+    size: int
+    padded: bool
+
+    @property
+    def first(self) -> Array:
+        return jax.lax.axis_index(_WORDS) * self.size
+
+    def summed(self, x: Any) -> Any:
+        return jax.lax.psum(x, _WORDS)
+
+    def largest(self, x: Array) -> Array:
+        return jax.lax.pmax(x, _WORDS)
+
+    def likeliest(self, logits: Array) -> Array:
+        if self.padded:
+            ids = self.first + jnp.arange(self.size, dtype=jnp.int32)
+            logits = jnp.where(ids < self.count, logits, -jnp.inf)
+        top, place = logits.max(axis=-1), self.first + jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jax.lax.pmin(jnp.where(top == self.largest(top), place, self.count), _WORDS)
+
+
+def over_words(
+    mesh: Mesh, program: Callable[..., tuple], axis: int, outs: tuple[str, ...], table: Array, *rows: Array
+) -> tuple:
+    """`Layout.vocabulary` on a mesh.
+
+    The table is gathered over the axis that splits its width, once; a sum like it is scattered there again.
+    """
+    count, parts, other = table.shape[axis], mesh.shape[_WORDS], 1 - axis
+    size = -(-count // parts)
+    if padding := size * parts - count:
+        table = jnp.pad(table, [(0, padding if i == axis else 0) for i in range(2)])
+    split = dividing(mesh, MESH_AXES["batch"], rows[0].shape[0]), dividing(mesh, MESH_AXES["token"], rows[0].shape[1])
+    apart = [name for axes in split for name in named(axes)]  # the axes on which rows differ
+    width = dividing(mesh, _WIDTH, table.shape[other])
+    matrix = PartitionSpec(*((_WORDS, width) if axis == 0 else (width, _WORDS)))
+    specs = {"rows": PartitionSpec(*split), "table": matrix, "number": PartitionSpec()}
+
+    def local(table: Array, *rows: Array) -> tuple:
+        whole = jax.lax.all_gather(table, width, axis=other, tiled=True) if width else table
+        made = program(PartOfWords(count, size, padding > 0), whole, *rows)
+        return tuple(summed(kind, x) for kind, x in zip(outs, made, strict=True))
+
+    def summed(kind: str, x: Array) -> Array:
+        if kind == "rows":
+            return x
+        axes = list(apart)
+        if kind == "table":
+            x = x.astype(table.dtype)
+            if width and width in axes:
+                axes.remove(width)
+                x = jax.lax.psum_scatter(x, width, scatter_dimension=other, tiled=True)
+            elif width:
+                part = x.shape[other] // mesh.shape[width]
+                x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(width) * part, part, other)
+        return jax.lax.psum(x, axes) if axes else x
+
+    made = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(matrix, *(specs["rows"] for _ in rows)),
+        out_specs=tuple(specs[kind] for kind in outs),
+        check_vma=False,  # what a loop over chunks varies over, jax can't tell
+    )(table, *rows)
+    if padding:
+        real = [slice(count) if i == axis else slice(None) for i in range(2)]
+        made = tuple(x[tuple(real)] if kind == "table" else x for kind, x in zip(outs, made, strict=True))
+    return made
