@@ -4,13 +4,12 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from forks import forked
 
 from stages.tiny_recipe import STAGES, write_files, write_recipe
 
@@ -59,11 +58,11 @@ def environment():
 
 @pytest.fixture(scope="session")
 def start(environment):
-    """Starts the command line in a process of its own."""
+    """Starts the command line in a process of its own, with a fault in it where one is named."""
 
-    def started(*args):
-        words = [sys.executable, "-m", "rlhfjax.cli", *map(str, args)]
-        return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def started(*args, fault=None):
+        variables = {"RLHFJAX_FAULT": fault, "RLHFJAX_ALLOW_FAULTS": "1"} if fault else {}
+        return forked(*args, environment=environment | variables)
 
     return started
 
@@ -72,8 +71,8 @@ def start(environment):
 def command(start):
     """Runs the command line to its end: (exit code, stdout, stderr)."""
 
-    def ran(*args):
-        process = start(*args)
+    def ran(*args, fault=None):
+        process = start(*args, fault=fault)
         out, err = process.communicate()
         return process.returncode, out, err
 

@@ -4,8 +4,6 @@ import json
 import math
 import shutil
 import stat
-import subprocess
-import sys
 
 import pytest
 
@@ -14,15 +12,13 @@ from stages.tiny_recipe import STEPS
 
 
 @pytest.fixture
-def run(config, environment):
+def run(config, command):
     """Runs a stage with a fault on purpose: (exit code, stderr)."""
 
-    def ran(run_dir, stage, *overrides, fault=""):
-        words = [sys.executable, "-m", "rlhfjax.cli", "run", config, "--run-dir", run_dir, "--only", stage, *overrides]
-        variables = environment | {"RLHFJAX_ALLOW_FAULTS": "1", "RLHFJAX_FAULT": fault}
-        done = subprocess.run(list(map(str, words)), env=variables, capture_output=True, text=True, check=False)
-        assert "Traceback" not in done.stderr
-        return done.returncode, done.stderr
+    def ran(run_dir, stage, *overrides, fault=None):
+        code, _, err = command("run", config, "--run-dir", run_dir, "--only", stage, *overrides, fault=fault)
+        assert "Traceback" not in err
+        return code, err
 
     return ran
 

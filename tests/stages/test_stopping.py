@@ -1,8 +1,6 @@
 """Asked to stop, a run saves and says so; hung, it is ended; and the same command then goes on to the same end."""
 
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,20 +12,9 @@ DEADLINE = 600  # seconds, of what takes a few, on a busy machine
 
 
 @pytest.fixture
-def started(environment):
+def started(start):
     """Starts the command line with a fault in it."""
-
-    def start(fault, *args):
-        variables = environment | ({"RLHFJAX_FAULT": fault, "RLHFJAX_ALLOW_FAULTS": "1"} if fault else {})
-        words = [sys.executable, "-m", "rlhfjax.cli", *map(str, args)]
-        # A shell's background job ignores Ctrl-C and hands that down; a child gets the default where we handle it.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            return subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    return start
+    return lambda fault, *args: start(*args, fault=fault)
 
 
 def ended(process):
