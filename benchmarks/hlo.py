@@ -286,6 +286,10 @@ def _bytes(shapes: tuple) -> float:
 
 def _group(rest: str) -> int:
     """How many devices take part together."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(part.split("=") for part in found[1].split(","))
+        parts = (axis.partition(":(") for axis in found[2].split(","))  # 'fsdp':(2)4 is a part of 4 of that axis
+        return math.prod(int(part.partition(")")[2] if part else sizes[name]) for name, _, part in parts)
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):

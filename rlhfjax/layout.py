@@ -44,6 +44,10 @@ class Layout(Protocol):
         """f(query, key, value, segments, …) that each device computes on its own rows and heads."""
         ...
 
+    def embedded(self, table: Any, tokens: jax.Array, dtype: Any) -> jax.Array:
+        """table[tokens] in that type: [V, D] and [B, T] to [B, T, D]."""
+        ...
+
     def vocabulary(self, program: Program, axis: int, outs: tuple[str, ...], table: Any, *rows: Any) -> tuple:
         """`program(words, table, *rows)` on every device: its `Words`, their part of the table, and its own rows.
 

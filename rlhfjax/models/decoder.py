@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlhfjax import layout
 from rlhfjax.layout import lay
 from rlhfjax.models.configuration import DecoderConfig
 from rlhfjax.models.layers import Block, Linear, Sight, kinds, norm
@@ -157,8 +158,8 @@ class Decoder(nn.Module):
 
         Sampling has a forward pass of its own (`rlhfjax.models.decoding`).
         """
-        c = self.config
-        x = self.embed(tokens)
+        c, here = self.config, layout.current()
+        x = self.embed(tokens) if here is None else here.embedded(self.embed.embedding, tokens, c.compute_dtype)
         if self.embed.has_variable("params", "embedding_scale"):
             x = x.astype(jnp.float32) * self.embed.get_variable("params", "embedding_scale")[tokens]
         if c.input_scale != 1:

@@ -201,14 +201,19 @@ class Block(nn.Module):
         def normed(y, name, *places):
             return norm(c, name)(y) if c.norm_place in places else y
 
+        def read_by(block, y, name, *arguments):
+            return block(lay("inputs", normed(y, name, "pre", "sandwich")), *arguments)
+
         def added(block, name):
-            out = dropout(normed(block, name, "output", "sandwich"))
+            out = dropout(normed(lay("residual", block), name, "output", "sandwich"))
             return out if c.residual_multiplier == 1 else c.residual_multiplier * out
 
-        attended = Attention(c, name="attention")(normed(x, "attention_norm", "pre", "sandwich"), sight, kind)
+        attended = read_by(Attention(c, name="attention"), x, "attention_norm", sight, kind)
         before, attended = sight.wanted(x), added(attended, "attention_post_norm")
-        x = lay("residual", normed(before + attended, "attention_norm", "post"))
-        read = normed(before if c.parallel else x, "mlp_norm", "pre", "sandwich")
-        real = sight.wanted(sight.segments > 0)
-        fed = Experts(c, name="experts")(read, real) if c.experts else FeedForward(c, name="mlp")(read)
+        x = lay("middle", normed(before + attended, "attention_norm", "post"))
+        read = before if c.parallel else x
+        if c.experts:
+            fed = read_by(Experts(c, name="experts"), read, "mlp_norm", sight.wanted(sight.segments > 0))
+        else:
+            fed = read_by(FeedForward(c, name="mlp"), read, "mlp_norm")
         return lay("residual", normed(x + added(fed, "mlp_post_norm"), "mlp_norm", "post")), None

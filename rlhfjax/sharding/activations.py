@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax.sharding.per_device import by_rows_and_heads
-from rlhfjax.sharding.rules import ACTIVATIONS, MESH_AXES, dividing
-from rlhfjax.sharding.vocabulary import over_words
+from rlhfjax.sharding.rules import ACTIVATIONS, MESH_AXES, SAVED, dividing
+from rlhfjax.sharding.vocabulary import embedded, over_words
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,17 @@ class MeshLayout:
         axes = ACTIVATIONS[name]
         if len(axes) != x.ndim:
             raise ValueError(f"layout: expected {len(axes)} axes of {name!r}, got the shape {x.shape}")
+        if name in SAVED and self.mesh.shape["tensor"] > 1:
+            x = checkpoint_name(x, name)
         sizes = zip(axes, x.shape, strict=True)
         spec = PartitionSpec(*(dividing(self.mesh, MESH_AXES[axis], size) for axis, size in sizes))
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
     def attention(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         return by_rows_and_heads(self.mesh)(kernel)
+
+    def embedded(self, table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+        return embedded(self.mesh, table, tokens, dtype)
 
     def vocabulary(
         self, program: Callable[..., tuple], axis: int, outs: tuple[str, ...], table: Any, *rows: Any

@@ -87,3 +87,30 @@ def over_words(
         real = [slice(count) if i == axis else slice(None) for i in range(2)]
         made = tuple(x[tuple(real)] if kind == "table" else x for kind, x in zip(outs, made, strict=True))
     return made
+
+
+def embedded(mesh: Mesh, table: Array, tokens: Array, dtype: Any) -> Array:
+    """`Layout.embedded` on a mesh.
+
+    Every device looks up the tokens of all devices along the axis that splits the width, in its part of both; then each
+    gets its own rows of the whole width. So no table is gathered, and its gradient is added up where it lies.
+    """
+    split = dividing(mesh, MESH_AXES["batch"], tokens.shape[0]), dividing(mesh, MESH_AXES["token"], tokens.shape[1])
+    parts, width = mesh.shape[_WORDS], mesh.shape[_WIDTH]
+    if split[0] is None or table.shape[0] % parts or table.shape[1] % width:
+        return table[tokens].astype(dtype)
+    scattered = _WORDS if table.shape[1] % parts == 0 else None
+
+    def local(table: Array, tokens: Array) -> Array:
+        mine = jax.lax.all_gather(tokens, _WIDTH, axis=0, tiled=True)
+        place = mine - jax.lax.axis_index(_WORDS) * table.shape[0]
+        here = (place >= 0) & (place < table.shape[0])
+        x = jnp.where(here[..., None], table[jnp.where(here, place, 0)], 0.0).astype(dtype)
+        x = jax.lax.all_to_all(x, _WIDTH, split_axis=0, concat_axis=2, tiled=True)
+        return (
+            jax.lax.psum_scatter(x, _WORDS, scatter_dimension=2, tiled=True) if scattered else jax.lax.psum(x, _WORDS)
+        )
+
+    rows = PartitionSpec(*split)
+    specs = {"in_specs": (PartitionSpec(_WORDS, _WIDTH), rows), "out_specs": PartitionSpec(*split, scattered)}
+    return jax.shard_map(local, mesh=mesh, **specs, check_vma=False)(table, tokens)
