@@ -26,6 +26,7 @@ _ABORTED = 134  # what a process ends with that jax aborts because another one d
 _SIGNS_OF_LOSS = ("Gloo ", "NCCL", "coordination service", "Connection reset by peer")
 # With the scheduler that is the default, programs may start their collectives in another order in each process.
 _IN_ORDER = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+_THREADS = 8  # of each of several CPU devices
 _SCHEDULERS = ("--xla_cpu_scheduler_type", "--xla_cpu_enable_concurrency_optimized_scheduler")  # somebody's choice
 
 
@@ -136,6 +137,17 @@ def _settings(several: bool, say: Callable[[str], None]) -> None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     use_order(say)
+    _use_threads(jax.config.read("jax_num_cpu_devices"))
+
+
+def _use_threads(devices: int) -> None:
+    """Give XLA, which reads NPROC, threads for the collectives of so many CPU devices of this process.
+
+    A collective holds one until the other processes have come to it. By default there is one for each core or device,
+    which a few programs in flight spend; where the others spent theirs on other collectives, all wait for ever.
+    """
+    if devices > 1 and "NPROC" not in os.environ:
+        os.environ["NPROC"] = str(max(_THREADS * devices, os.cpu_count() or 1))
 
 
 def use_order(say: Callable[[str], None]) -> None:

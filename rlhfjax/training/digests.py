@@ -6,9 +6,9 @@ A mere sum of bits times hash would not notice x and -x trading places; the mixi
 a single changed element always shows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,13 @@ _WIDER = {"bfloat16": "float32", "float16": "float32"}  # what loading may make 
 
 _CHUNK = 1 << 16  # elements that the host mixes at a time: they stay in its cache
 
-Pending = dict[str, tuple[str, Any]]
+
+class Pending(NamedTuple):
+    """Digests under way: what each leaf is by its path, the sums that are there, and those of one program."""
+
+    described: dict[str, str]
+    found: dict[str, np.ndarray]
+    computed: list[tuple[list[str], UInt32[Array, "leaves 2"]]]
 
 
 def leaf_digests(tree: Any) -> dict[str, str]:
@@ -31,14 +37,16 @@ def leaf_digests(tree: Any) -> dict[str, str]:
 
 def started(tree: Any) -> Pending:
     """`leaf_digests` under way: what `fetched` waits for. The arrays may be donated to another program at once."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {leaf_name(path): (_described(leaf), _sums(leaf, str(leaf.dtype))) for path, leaf in leaves}
+    leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return _started(leaves, {path: str(leaf.dtype) for path, leaf in leaves.items()})
 
 
 def fetched(pending: Pending) -> dict[str, str]:
     """The digests that were started, as text."""
-    sums = jax.device_get({path: value for path, (_, value) in pending.items()})
-    return {path: f"{what}:{sums[path][0]:08x}{sums[path][1]:08x}" for path, (what, _) in pending.items()}
+    sums = dict(pending.found)
+    for paths, computed in pending.computed:
+        sums |= zip(paths, jax.device_get(computed), strict=True)
+    return {path: f"{what}:{sums[path][0]:08x}{sums[path][1]:08x}" for path, what in pending.described.items()}
 
 
 def different_leaves(tree: Any, stored: Mapping[str, str]) -> list[str]:
@@ -50,8 +58,7 @@ def different_leaves(tree: Any, stored: Mapping[str, str]) -> list[str]:
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     wanted = {path: text.partition("[")[0] for path, text in stored.items()}
     same = [path for path in leaves if path in stored and _comparable(leaves[path], wanted[path])]
-    pending = {path: (_described(leaves[path], wanted[path]), _sums(leaves[path], wanted[path])) for path in same}
-    found = fetched(pending)
+    found = fetched(_started({path: leaves[path] for path in same}, wanted))
     return sorted(leaves.keys() ^ stored.keys()) + sorted(path for path in same if found[path] != stored[path])
 
 
@@ -68,26 +75,55 @@ def _comparable(leaf: Any, stored: str) -> bool:
     return str(leaf.dtype) in (stored, _WIDER.get(stored))
 
 
-def _sums(leaf: Any, dtype: str) -> Any:
-    """The two sums of a leaf. On CPUs NumPy is as fast as a program of XLA, and needs none compiled."""
-    if not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable and next(iter(leaf.devices())).platform == "cpu"):
-        return _on_host(leaf, dtype)
-    return _on_devices(leaf, dtype)
+def _started(leaves: Mapping[str, Any], dtypes: Mapping[str, str]) -> Pending:
+    """The sums of all leaves, each in a type: one program for those that lie on the same devices.
+
+    A program a leaf would be two hundred collectives in flight. Those of CPU devices each hold a thread while they wait
+    for other processes, and two processes that spent their threads on different ones would wait for ever.
+    """
+    described = {path: _described(leaf, dtypes[path]) for path, leaf in leaves.items()}
+    here = [path for path, leaf in leaves.items() if _held_by_host(leaf)]
+    found = {path: _on_host(leaves[path], dtypes[path]) for path in here}
+    computed = []
+    for paths in _by_devices({path: leaf for path, leaf in leaves.items() if path not in found}):
+        computed.append((paths, _on_devices([leaves[path] for path in paths], tuple(dtypes[path] for path in paths))))
+    return Pending(described, found, computed)
 
 
-def _on_devices(leaf: jax.Array, dtype: str) -> jax.Array:
-    mesh = leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
-    return _jitted(mesh)(leaf, dtype)
+def _held_by_host(leaf: Any) -> bool:
+    """On CPUs NumPy is as fast as a program of XLA, and needs none compiled."""
+    return not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable and _a_device(leaf).platform == "cpu")
 
 
-def _jitted(mesh: Any):
+def _a_device(leaf: jax.Array) -> Any:
+    return next(iter(leaf.devices()))
+
+
+def _by_devices(leaves: Mapping[str, jax.Array]) -> list[list[str]]:
+    """Paths of leaves that one program can read, in their order: it is the same in all processes."""
+    groups: dict[Any, list[str]] = {}
+    for path, leaf in leaves.items():
+        groups.setdefault(_mesh_of(leaf) or frozenset(leaf.devices()), []).append(path)
+    return list(groups.values())
+
+
+def _mesh_of(leaf: jax.Array) -> Any:
+    return leaf.sharding.mesh if isinstance(leaf.sharding, NamedSharding) else None
+
+
+def _on_devices(leaves: Sequence[jax.Array], dtypes: tuple[str, ...]) -> UInt32[Array, "leaves 2"]:
+    mesh = _mesh_of(leaves[0])
     if mesh not in _compiled:
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        _compiled[mesh] = jax.jit(_digest, static_argnums=1, out_shardings=everywhere)
-    return _compiled[mesh]
+        _compiled[mesh] = jax.jit(_digests, static_argnums=1, out_shardings=everywhere)
+    return _compiled[mesh](tuple(leaves), dtypes)
 
 
 _compiled: dict[Any, Any] = {}
+
+
+def _digests(leaves: tuple[jax.Array, ...], dtypes: tuple[str, ...]) -> UInt32[Array, "leaves 2"]:
+    return jnp.stack([_digest(leaf, dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)])
 
 
 def _digest(leaf: jax.Array, dtype: str) -> UInt32[Array, "2"]:

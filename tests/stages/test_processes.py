@@ -281,3 +281,35 @@ def test_a_run_that_dies_again_and_again_is_given_up(two, config, environment, t
     assert done.returncode == 137
     assert f"launch: two restarts got no step further in {run_dir}; not started again" in done.stderr
     assert done.stderr.count("sft: started") == 3
+
+
+@pytest.mark.faults
+def test_killed_at_the_ninth_save_of_several_devices_each_they_go_on_elsewhere(launched, config, environment, tmp_path):
+    # what a save alone does there is in tests/training/test_saving_together.py
+    gone = [f"stages.{stage}=null" for stage in ("sft", "reward", "ppo", "evaluate")]
+    words = ["run", config, HEARTBEAT, "stages.pretrain.steps=10", *gone]
+    run_dir, alone = tmp_path / "run", tmp_path / "alone"
+    code, _, err = launched(1, 1, *words, "--run-dir", alone)
+    assert code == 0, err
+    split = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+    options = ["-n", 2, "--devices-per-process", 4, "--restarts-failed", 0]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhfjax.cli", "launch", "local", *map(str, options), "--"]
+        + [str(word) for word in (*words, *split, "--run-dir", run_dir)],
+        env=environment | {"RLHFJAX_FAULT": "sigkill@save:9:1", "RLHFJAX_ALLOW_FAULTS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 137, done.stderr
+    steps = sorted(int(path.name) for path in (run_dir / "pretrain" / "checkpoints").iterdir() if path.name.isdigit())
+    assert steps[-1] in (8, 9)
+    wanted = numbers(alone / "pretrain" / "metrics.jsonl")
+    for processes, devices, axes in ((1, 1, ()), (2, 2, ("mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2"))):
+        place = shutil.copytree(run_dir, tmp_path / f"{processes} x {devices}")
+        code, _, err = launched(processes, devices, *words, *axes, "--run-dir", place)
+        assert code == 0, err
+        rows = numbers(place / "pretrain" / "metrics.jsonl")
+        for name in ("loss/train", "grad/norm"):
+            assert [row[name] for row in rows] == pytest.approx([row[name] for row in wanted], abs=1e-4)

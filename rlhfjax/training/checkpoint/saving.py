@@ -21,7 +21,7 @@ from rlhfjax.training.checkpoint.interrupts import uninterrupted
 from rlhfjax.training.checkpoint.meta import read_meta, stored_digests, verified_step
 from rlhfjax.training.checkpoint.models import require_leaves, unreadable
 from rlhfjax.training.checkpoint.retention import Retention
-from rlhfjax.training.digests import fetched, started
+from rlhfjax.training.digests import Pending, fetched, started
 
 _log = logging.getLogger("rlhfjax")
 Restored = tuple[dict[str, Any], Any, dict[str, Any]]
@@ -97,7 +97,7 @@ class Checkpoints:
         args["meta"] = ocp.args.JsonSave(plain(described))
         part = on_disk.unfinished(self.directory / str(step))
         with uninterrupted():
-            digests = {name: started(tree) for name, tree in items.items()}
+            digests = started(items)
             try:
                 self._saver.save(part, args=ocp.args.Composite(**args), force=True)
             except Exception as error:
@@ -180,14 +180,13 @@ class Checkpoints:
                 self._saver.close()
             logging.getLogger("absl").removeFilter(_not_about_failed_saves)
 
-    def _commit(self, step: int, part: Path, digests: Mapping[str, Any]) -> None:
+    def _commit(self, step: int, part: Path, digests: Pending) -> None:
         """In a thread: once Orbax is done, the manifest and then the name; after that, steps that need not stay go."""
         try:
             self._saver.wait_until_finished()
             if processes.is_first():
                 faults.reach("commit", step)
-                leaves = {name: fetched(pending) for name, pending in digests.items()}
-                on_disk.put_in_place(part, self.directory / str(step), leaves)
+                on_disk.put_in_place(part, self.directory / str(step), _by_item(fetched(digests)))
                 steps = on_disk.steps_in(self.directory)
                 for old in set(steps) - self._retention.of(self.directory, steps):
                     on_disk.remove(self.directory / str(old))
@@ -233,6 +232,15 @@ class Checkpoints:
         )
         stopped.everywhere = processes.count() == 1  # pyright: ignore[reportAttributeAccessIssue]  # others know nothing
         return stopped
+
+
+def _by_item(digests: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Digests by item and path, from those of all items together."""
+    found: dict[str, dict[str, str]] = {}
+    for name, digest in digests.items():
+        item, _, path = name.partition("/")
+        found.setdefault(item, {})[path] = digest
+    return found
 
 
 def _bytes(tree: Any) -> int:
