@@ -1,4 +1,4 @@
-"""python -m benchmarks [cpu|gpu] [--peers] [--quick] [--only NAME…] [--json FILE]
+"""python -m benchmarks [cpu|gpu|compiled] [--peers] [--quick] [--only NAME…] [--json FILE]
 
 Times every workload, this package and its peers in turns, prints a table, and writes a list of rows after each
 workload, so that a run that is stopped keeps what it has.
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed, beside other systems.")
-    parser.add_argument("device", nargs="?", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("device", nargs="?", choices=["cpu", "gpu", "compiled"], default="cpu")
     parser.add_argument("--peers", action="store_true", help="also time the peers (their environments are made once)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run? its figures mean nothing")
     parser.add_argument(
@@ -123,6 +123,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.gpu import run_gpu
 
         rows = run_gpu(given, arguments)
+    elif given.device == "compiled":
+        from benchmarks import compiled
+
+        if given.peers and (failed := environments.main([compiled.MAXTEXT])):
+            return failed
+        print(compiled.table(compiled.run_compiled(given, arguments)))
+        return 0
     else:
         if given.peers and (failed := environments.main([])):
             return failed

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-PEERS = ("trl", "trl_ppo", "tunix")
+PEERS = ("trl", "trl_ppo", "tunix")  # whose speed is measured; `maxtext` is only compiled
 
 
 def home() -> Path:

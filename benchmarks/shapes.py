@@ -1,0 +1,124 @@
+"""Shapes of published models on pods of published sizes, and the programs that are compiled for them."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+LLAMA = {"family": "llama", "context": 8192, "remat": "full", "architecture": {"tied": False}}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama3_8b": LLAMA | {"layers": 32, "width": 4096, "heads": 32, "kv_heads": 8, "mlp_width": 14336},
+    "llama3_70b": LLAMA | {"layers": 80, "width": 8192, "heads": 64, "kv_heads": 8, "mlp_width": 28672},
+    "qwen3_30b_a3b": {
+        "family": "qwen3_moe",
+        "layers": 48,
+        "width": 2048,
+        "heads": 32,
+        "kv_heads": 4,
+        "mlp_width": 768,
+        "context": 8192,
+        "remat": "full",
+        "architecture": {"head_dim": 128, "experts": {"count": 128, "per_token": 8}},
+    },
+}
+WORDS = {"llama3_8b": 128256, "llama3_70b": 128256, "qwen3_30b_a3b": 151936}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program of a stage on a mesh of chips; `peer` is how MaxText names the same step."""
+
+    name: str
+    model: str
+    stage: str
+    program: str
+    topology: str
+    mesh: dict[str, int]
+    batch: int
+    length: int = 4096  # of rows; of prompts and of responses where the stage samples
+    slices: int = 1
+    layers: int | None = None  # of the model's, where fewer say it as well
+    loops: dict[str, int] = field(default_factory=dict)  # turns of loops that end by their data, by a part of the name
+    peer: dict[str, Any] = field(default_factory=dict)
+    text: str | None = None  # a file for the compiled text
+
+    def described(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _peer(model: str, pod: str, rows: float, **axes: int) -> dict[str, Any]:
+    return {"model_name": model, "compile_topology": pod, "per_device_batch_size": rows} | {
+        f"ici_{axis}_parallelism": size for axis, size in axes.items()
+    }
+
+
+V5P, V5P512 = "v5p:4x4x4", "v5p:8x8x8"
+EIGHT, SEVENTY, EXPERTS = {"fsdp": 16, "tensor": 4}, {"fsdp": 64, "tensor": 8}, {"fsdp": 16, "expert": 4}
+CASES = (
+    Case(
+        "sft/8b", "llama3_8b", "sft", "step", V5P, EIGHT, 128, peer=_peer("llama3-8b", "v5p-128", 2, fsdp=16, tensor=4)
+    ),
+    Case(
+        "sft/8b/fsdp",
+        "llama3_8b",
+        "sft",
+        "step",
+        V5P,
+        {"fsdp": 64},
+        128,
+        peer=_peer("llama3-8b", "v5p-128", 2, fsdp=64),
+    ),
+    Case(
+        "sft/70b",
+        "llama3_70b",
+        "sft",
+        "step",
+        V5P512,
+        SEVENTY,
+        256,
+        peer=_peer("llama3-70b", "v5p-1024", 0.5, fsdp=64, tensor=8),
+    ),
+    *(
+        Case(f"ppo/8b/{program}", "llama3_8b", "ppo", program, V5P, EIGHT, 512, 1024)
+        for program in ("reshard", "rollout", "score", "update")
+    ),
+    Case("ppo/70b/rollout", "llama3_70b", "ppo", "rollout", V5P512, SEVENTY, 512, 1024),
+    Case("ppo/70b/update", "llama3_70b", "ppo", "update", V5P512, SEVENTY, 512, 1024),
+    Case(
+        "sft/70b/slices",
+        "llama3_70b",
+        "sft",
+        "step",
+        "v5p:4x4x8",
+        {"slices": 2, "data": 2, "fsdp": 16, "tensor": 8},
+        256,
+        slices=2,
+    ),
+    Case("sft/8b/v5e", "llama3_8b", "sft", "step", "v5e:8x8", EIGHT, 128),
+    Case("sft/8b/v6e", "llama3_8b", "sft", "step", "v6e:8x8", EIGHT, 128),
+    Case("sft/8b/tpu7x", "llama3_8b", "sft", "step", "tpu7x:4x4x4", {"fsdp": 32, "tensor": 4}, 128),
+    Case("sft/30b_a3b", "qwen3_30b_a3b", "sft", "step", V5P, EXPERTS, 128),
+    Case("ppo/30b_a3b/rollout", "qwen3_30b_a3b", "ppo", "rollout", V5P, EXPERTS, 512, 1024),
+    Case("sft/8b/128k", "llama3_8b", "sft", "step", V5P, {"fsdp": 8, "sequence": 8}, 8, 131072),
+)
+
+
+def run_of(case: dict[str, Any]) -> Any:
+    """The recipe that has this program, without data."""
+    from rlhfjax.config import schema
+
+    data = [{"source": "unused.jsonl"}]
+    shape, length = MODELS[case["model"]], case["length"]
+    optimizer = {"lr": 1e-5, "clip_norm": 1.0}
+    shape = shape | {"context": max(shape["context"], length)} | ({"layers": case["layers"]} if case["layers"] else {})
+    batch, fixed = {"size": case["batch"], "length": length}, {"data": data, "steps": 10, "optimizer": optimizer}
+    stages: dict[str, Any] = {"sft": fixed | {"batch": batch}}
+    if case["stage"] != "sft":
+        comparisons = {"size": 64, "length": 2 * length, "candidates": 4}
+        stages["reward"] = fixed | {"batch": comparisons, "normalize": {"on": "none"}}
+        stages["ppo"] = fixed | {
+            "batch": {"size": case["batch"], "prompt_length": length},
+            "sampling": {"max_new_tokens": length},
+            "ptx": {"data": data, "coef": 1.0, "length": 2 * length},
+        }
+    words = {"kind": "bpe", "vocab_size": WORDS[case["model"]], "data": data}
+    given = {"name": "compiled", "mesh": case["mesh"], "model": shape, "tokenizer": words, "stages": stages}
+    return schema.Run.model_validate(given)
