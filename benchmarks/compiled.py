@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.command import ROOT, environment_rows, keep
 from benchmarks.figures import OURS, Row, row
 from benchmarks.peers import environments
-from benchmarks.shapes import CASES, Case
+from benchmarks.shapes import CASES, PEER, Case
 
 MAXTEXT = "maxtext"
 UNITS = {
@@ -93,7 +93,7 @@ def run_compiled(given: argparse.Namespace, arguments: Sequence[str]) -> list[Ro
         if given.only and not any(case.name == name or case.name.startswith(f"{name}/") for name in given.only):
             continue
         rows += measured(case, OURS)
-        if given.peers and case.peer:
+        if given.peers and case.name in PEER:
             peer = {"python": str(environments.python_of(MAXTEXT)), "module": "benchmarks.peers.maxtext_step"}
             rows += measured(case, MAXTEXT, **peer)
         keep(rows, given.json)

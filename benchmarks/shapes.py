@@ -24,7 +24,7 @@ WORDS = {"llama3_8b": 128256, "llama3_70b": 128256, "qwen3_30b_a3b": 151936}
 
 @dataclass(frozen=True)
 class Case:
-    """A program of a stage on a mesh of chips; `peer` is how MaxText names the same step."""
+    """A program of a stage on a mesh of chips."""
 
     name: str
     model: str
@@ -37,68 +37,46 @@ class Case:
     slices: int = 1
     layers: int | None = None  # of the model's, where fewer say it as well
     loops: dict[str, int] = field(default_factory=dict)  # turns of loops that end by their data, by a part of the name
-    peer: dict[str, Any] = field(default_factory=dict)
     text: str | None = None  # a file for the compiled text
 
     def described(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def _peer(model: str, pod: str, rows: float, **axes: int) -> dict[str, Any]:
-    return {"model_name": model, "compile_topology": pod, "per_device_batch_size": rows} | {
-        f"ici_{axis}_parallelism": size for axis, size in axes.items()
-    }
-
-
 V5P, V5P512 = "v5p:4x4x4", "v5p:8x8x8"
-EIGHT, SEVENTY, EXPERTS = {"fsdp": 16, "tensor": 4}, {"fsdp": 64, "tensor": 8}, {"fsdp": 16, "expert": 4}
+EIGHT, SEVENTY = {"fsdp": 16, "tensor": 4}, {"fsdp": 64, "tensor": 8}
+SLICES, EXPERTS = {"slices": 2, "data": 2, "fsdp": 16, "tensor": 8}, {"fsdp": 16, "expert": 4}
 CASES = (
-    Case(
-        "sft/8b", "llama3_8b", "sft", "step", V5P, EIGHT, 128, peer=_peer("llama3-8b", "v5p-128", 2, fsdp=16, tensor=4)
-    ),
-    Case(
-        "sft/8b/fsdp",
-        "llama3_8b",
-        "sft",
-        "step",
-        V5P,
-        {"fsdp": 64},
-        128,
-        peer=_peer("llama3-8b", "v5p-128", 2, fsdp=64),
-    ),
-    Case(
-        "sft/70b",
-        "llama3_70b",
-        "sft",
-        "step",
-        V5P512,
-        SEVENTY,
-        256,
-        peer=_peer("llama3-70b", "v5p-1024", 0.5, fsdp=64, tensor=8),
-    ),
+    Case("sft/8b", "llama3_8b", "sft", "step", V5P, EIGHT, 128),
+    Case("sft/8b/fsdp", "llama3_8b", "sft", "step", V5P, {"fsdp": 64}, 128),
+    Case("sft/70b", "llama3_70b", "sft", "step", V5P512, SEVENTY, 256),
     *(
         Case(f"ppo/8b/{program}", "llama3_8b", "ppo", program, V5P, EIGHT, 512, 1024)
         for program in ("reshard", "rollout", "score", "update")
     ),
     Case("ppo/70b/rollout", "llama3_70b", "ppo", "rollout", V5P512, SEVENTY, 512, 1024),
     Case("ppo/70b/update", "llama3_70b", "ppo", "update", V5P512, SEVENTY, 512, 1024),
-    Case(
-        "sft/70b/slices",
-        "llama3_70b",
-        "sft",
-        "step",
-        "v5p:4x4x8",
-        {"slices": 2, "data": 2, "fsdp": 16, "tensor": 8},
-        256,
-        slices=2,
-    ),
+    Case("sft/70b/slices", "llama3_70b", "sft", "step", "v5p:4x4x8", SLICES, 256, slices=2),
     Case("sft/8b/v5e", "llama3_8b", "sft", "step", "v5e:8x8", EIGHT, 128),
     Case("sft/8b/v6e", "llama3_8b", "sft", "step", "v6e:8x8", EIGHT, 128),
     Case("sft/8b/tpu7x", "llama3_8b", "sft", "step", "tpu7x:4x4x4", {"fsdp": 32, "tensor": 4}, 128),
+    Case("sft/8b/128k", "llama3_8b", "sft", "step", V5P, {"fsdp": 8, "sequence": 8}, 8, 131072),
     Case("sft/30b_a3b", "qwen3_30b_a3b", "sft", "step", V5P, EXPERTS, 128),
     Case("ppo/30b_a3b/rollout", "qwen3_30b_a3b", "ppo", "rollout", V5P, EXPERTS, 512, 1024),
-    Case("sft/8b/128k", "llama3_8b", "sft", "step", V5P, {"fsdp": 8, "sequence": 8}, 8, 131072),
 )
+
+
+def _peer(model: str, pod: str, rows: float, **axes: int) -> dict[str, Any]:
+    sizes = {f"ici_{axis}_parallelism": size for axis, size in axes.items()}
+    return {"model_name": model, "compile_topology": pod, "per_device_batch_size": rows} | sizes
+
+
+# MaxText's words for the same step; its pods are named by cores, of which a chip of v5p has two.
+PEER = {
+    "sft/8b": _peer("llama3-8b", "v5p-128", 2, fsdp=16, tensor=4),
+    "sft/8b/fsdp": _peer("llama3-8b", "v5p-128", 2, fsdp=64),
+    "sft/70b": _peer("llama3-70b", "v5p-1024", 0.5, fsdp=64, tensor=8),
+}
 
 
 def run_of(case: dict[str, Any]) -> Any:

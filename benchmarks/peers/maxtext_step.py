@@ -1,6 +1,6 @@
 """python -m benchmarks.peers.maxtext_step JSON: MaxText's own ahead-of-time compile of a step, described like ours.
 
-JSON is a `benchmarks.shapes.Case` with `peer`, its settings in MaxText's words. Runs in MaxText's environment.
+JSON is a `benchmarks.shapes.Case` that `PEER` names in MaxText's words. Runs in MaxText's environment.
 """
 
 import json
@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from benchmarks.compile_one import described  # sets the environment of libtpu before jax starts
+from benchmarks.shapes import PEER
 
 COMMON = {
     "enable_checkpointing": "false",
@@ -34,12 +35,13 @@ def main(words: list[str]) -> int:
 
     def compiled(self, *given, **how):
         began = time.monotonic(), time.process_time()
-        kept["program"] = compile_it(self, *given, **how)
-        kept |= {"compile_s": time.monotonic() - began[0], "compile_cpu_s": time.process_time() - began[1]}
-        return kept["program"]
+        program = compile_it(self, *given, **how)
+        kept.update(compile_s=time.monotonic() - began[0], compile_cpu_s=time.process_time() - began[1])
+        kept["program"] = program
+        return program
 
     jax.stages.Traced.lower, jax.stages.Lowered.compile = lowered, compiled
-    settings = COMMON | {"max_target_length": case["length"]} | case["peer"]
+    settings = COMMON | {"max_target_length": case["length"]} | PEER[case["name"]]
     train_compile.main(["maxtext", *(f"{name}={value}" for name, value in settings.items())])
     program = kept.pop("program")
     if case.get("text"):
