@@ -137,7 +137,7 @@ def _settings(several: bool, say: Callable[[str], None]) -> None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     use_order(say)
-    _use_threads(jax.config.read("jax_num_cpu_devices"))
+    _use_threads(int(os.environ.get(DEVICES, "1")))
 
 
 def _use_threads(devices: int) -> None:
