@@ -10,8 +10,11 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/rlhfjax data prepare movies
 	@$(BIN)/rlhfjax run quickstart
 
-test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+# What checks types has one thread, for half a minute: it runs beside the tests.
+test: $(VENV)/.installed-test
+	@$(MAKE) --no-print-directory lint & lint=$$!; \
+	  $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	  wait $$lint || { echo "make lint: see above what it says"; exit 1; }; exit $$tests
 
 # What differs between versions of Python and jax, in minutes: equations, the checkpoints of older releases, a run that is
 # stopped and goes on, several devices, sampling, the command line.
