@@ -72,11 +72,12 @@ def test_columns_read_alone_are_those_of_all(case):
             hidden = jnp.take_along_axis(hidden, columns[:, :, None], axis=1)
         return (hidden * weights).sum(), hidden
 
-    def run(read):
-        key = jax.random.key(1) if rate else None
-        return jax.jit(jax.value_and_grad(lambda *args: loss(*args, read), has_aux=True))(params, key)
+    @jax.jit  # as one program, whose layers are traced once
+    def both(params, key):
+        run = jax.value_and_grad(loss, has_aux=True)
+        return run(params, key, columns), run(params, key, None)
 
-    ((_, got), grads), ((_, wanted), wanted_grads) = run(columns), run(None)
+    ((_, got), grads), ((_, wanted), wanted_grads) = both(params, jax.random.key(1) if rate else None)
     assert got.shape == (3, 3, 16)
     # products of other shapes add in another order
     np.testing.assert_allclose(got, wanted, **CLOSE)
@@ -150,16 +151,20 @@ def test_cached_decode_equals_the_full_forward(style):
     params, prompt, mask = params_of(model), random_tokens(3, 5), left_mask([5, 2, 1], 5)
     response = random_tokens(3, 4, seed=1)
 
-    def decoded(params):
-        logits, cache = model.prefill(params, prompt, mask, 4)
-        steps = [logits]
-        for t in range(3):
-            logits, cache = model.decode(params, cache, response[:, t])
-            steps.append(logits)
-        return jnp.stack(steps, axis=1)
+    @jax.jit
+    def both(params):
+        first, cache = model.prefill(params, prompt, mask, 4)
 
-    full = jax.jit(model.response_logits)(params, prompt, mask, response, jnp.ones((3, 4), bool))
-    np.testing.assert_allclose(jax.jit(decoded)(params), full, rtol=1e-5, atol=2e-5)
+        def step(cache, token):
+            logits, cache = model.decode(params, cache, token)
+            return cache, logits
+
+        _, rest = jax.lax.scan(step, cache, response[:, :3].T)
+        full = model.response_logits(params, prompt, mask, response, jnp.ones((3, 4), bool))
+        return jnp.concatenate([first[None], rest]).swapaxes(0, 1), full
+
+    decoded, full = both(params)
+    np.testing.assert_allclose(decoded, full, rtol=1e-5, atol=2e-5)
 
 
 def test_positions_count_real_tokens():
