@@ -75,7 +75,8 @@ def test_greedy_tokens(golden):
 def test_router_losses(golden):
     # theirs of several layers is of the counts of all together, so that layers can make up for each other
     tokens, mask = jnp.asarray(golden.theirs["tokens"], jnp.int32), jnp.asarray(golden.theirs["right"])
-    routing = golden.model.hidden_and_routing(golden.params, tokens, positions_of(mask), mask.astype(jnp.int32))[1]
+    read = jax.jit(golden.model.hidden_and_routing)
+    routing = read(golden.params, tokens, positions_of(mask), mask.astype(jnp.int32))[1]
     for layer, wanted in enumerate(golden.theirs["balancing_by_layer"]):
         one = jax.tree.map(lambda x, layer=layer: x[layer], routing)
         np.testing.assert_allclose(load_balancing_loss(one.assigned, one.probabilities, one.tokens), wanted, rtol=1e-5)

@@ -47,15 +47,15 @@ def test_adapters_add_their_scaled_product_to_every_matrix(style):
     params = params_of(model, std=0.2)
     adapters = adapters_of(params)
     whole = join(params, adapters)
-    by_hand = merged_by_hand(params, adapters)
-    wanted = model.logits(by_hand, TOKENS, MASK)
-    np.testing.assert_allclose(model.logits(whole, TOKENS, MASK), wanted, atol=1e-5, rtol=1e-4)
-    assert np.abs(wanted - model.logits(params, TOKENS, MASK)).max() > 0.1
-    merged = merge(whole, ALPHA)
+    by_hand, logits = merged_by_hand(params, adapters), jax.jit(model.logits)
+    wanted = logits(by_hand, TOKENS, MASK)
+    np.testing.assert_allclose(logits(whole, TOKENS, MASK), wanted, atol=1e-5, rtol=1e-4)
+    assert np.abs(wanted - logits(params, TOKENS, MASK)).max() > 0.1
+    merged = jax.jit(merge, static_argnums=1)(whole, ALPHA)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     for got, leaf in zip(jax.tree.leaves(merged), jax.tree.leaves(by_hand), strict=True):
         np.testing.assert_allclose(got, leaf, atol=1e-6)
-    np.testing.assert_allclose(model.logits(merged, TOKENS, MASK), wanted, atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(logits(merged, TOKENS, MASK), wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_decoding_with_a_cache_reads_the_adapters_too():
@@ -63,19 +63,25 @@ def test_decoding_with_a_cache_reads_the_adapters_too():
     params = params_of(model, std=0.2)
     params = join(params, adapters_of(params))
     tokens = random_tokens(2, 6, seed=1)
-    logits, cache = model.prefill(params, tokens[:, :5], jnp.ones((2, 5), bool), new_tokens=1)
-    straight = model.logits(params, tokens, jnp.ones((2, 6), bool))
-    np.testing.assert_allclose(logits, straight[:, 4], atol=1e-4)
-    np.testing.assert_allclose(model.decode(params, cache, tokens[:, 5])[0], straight[:, 5], atol=1e-4)
+
+    @jax.jit
+    def both(params):
+        first, cache = model.prefill(params, tokens[:, :5], jnp.ones((2, 5), bool), new_tokens=1)
+        straight = model.logits(params, tokens, jnp.ones((2, 6), bool))
+        return jnp.stack([first, model.decode(params, cache, tokens[:, 5])[0]], axis=1), straight
+
+    decoded, straight = both(params)
+    np.testing.assert_allclose(decoded, straight[:, 4:], atol=1e-4)
 
 
 def test_fresh_adapters_change_nothing_and_can_learn():
     model = tiny()
     params = params_of(model, std=0.2)
     fresh = init_lora(jax.random.key(3), params, 4, ["attention/(query|out)", "mlp"])
-    np.testing.assert_array_equal(model.logits(join(params, fresh), TOKENS, MASK), model.logits(params, TOKENS, MASK))
+    logits = jax.jit(model.logits)
+    np.testing.assert_array_equal(logits(join(params, fresh), TOKENS, MASK), logits(params, TOKENS, MASK))
     # Where B is 0, A has no gradient yet and B has one: the first step moves B.
-    grads = jax.grad(lambda p: model.logits(join(params, p), TOKENS, MASK)[..., 0].sum())(fresh)
+    grads = jax.jit(jax.grad(lambda p: model.logits(join(params, p), TOKENS, MASK)[..., 0].sum()))(fresh)
     for path, gradient in jax.tree_util.tree_leaves_with_path(grads):
         assert (np.abs(gradient).max() > 0) == path_name(path).endswith("lora_b"), path_name(path)
     # U(-b, b) with b = 1/sqrt(inputs): 16 for query, 4 heads of 4 for out, 48 for down; 2 layers are two draws.

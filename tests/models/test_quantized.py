@@ -40,8 +40,9 @@ def test_a_quantised_model_is_the_model_of_the_rounded_matrices(style, tied):
     quantized = quantize(params)
     rounded = dequantize(quantized)
     assert jax.tree.structure(rounded) == jax.tree.structure(params)
-    got, wanted = model.logits(quantized, TOKENS, MASK), model.logits(rounded, TOKENS, MASK)
-    assert jnp.abs(wanted - model.logits(params, TOKENS, MASK)).max() > 1e-2  # rounding matters
+    logits = jax.jit(model.logits)
+    got, wanted = logits(quantized, TOKENS, MASK), logits(rounded, TOKENS, MASK)
+    assert jnp.abs(wanted - logits(params, TOKENS, MASK)).max() > 1e-2  # rounding matters
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -61,7 +62,8 @@ def test_logits_move_by_no_more_than_the_steps_allow():
         name = path[-1].key
         step = np.broadcast_to(np.asarray(owner.get(name + "_scale", 0.0)) * steps.get(name, 0.0), slope.shape[1:])
         bound += (np.abs(np.asarray(slope)) * step).reshape(16, -1).sum(axis=1)
-    moved = model.logits(quantized, TOKENS[:1], MASK[:1])[0, -1] - model.logits(params, TOKENS[:1], MASK[:1])[0, -1]
+    logits = jax.jit(model.logits)
+    moved = logits(quantized, TOKENS[:1], MASK[:1])[0, -1] - logits(params, TOKENS[:1], MASK[:1])[0, -1]
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(change)) > 0
     assert (np.abs(moved) <= 1.1 * bound).all()
     assert (np.abs(moved) > 1e-3 * bound).any()
@@ -93,11 +95,12 @@ def test_adapters_stay_beside_an_int8_base_or_are_merged_before():
     params = join(base, jax.tree.map(lambda x: x + 0.1, fresh))
     beside = quantize(params)
     assert beside["blocks"]["attention"]["query"]["lora_a"].dtype == jnp.float32
-    got, wanted = model.logits(beside, TOKENS, MASK), model.logits(dequantize(beside), TOKENS, MASK)
+    logits = jax.jit(model.logits)
+    got, wanted = logits(beside, TOKENS, MASK), logits(dequantize(beside), TOKENS, MASK)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
     merged = quantize(merge(params, model.config.lora_alpha))
-    full = model.logits(params, TOKENS, MASK)
-    assert jnp.abs(model.logits(merged, TOKENS, MASK) - full).mean() < 0.05 * jnp.abs(full).mean()
+    full = logits(params, TOKENS, MASK)
+    assert jnp.abs(logits(merged, TOKENS, MASK) - full).mean() < 0.05 * jnp.abs(full).mean()
 
 
 def test_what_is_small_or_routes_stays():
