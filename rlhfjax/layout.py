@@ -57,6 +57,10 @@ class Layout(Protocol):
         """
         ...
 
+    def experts(self, forward: Program, backward: Program) -> Program:
+        """f(x, weights, chosen, kernels), each expert computed by the devices that hold it (`models/experts.py`)."""
+        ...
+
 
 # Of the thread, like the target: one that traces for another sets what `current` was there.
 _current: Any = jax.make_user_context(None)

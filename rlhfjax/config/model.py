@@ -12,8 +12,7 @@ class Experts(Section):
     """Experts in the place of every feed-forward block, each `mlp_width` wide; None keeps the family's choice.
 
     With `capacity_factor` an expert takes at most so many times its even share of a row's tokens while a policy is
-    trained on text; without, all of them, which is right but not fast on several devices. The two coefficients are of
-    the routers' losses, in nats per token.
+    trained on text; without, all of them. The two coefficients are of the routers' losses, in nats per token.
     """
 
     count: Count | None = None

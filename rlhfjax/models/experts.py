@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhfjax.layout import current
 from rlhfjax.models.activations import GATED
 from rlhfjax.models.configuration import DecoderConfig
+from rlhfjax.models.grouped import grouped
 from rlhfjax.types import Routing
 
 # Gate and up [E, D, F], down [E, F, D]; where they have biases, three more [E, F], [E, F], [E, D].
@@ -49,8 +51,15 @@ def dropless(
     kernels: Kernels,
     activation: str = "swiglu",
 ) -> Float[Array, "*B D"]:
-    """Σ_k weight_k · expert_k(x): assignments sorted by expert, one grouped matrix product for each of the kernels."""
-    return _dropless(activation, x, weights, chosen, kernels)
+    """Σ_k weight_k · expert_k(x): assignments sorted by expert, one grouped matrix product for each of the kernels.
+
+    On a mesh, devices compute the experts that they hold.
+    """
+    layout = current()
+    if layout is None or x.ndim != 3:
+        return _dropless(activation, x, weights, chosen, kernels)
+    program = layout.experts(partial(_fed, activation), partial(_pulled_back, activation))
+    return program(x, weights, chosen, kernels)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -59,22 +68,55 @@ def _dropless(activation: str, x: Array, weights: Array, chosen: Array, kernels:
 
 
 def _sorted(activation: str, x: Array, weights: Array, chosen: Array, kernels: Kernels) -> Array:
-    (gate, up, down), biases = kernels[:3], kernels[3:]
     width, per_token = x.shape[-1], chosen.shape[-1]
     expert = chosen.reshape(-1)
     order = jnp.argsort(expert, stable=True)
-    sizes = jnp.bincount(expert, length=gate.shape[0]).astype(jnp.int32)
+    sizes = jnp.bincount(expert, length=kernels[0].shape[0]).astype(jnp.int32)
     # Copies before the permutation: its gradient then adds no two rows, and no order of adding can matter.
     copies = jnp.repeat(x.reshape(-1, width), per_token, axis=0)
     rows = copies.at[order].get(unique_indices=True, mode="promise_in_bounds")
-    # A product and no look-up, whose gradient would add rows in any order.
-    own = jax.nn.one_hot(expert[order], gate.shape[0], dtype=x.dtype)
-    of_gate, of_up, of_down = (own @ bias for bias in biases) if biases else (0, 0, 0)
-    opened, wide = (jax.lax.ragged_dot(rows, kernel, sizes) for kernel in (gate, up))
-    hidden = GATED[activation](opened + of_gate, wide + of_up)
-    out = jax.lax.ragged_dot(hidden, down, sizes) + of_down
+    out = _fed(activation, expert[order], sizes, rows, kernels)
     out = out.at[jnp.argsort(order)].get(unique_indices=True, mode="promise_in_bounds")
     return _weighted(out.reshape(*chosen.shape, width), weights)
+
+
+def _fed(
+    activation: str,
+    expert: Int[Array, "R"],
+    sizes: Int[Array, "E"],
+    rows: Float[Array, "R D"],
+    kernels: Kernels,
+    weights: Float[Array, "R"] | None = None,
+) -> Float[Array, "R D"]:
+    """What experts give for rows that are sorted by expert, times the rows' weights if there are any.
+
+    Rows behind those that `sizes` counts have a number that no expert has; what comes of them means nothing.
+    """
+    (gate, up, down), biases = kernels[:3], kernels[3:]
+    # A product and no look-up, whose gradient would add rows in any order.
+    own = jax.nn.one_hot(expert, gate.shape[0], dtype=rows.dtype)
+    of_gate, of_up, of_down = (own @ bias for bias in biases) if biases else (0, 0, 0)
+    opened, wide = (grouped(rows, kernel, sizes) for kernel in (gate, up))
+    opened, wide = opened + of_gate, wide + of_up
+    if weights is not None and biases:  # no gradient of biases comes from rows that mean nothing
+        counted = (expert < gate.shape[0])[:, None]
+        opened, wide = (jnp.where(counted, x, 0) for x in (opened, wide))
+    hidden = GATED[activation](opened, wide)
+    if weights is not None:  # before the last product, whose result the gradient of the weights then does not need
+        hidden = (hidden.astype(jnp.float32) * weights[:, None]).astype(rows.dtype)
+        of_down = (of_down * weights[:, None]).astype(rows.dtype) if biases else 0
+    return grouped(hidden, down, sizes) + of_down
+
+
+def _pulled_back(
+    activation: str, expert: Array, sizes: Array, rows: Array, weights: Array, cotangent: Array, kernels: Kernels
+) -> tuple[Array, Array, Kernels]:
+    """The cotangents of rows, weights and kernels."""
+
+    def weighted(rows: Array, weights: Array, kernels: Kernels) -> Array:
+        return _fed(activation, expert, sizes, rows, kernels, weights)
+
+    return jax.vjp(weighted, rows, weights, kernels)[1](cotangent)
 
 
 @cache

@@ -8,6 +8,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rlhfjax.sharding.experts import by_experts
 from rlhfjax.sharding.per_device import by_rows_and_heads
 from rlhfjax.sharding.rules import ACTIVATIONS, MESH_AXES, SAVED, dividing
 from rlhfjax.sharding.vocabulary import embedded, over_words
@@ -40,6 +41,9 @@ class MeshLayout:
         self, program: Callable[..., tuple], axis: int, outs: tuple[str, ...], table: Any, *rows: Any
     ) -> tuple:
         return over_words(self.mesh, program, axis, outs, table, *rows)
+
+    def experts(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+        return by_experts(self.mesh, forward, backward)
 
 
 def layout_of(mesh: Mesh) -> MeshLayout | None:

@@ -3,13 +3,19 @@
 Rows differ in length and targets, so nothing but sums over the whole batch comes out the same.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import pytest
 from tiny import SHAPE, assert_equal_gradients, params_of, token_batch
 
+from rlhfjax.layout import laid_out_by
 from rlhfjax.models import LanguageModel, decoder_config
+from rlhfjax.models.experts import dropless, route
 from rlhfjax.sharding import make_mesh, place_batch, state_shardings
+from rlhfjax.sharding.activations import layout_of
 from rlhfjax.stages.objectives import training_loss
 from rlhfjax.training.update import gradients
 
@@ -40,7 +46,8 @@ def all_gradients(shape, parts):
         return {name: gradients(training_loss(model), params, batch, key, parts) for (name, model), key in models}
 
     keys = list(jax.random.split(jax.random.key(0), 2))
-    return jax.device_get(run(params, place_batch(mesh, token_batch(8, 12)), keys))
+    with laid_out_by(layout_of(mesh)):
+        return jax.device_get(run(params, place_batch(mesh, token_batch(8, 12)), keys))
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +85,72 @@ def test_experts_lie_on_their_axis():
     shapes = jax.eval_shape(MODELS["dropless"].init, jax.random.key(0))
     up = state_shardings(mesh, shapes)["blocks"]["experts"]["up"]["kernel"]
     assert up.shard_shape(shapes["blocks"]["experts"]["up"]["kernel"].shape) == (2, 1, 8, 48)
+
+
+class Case(NamedTuple):
+    mesh: tuple[int, ...]  # data, fsdp, sequence, tensor, expert
+    experts: int
+    per_token: int
+    favour: float = 0.0  # of the first two experts, in their logits
+    rows: int = 8
+
+
+CASES = {
+    "tokens travel": Case((1, 2, 1, 1, 4), 8, 4),
+    "assignments travel": Case((1, 1, 1, 1, 4), 8, 2),
+    "assignments travel in several passes": Case((1, 1, 1, 1, 8), 16, 3, favour=6.0),
+    "experts, widths and inputs are split": Case((1, 2, 1, 2, 2), 4, 2, favour=5.0),
+    "tokens of a row are split": Case((2, 1, 2, 1, 2), 4, 2, favour=5.0),
+    "nobody travels, in several passes": Case((1, 8, 1, 1, 1), 4, 2, favour=5.0),
+    "rows that the mesh does not divide": Case((1, 2, 1, 2, 2), 4, 2, rows=6),
+}
+TOKENS, WIDTH, INNER = 6, 8, 12
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(0.0, 1.0, shape).astype(np.float32)
+
+
+def inputs_of(case):
+    e = case.experts
+    logits = normal(1, case.rows, TOKENS, e) + case.favour * (np.arange(e) < 2).astype(np.float32)
+    shapes = [(e, WIDTH, INNER), (e, WIDTH, INNER), (e, INNER, WIDTH), (e, INNER), (e, INNER), (e, WIDTH)]
+    kernels = tuple(normal(2 + i, *shape) for i, shape in enumerate(shapes))
+    return normal(0, case.rows, TOKENS, WIDTH), logits, kernels, normal(9, case.rows, TOKENS, WIDTH)
+
+
+def weighed(per_token, x, logits, kernels, cotangent):
+    def total(x, logits, kernels):
+        weights, chosen = route(logits, per_token, norm_topk=False)
+        out = dropless(x, weights, chosen, kernels, "clamped_swiglu")
+        return (out * cotangent).sum(), out
+
+    return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(x, logits, kernels)
+
+
+def compiled(case):
+    mesh = make_mesh(*case.mesh, devices=jax.devices()[: int(np.prod(case.mesh))])
+    with laid_out_by(layout_of(mesh)):
+        return jax.jit(partial(weighed, case.per_token)).lower(*inputs_of(case)).compile()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_experts_and_their_gradients_are_those_of_one_device(name):
+    # fails when a second pass is left out, when a bias is added on each device, and when kernels' gradients lack rows
+    case = CASES[name]
+    wanted = jax.jit(partial(weighed, case.per_token))(*inputs_of(case))
+    got = compiled(case)(*inputs_of(case))
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("name", ["tokens travel", "assignments travel", "nobody travels, in several passes"])
+def test_no_device_computes_what_others_do(name):
+    # Without a layout XLA computes every assignment on every device. What a CPU makes of grouped products multiplies
+    # each row with each matrix of its device, so the even share is that of rows, times that of matrices; there is room
+    # for 1.25 of it, the backward pass computes two of three products again, and the rest is counting.
+    case = CASES[name]._replace(favour=0.0)
+    alone = jax.jit(partial(weighed, case.per_token)).lower(*inputs_of(case)).compile().cost_analysis()["flops"]
+    share = compiled(case).cost_analysis()["flops"] / alone
+    devices, (*_, axis) = int(np.prod(case.mesh)), case.mesh
+    assert share < 3.0 / (devices * axis)
