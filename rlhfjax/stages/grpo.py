@@ -1,5 +1,6 @@
 """Group relative policy optimisation: several responses per prompt, compared with each other."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from rlhfjax.stages.starts import Starts
 
 def grpo(job: Job) -> Facts:
     """GRPO against the rewards of the section, with the SFT policy frozen as the reference (Shao et al. 2024)."""
-    return learn_online(job, learner(job.config, job.mesh, job))
+    return learn_online(job, partial(learner, job.config, job.mesh, job))
 
 
 def learner(c: online_stages.Grpo, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLearner:

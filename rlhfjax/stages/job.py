@@ -27,7 +27,7 @@ from rlhfjax.training.checkpoint import (
     reference_to,
     save_model,
 )
-from rlhfjax.training.state import place
+from rlhfjax.training.state import born
 from rlhfjax.training.supervision import Watch
 from rlhfjax.types import Params
 
@@ -119,7 +119,7 @@ class Job:
             return self._adapted(*self._start())
         begin = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
         model = new_model(self.run.model, self.tokenizer.vocab_size, begin)
-        return model, place(self.mesh, jax.jit(model.init)(self.key("init")))
+        return model, born(self.mesh, model.init, self.key("init"))
 
     def _start(self) -> tuple[SequenceModel, Params]:
         """The model's checkpoint, without adapters; a run that trains its own keeps a copy, which its stages share."""
@@ -141,8 +141,8 @@ class Job:
         lora = self.run.model.lora
         if not lora or not FACTS[self.stage].adapts or has_adapters(params):
             return model, params
-        init = jax.jit(lambda key: init_lora(key, params, lora.rank, lora.targets))
-        adapters = place(self.mesh, init(self.key("adapters")))
+        shapes = jax.eval_shape(lambda: params)
+        adapters = born(self.mesh, lambda key: init_lora(key, shapes, lora.rank, lora.targets), self.key("adapters"))
         return replace(model, config=replace(model.config, lora_alpha=lora.alpha)), join(params, adapters)
 
     def lineage(self) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from rlhfjax.training.loop import Beside, Counts
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.optimizer import learning_rate
 from rlhfjax.training.profiling import Trace
-from rlhfjax.training.state import abstract
 from rlhfjax.types import Params, Skipped
 
 State = TypeVar("State")
@@ -44,28 +43,35 @@ class Stored(Generic[State]):
 
 
 class Learning(Generic[State]):
-    """A stage between its checkpoints and its loop. `fresh()` is the state that it begins with.
+    """A stage between its checkpoints and its loop. `fresh()` is the state that it begins with, `shapes` its shapes: it
+    is not made where there is a checkpoint.
 
     `state` is that of the newest checkpoint, `finished` what the stage said of itself when that was its last one.
     """
 
     def __init__(
-        self, job: Job, checkpoints: Checkpoints, stored: Stored[State], fresh: Callable[[], State], meta: Facts
+        self,
+        job: Job,
+        checkpoints: Checkpoints,
+        stored: Stored[State],
+        fresh: Callable[[], State],
+        shapes: State,
+        meta: Facts,
     ):
-        self._job, self.checkpoints, self._stored, self._fresh, self._meta = job, checkpoints, stored, fresh, meta
+        self._job, self.checkpoints, self._stored, self._meta = job, checkpoints, stored, meta
+        self._fresh, self._shapes = fresh, shapes
         self.state, memory, self.finished = self._restored()
         self.guard = Guard(job.run.reliability.guards, job.dir, job.stage, memory)
 
     def _restored(self) -> tuple[State, Memory, Facts | None]:
-        fresh = self._fresh()
-        shapes = abstract(self._stored.models(fresh)), abstract(self._stored.training(fresh))
-        restored = self.checkpoints.restore_newest(*shapes)
+        shapes, stored = self._shapes, self._stored
+        restored = self.checkpoints.restore_newest(stored.models(shapes), stored.training(shapes))
         if restored is None:
-            return fresh, Memory(), None
+            return self._fresh(), Memory(), None
         models, training, meta = restored
         memory = memory_of(meta)
-        skipped = _restored_counts(self._stored.skipped(fresh), memory)
-        return self._stored.whole(fresh, models, training, skipped), memory, meta.get("facts")
+        skipped = _restored_counts(stored.skipped(shapes), memory)
+        return stored.whole(shapes, models, training, skipped), memory, meta.get("facts")
 
     def place(self, state: State) -> int:
         """The batch that comes after a state: rollbacks pass over some."""

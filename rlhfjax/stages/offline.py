@@ -23,7 +23,7 @@ from rlhfjax.training.averaging import Average, handed_on
 from rlhfjax.training.flops import OfflineFlops, forward_flops, seen_by
 from rlhfjax.training.offline import train_offline
 from rlhfjax.training.optimizer import make_optimizer
-from rlhfjax.training.state import init_state
+from rlhfjax.training.state import init_state, init_state_shapes
 from rlhfjax.training.update import Pack, offline_step
 from rlhfjax.types import Params, TrainState
 
@@ -122,9 +122,10 @@ def learn_offline(job: Job, learner: OfflineLearner) -> Facts:
 def _learning(job: Job, learner: OfflineLearner, optimizer: Any, select: str) -> Learning[TrainState]:
     """The stage at its newest checkpoint."""
     average = average_of(job.config)
-    fresh = partial(init_state, job.mesh, split(learner.params)[1], optimizer, average and average.of)
+    begins = job.mesh, split(learner.params)[1], optimizer, average and average.of
+    fresh, shapes = partial(init_state, *begins), init_state_shapes(*begins)
     meta = meta_for(job, learner.role, learner.model, averaged=average is not None)
-    return Learning(job, job.checkpoints(keep_best=select != "last"), stored_as(learner.role), fresh, meta)
+    return Learning(job, job.checkpoints(keep_best=select != "last"), stored_as(learner.role), fresh, shapes, meta)
 
 
 def _compiled(

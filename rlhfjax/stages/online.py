@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,16 +12,24 @@ from rlhfjax.functional import kl_estimate
 from rlhfjax.host import processes
 from rlhfjax.models import EncoderDecoder
 from rlhfjax.models.heads import with_head
-from rlhfjax.models.lora import has_adapters
+from rlhfjax.models.lora import has_adapters, join, split
 from rlhfjax.stages.batches import open_batches
 from rlhfjax.stages.compilation import Ahead
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts, Learning, Stored, meta_for, rate_of
 from rlhfjax.stages.models import sampling_params
-from rlhfjax.stages.online_programs import OnlineLearner, build, first_state, passes_of, policy_average
+from rlhfjax.stages.online_programs import (
+    OnlineLearner,
+    build,
+    first_state,
+    first_state_shapes,
+    passes_of,
+    policy_average,
+)
 from rlhfjax.stages.rewards import HostRewards, Judges
 from rlhfjax.training.flops import OnlineFlops, attended, forward_flops
 from rlhfjax.training.online import train_online
+from rlhfjax.training.state import abstract
 from rlhfjax.types import OnlineState, Params, Rollout, TokenBatch, TrainState
 
 SHOWN = (
@@ -31,14 +38,14 @@ SHOWN = (
 )
 
 
-def learn_online(job: Job, learner: OnlineLearner) -> Facts:
+def learn_online(job: Job, learner_of: Callable[[], OnlineLearner]) -> Facts:
     """Sample, score, estimate, update: `steps` times, from the stage's last checkpoint on.
 
     With `optimizer.ema_decay` the moving average of the policy is handed on. What samples is the policy itself, and the
     metrics are of that one: importance ratios and the KL penalty are those of the distribution that was sampled.
     """
     c, passes = job.config, passes_of(job.config)
-    learning = _learning(job, learner)
+    learner, learning = _started(job, learner_of)
     opened: dict[str, Any] = open_batches(job)
     place = learning.place(learning.state)
     first = next(job.put(iter([opened["train"][place + learning.guard.memory.drawn]])))
@@ -107,10 +114,29 @@ class _Prompts:
         learning.guard.memory = replace(memory, drawn=self.place - iteration - memory.left_out)
 
 
-def _learning(job: Job, learner: OnlineLearner) -> Learning[OnlineState]:
+def _started(job: Job, learner_of: Callable[[], OnlineLearner]) -> tuple[OnlineLearner, Learning[OnlineState]]:
+    """The learner, and the stage at its newest checkpoint.
+
+    What is trained lies in the state alone from here on: the parameters that the learner began with are let go, and a
+    stage that rolls back to its start finds them again.
+    """
+    learner = learner_of()
+    begun = [learner]
+
+    def fresh() -> OnlineState:
+        return first_state(job.config, job.mesh, begun.pop() if begun else learner_of())
+
+    learning = _learning(job, learner, fresh)
+    begun.clear()
+    base, trained = split(learner.params)
+    return replace(learner, params=join(base, abstract(trained))), learning
+
+
+def _learning(job: Job, learner: OnlineLearner, fresh: Callable[[], OnlineState]) -> Learning[OnlineState]:
     """The stage at its newest checkpoint."""
     meta = meta_for(job, "policy", learner.policy, averaged=policy_average(job.config) is not None)
-    return Learning(job, job.checkpoints(), STORED, partial(first_state, job.config, job.mesh, learner), meta)
+    shapes = first_state_shapes(job.config, job.mesh, learner)
+    return Learning(job, job.checkpoints(), STORED, fresh, shapes, meta)
 
 
 def iteration_flops(c: Any, learner: OnlineLearner, mixed: TokenBatch | None) -> OnlineFlops | None:

@@ -16,6 +16,7 @@ from rlhfjax.functional import adaptive_kl
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.generation.slots import rollout as sample_groups
 from rlhfjax.models import SequenceModel
+from rlhfjax.models.frozen import in_compute_type
 from rlhfjax.models.lora import join, split
 from rlhfjax.sharding import batch_sharding, constrain_parts, replicated, state_shapes, state_shardings
 from rlhfjax.sharding.sampling import split_caches
@@ -70,9 +71,17 @@ def policy_learner(objective: Callable[..., Any], c: Any, mesh: jax.sharding.Mes
         models={"policy": model},
         params={"policy": policy},
         judges=judges,
-        frozen={"reference": policy, "rewards": scoring},
+        frozen=frozen_of(model, policy, judges, scoring),
         optimizer=optimizer_of(c, model.config.width, ["policy"]),
     )
+
+
+def frozen_of(
+    policy: SequenceModel, reference: Params, judges: Judges, scoring: Mapping[str, Params]
+) -> dict[str, Params]:
+    """`OnlineLearner.frozen`: what nothing trains, in the type that it is read in."""
+    rewards = {title: in_compute_type(judges.models[title].config, params) for title, params in scoring.items()}
+    return {"reference": in_compute_type(policy.config, reference), "rewards": rewards}
 
 
 def first_state(c: Any, mesh: jax.sharding.Mesh, learner: OnlineLearner) -> OnlineState:

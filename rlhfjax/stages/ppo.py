@@ -1,5 +1,7 @@
 """Reinforcement learning from the reward model: PPO with the KL penalty and the pretraining mix."""
 
+from functools import partial
+
 import jax
 
 from rlhfjax.algorithms import Mix
@@ -13,7 +15,7 @@ from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.objectives import policy_log_probs, with_pretraining
 from rlhfjax.stages.online import learn_online
-from rlhfjax.stages.online_programs import OnlineLearner, optimizer_of
+from rlhfjax.stages.online_programs import OnlineLearner, frozen_of, optimizer_of
 from rlhfjax.stages.rewards import load_judges
 from rlhfjax.stages.starts import Starts
 from rlhfjax.types import Params, TokenBatch
@@ -21,7 +23,7 @@ from rlhfjax.types import Params, TokenBatch
 
 def ppo(job: Job) -> Facts:
     """PPO against the reward model, with the SFT policy frozen as the reference (Ouyang et al. 2022, C.4)."""
-    return learn_online(job, learner(job.config, job.mesh, job))
+    return learn_online(job, partial(learner, job.config, job.mesh, job))
 
 
 def learner(c: schema.Ppo, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLearner:
@@ -39,7 +41,7 @@ def learner(c: schema.Ppo, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLea
         models={"policy": policy_model, "value": value_model},
         params={"policy": policy, "value": value},
         judges=judges,
-        frozen={"reference": policy, "rewards": scoring},
+        frozen=frozen_of(policy_model, policy, judges, scoring),
         optimizer=optimizer_of(c, policy_model.config.width),
     )
 

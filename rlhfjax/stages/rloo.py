@@ -1,5 +1,6 @@
 """REINFORCE leave-one-out: several responses per prompt, each compared with the mean of the others."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from rlhfjax.stages.starts import Starts
 
 def rloo(job: Job) -> Facts:
     """RLOO against the rewards of the section, with the SFT policy frozen as the reference (Ahmadian et al. 2024)."""
-    return learn_online(job, learner(job.config, job.mesh, job))
+    return learn_online(job, partial(learner, job.config, job.mesh, job))
 
 
 def learner(c: online_stages.Rloo, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLearner:

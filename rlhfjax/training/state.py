@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rlhfjax.sharding import put, state_shapes, state_shardings
+from rlhfjax.sharding import state_shapes, state_shardings
 from rlhfjax.types import Params, TrainState
 
 
@@ -41,6 +41,7 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def place(mesh: Mesh, params: Params) -> Params:
-    """Parameters laid out on the mesh by the rules table."""
-    return jax.tree.map(put, params, state_shardings(mesh, params))
+def born(mesh: Mesh, make: Callable[..., Params], *arguments: Any) -> Params:
+    """`make(*arguments)`, each parameter made where the rules table lays it: none is whole on a device before."""
+    layout = state_shardings(mesh, jax.eval_shape(make, *arguments))
+    return jax.jit(make, out_shardings=layout)(*arguments)

@@ -9,8 +9,10 @@ import pytest
 
 from rlhfjax.config import load_config
 from rlhfjax.config.recipe import FACTS
+from rlhfjax.layout import laid_out_by
 from rlhfjax.runs.checks import execute
 from rlhfjax.sharding import make_mesh
+from rlhfjax.sharding.activations import layout_of
 from rlhfjax.stages import offline, online
 from rlhfjax.stages.batches import longest, open_batches
 from rlhfjax.stages.building import Vocabulary, build
@@ -107,7 +109,8 @@ def test_those_of_an_evaluation_are(config, finished):
     respond = sampler(c, job.mesh, *how)
     prompts = next(job.put(iter([open_batches(job)["train"][0]])))
     built = built_beside(job)
-    ran = respond.func.lower(*respond.args, prompts, job.key("samples")).as_text()
+    with laid_out_by(layout_of(job.mesh)):
+        ran = respond.func.lower(*respond.args, prompts, job.key("samples")).as_text()
     assert built["responses/ppo"].lower().as_text() == ran
     assert built.keys() == {"responses/sft", "responses/ppo", "losses"}
 

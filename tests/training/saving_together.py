@@ -13,12 +13,15 @@ import numpy as np
 from tiny import params_of, scalar_params_of, tiny
 
 from rlhfjax.host.processes import Place, started
-from rlhfjax.sharding import make_mesh, put, replicated
+from rlhfjax.sharding import make_mesh, put, replicated, state_shardings
 from rlhfjax.training.checkpoint import Checkpoints
-from rlhfjax.training.state import place
 
 MODEL = tiny("llama-gqa", tied=False)
 META = {"format": 2, "role": "policy"}
+
+
+def placed(mesh, params):
+    return jax.tree.map(put, params, state_shardings(mesh, params))
 
 
 def models(step: int):
@@ -34,8 +37,8 @@ def main(coordinator, index, folder):
         mesh = make_mesh(data=1, fsdp=4, tensor=2)
         checkpoints = Checkpoints(Path(folder), keep=2)
         for step in itertools.count(1):
-            params = place(mesh, models(step))
-            moments = place(mesh, models(-step))
+            params = placed(mesh, models(step))
+            moments = placed(mesh, models(-step))
             checkpoints.save(step, params, (moments, put(np.int32(step), replicated(mesh))), META)
             checkpoints.wait()
 
