@@ -40,8 +40,10 @@ class Layout(Protocol):
         """`x` where activations of this name lie; sizes that the axes do not divide stay whole."""
         ...
 
-    def attention(self, kernel: Program) -> Program:
-        """f(query, key, value, segments, …) that each device computes on its own rows and heads."""
+    def attention(self, program: Program, kernel: bool) -> Program:
+        """f(query, key, value, segments, …) that each device computes on its own rows and heads, of all tokens; XLA
+        can't split a `kernel`.
+        """
         ...
 
     def embedded(self, table: Any, tokens: jax.Array, dtype: Any) -> jax.Array:

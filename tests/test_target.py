@@ -121,9 +121,9 @@ def test_attention_is_another_program_on_another_platform():
     assert kernels() == 0
     with building_for(target_of([CHIP])):
         assert kernels() == 1
-        assert not takes_prefixes("auto", None, 128)
+        assert not takes_prefixes("auto", None, 2**15 + 1)
     assert kernels() == 0
-    assert takes_prefixes("auto", None, 128)
+    assert takes_prefixes("auto", None, 2**15 + 1)
 
 
 @pytest.mark.parametrize(

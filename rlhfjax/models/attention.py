@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax import layout
-from rlhfjax.models.kernels import cudnn_attention, cudnn_takes, splash_attention
+from rlhfjax.models.kernels import cudnn_attention, cudnn_takes
+from rlhfjax.models.splash import LONGEST_SHARED, splash_attention
 from rlhfjax.target import current
 
 
@@ -54,24 +55,31 @@ def attend(
     program = _program(implementation, query, key, softcap) if sinks is None else partial(reference, sinks=sinks)
     if prefixes is not None and not takes_prefixes(implementation, window, length):
         raise ValueError(f"expected segments alone for {implementation!r} with window {window}, got prefixes too")
-    everything = partial(program, window=None, scale=scale, softcap=softcap)
-    nearby = partial(program, window=window, scale=scale, softcap=softcap)
-    # XLA can't split a kernel by itself. On several CPU devices `blocked` stays out: around its loops their collectives
-    # began in different orders.
-    if program in (cudnn_attention, splash_attention) and (devices := layout.current()):
-        everything, nearby = devices.attention(everything), devices.attention(nearby)
     arrays = (query, key, value, segments) + (() if prefixes is None else (prefixes,))
-    if window is None or window >= length:
-        return everything(*arrays)
-    if isinstance(local, bool):
-        return (nearby if local else everything)(*arrays)
-    return jax.lax.cond(local, nearby, everything, *arrays)
+    near, everywhere = (partial(program, window=seen, scale=scale, softcap=softcap) for seen in (window, None))
+    chosen = everywhere
+    if window is not None and window < length:
+        if isinstance(local, bool):
+            chosen = near if local else everywhere
+        else:
+            chosen, arrays = partial(_either, near, everywhere), (*arrays, local)
+    if devices := layout.current():
+        chosen = devices.attention(chosen, program in (cudnn_attention, splash_attention))
+    return chosen(*arrays)
+
+
+def _either(near, everywhere, *arrays, **places):
+    """What a layer computes that is `local` or not by the last of the arrays."""
+    *arrays, local = arrays
+    return jax.lax.cond(local, partial(near, **places), partial(everywhere, **places), *arrays)
 
 
 def takes_prefixes(implementation: str, window: int | None, length: int) -> bool:
-    """Whether segments of rows of this length may go on from others: not over a window, nor in splash attention."""
+    """Whether segments of rows of this length may go on from others: not over a window, nor in splash attention of more
+    tokens than it can name.
+    """
     splash = implementation == "splash" or (implementation == "auto" and current().platform == "tpu")
-    return not splash and (window is None or window >= length)
+    return (window is None or window >= length) and (not splash or length <= LONGEST_SHARED)
 
 
 def _program(wanted: str, query: Array, key: Array, softcap: float | None) -> Callable[..., Array]:

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax.sharding.experts import by_experts
-from rlhfjax.sharding.per_device import by_rows_and_heads
+from rlhfjax.sharding.per_device import by_heads, by_rows_and_heads
 from rlhfjax.sharding.rules import ACTIVATIONS, MESH_AXES, SAVED, dividing
 from rlhfjax.sharding.vocabulary import embedded, over_words
 
@@ -31,8 +31,8 @@ class MeshLayout:
         spec = PartitionSpec(*(dividing(self.mesh, MESH_AXES[axis], size) for axis, size in sizes))
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
-    def attention(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        return by_rows_and_heads(self.mesh)(kernel)
+    def attention(self, program: Callable[..., Any], kernel: bool) -> Callable[..., Any]:
+        return by_rows_and_heads(self.mesh, program) if kernel else by_heads(self.mesh, program)
 
     def embedded(self, table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
         return embedded(self.mesh, table, tokens, dtype)

@@ -1,34 +1,107 @@
-"""Attention on a mesh: every device runs the program on its own rows and heads."""
+"""Attention on a mesh: every device runs the program on its own rows and heads, of all tokens.
 
+Where the axis `sequence` splits the tokens, its devices exchange them for heads before the program, and back after it
+(DeepSpeed-Ulysses: Jacobs et al. 2023, section 3): whatever the segments, the causal mask and the window, each does as
+much as the others. A ring would move as many bytes for grouped heads, and would leave half of them waiting.
+"""
+
+import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from rlhfjax.sharding.rules import MESH_AXES, dividing
 
+Attention = Callable[..., Array]
 
-def by_rows_and_heads(mesh: Mesh) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
-    """Wraps f(query, key, value, segments, …) of arrays [B, T, heads, D] and then [B, T]; each device computes its part
-    of B and of the heads.
 
-    Tokens are gathered where the mesh splits them. Rows or heads that the mesh does not divide stay whole.
+def by_rows_and_heads(mesh: Mesh, program: Attention) -> Attention:
+    """f(query, key, value, segments, …) of arrays [B, T, heads, D], then [B, T] and scalars, where each device computes
+    its part of B and of the heads, once.
+
+    Rows or heads that the mesh does not divide stay whole, and so do tokens. Where `sequence` does not divide the heads
+    that a device has, those that share heads compute queries of their own (`slots` of the program).
     """
 
-    def wrapper(program: Callable[..., Array]) -> Callable[..., Array]:
-        if mesh.size == 1:
-            return program
+    def attention(query: Array, key: Array, value: Array, *others: Array) -> Array:
+        rows = dividing(mesh, MESH_AXES["batch"], query.shape[0])
+        heads = dividing(mesh, MESH_AXES["heads"], key.shape[2])
+        tokens = dividing(mesh, MESH_AXES["token"], query.shape[1])
+        inner = program
+        if isinstance(tokens, str) and mesh.shape[tokens] > 1:
+            inner = partial(_exchanged, program, tokens, mesh.shape[tokens])
+        split = PartitionSpec(rows, tokens, heads, None)
+        whole = (PartitionSpec(*(rows, None)[: x.ndim]) for x in others)
+        # Pallas does not say over which axes what a kernel returns varies, so it can't be checked.
+        spread = jax.shard_map(
+            inner, mesh=mesh, in_specs=(split, split, split, *whole), out_specs=split, check_vma=False
+        )
+        return spread(query, key, value, *others)
 
-        def attention(query: Array, key: Array, value: Array, *ids: Array) -> Array:
-            rows = dividing(mesh, MESH_AXES["batch"], query.shape[0])
-            heads = dividing(mesh, MESH_AXES["heads"], key.shape[2])
-            split = PartitionSpec(rows, None, heads, None)
-            specs = (split, split, split, *(PartitionSpec(rows, None) for _ in ids))
-            # Pallas does not say over which axes what a kernel returns varies, so it can't be checked.
-            spread = jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
-            return spread(query, key, value, *ids)
+    return attention
 
-        return attention
 
-    return wrapper
+def _exchanged(
+    program: Attention,
+    axis: str,
+    shards: int,
+    query: Float[Array, "B t H D"],
+    key: Float[Array, "B t K D"],
+    value: Float[Array, "B t K D"],
+    *others: Array,
+) -> Float[Array, "B t H D"]:
+    """`program` of all tokens and some heads, for devices that have all heads of some tokens.
+
+    As many devices as divide the heads exchange them, every `rest`th of the axis, and the `rest` next to each other
+    gather keys and values alone. So queries of one device lie all over the row, and causal masks give each as much.
+    """
+    exchanging = math.gcd(shards, query.shape[2])
+    rest = shards // exchanging
+    apart = [[first + rest * i for i in range(exchanging)] for first in range(rest)] if rest > 1 else None
+    both = jnp.concatenate([key, value], axis=-1)
+    both = repeated(both, math.lcm(key.shape[2], exchanging))
+    exchange = partial(jax.lax.all_to_all, axis_name=axis, axis_index_groups=apart, tiled=True)
+    to_heads = partial(exchange, split_axis=2, concat_axis=1)
+    if rest > 1:
+        near = [[rest * i + first for first in range(rest)] for i in range(exchanging)]
+        both = jax.lax.all_gather(both, axis, axis_index_groups=near, axis=1, tiled=True)
+    program = program if rest == 1 else partial(program, slots=_places(query.shape[1], axis, exchanging, rest))
+    key, value = jnp.split(to_heads(both), 2, axis=-1)
+    return exchange(program(to_heads(query), key, value, *others), split_axis=1, concat_axis=2)
+
+
+def _places(tokens: int, axis: str, exchanging: int, rest: int) -> Int[Array, "N"]:
+    """Where the queries that a device gets are in the row: the tokens of every `rest`th device."""
+    device = jax.lax.axis_index(axis) % rest + rest * jnp.arange(exchanging, dtype=jnp.int32)
+    return (device[:, None] * tokens + jnp.arange(tokens, dtype=jnp.int32)[None, :]).reshape(-1)
+
+
+def by_heads(mesh: Mesh, program: Attention) -> Attention:
+    """The same for a program that XLA can split, where there are tokens to exchange and all devices get heads."""
+    axes = (MESH_AXES["heads"], MESH_AXES["token"])
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+
+    def attention(query: Array, key: Array, value: Array, *others: Array) -> Array:
+        tokens = dividing(mesh, axes[1], query.shape[1])
+        if mesh.shape[axes[1]] == 1 or tokens is None or query.shape[2] % shards:
+            return program(query, key, value, *others)
+        rows = dividing(mesh, MESH_AXES["batch"], query.shape[0])
+        laid = partial(_laid, mesh, PartitionSpec(rows, None, axes, None))
+        key, value = (repeated(x, math.lcm(x.shape[2], shards)) for x in (key, value))
+        out = program(laid(query), laid(key), laid(value), *others)
+        return _laid(mesh, PartitionSpec(rows, tokens, axes[0], None), laid(out))
+
+    return attention
+
+
+def _laid(mesh: Mesh, spec: PartitionSpec, x: Array) -> Array:
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def repeated(x: Float[Array, "B T K D"], heads: int) -> Float[Array, "B T heads D"]:
+    """Each of the heads of keys or values as often as it takes to have so many."""
+    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)

@@ -1,6 +1,6 @@
 """Every program of attention against loops over tokens in float64, value and gradient."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhfjax.layout import laid_out_by
-from rlhfjax.models import kernels
+from rlhfjax.models import kernels, splash
 from rlhfjax.models.attention import Scoring, attend
 from rlhfjax.sharding import make_mesh
 from rlhfjax.sharding.activations import layout_of
@@ -33,11 +33,12 @@ CASES = {
 }
 HEADS, SIZE = 4, 16
 ON_GPU = jax.default_backend() == "gpu"
+NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="cuDNN needs a GPU of NVIDIA's; RLHFJAX_TEST_PLATFORM=cuda takes one")
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRET", jax.default_backend() != "tpu")
+    monkeypatch.setattr(splash, "INTERPRET", jax.default_backend() != "tpu")
 
 
 def arrays(runs, key_heads, dtype=jnp.float32):
@@ -110,7 +111,8 @@ FROM = {2: 1, 3: 1, 4: 1, 5: 1, 7: 6, 8: 6}
 # fails when a response sees the others of its prompt, or not its prompt, and when a prompt sees responses: seen
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(
-    "program", ["xla", "blocked", pytest.param("cudnn", marks=pytest.mark.skipif(not ON_GPU, reason="no GPU"))]
+    "program",
+    ["xla", "blocked", "splash", pytest.param("cudnn", marks=pytest.mark.skipif(not ON_GPU, reason="no GPU"))],
 )
 def test_responses_see_the_prompt_that_they_share_and_not_each_other(program, softcap):
     dtype, near = (
@@ -127,14 +129,16 @@ def test_responses_see_the_prompt_that_they_share_and_not_each_other(program, so
         np.testing.assert_allclose(np.asarray(got, np.float64), wanted, **near)
 
 
-@pytest.mark.parametrize(("program", "window"), [("splash", None), ("blocked", 9)])
-def test_what_takes_no_shared_prompts_says_so(program, window):
-    tensors, segments = arrays(SHORT, 2)
+@pytest.mark.parametrize(("program", "length", "window"), [("splash", 2**15 + 1, None), ("blocked", 7, 3)])
+def test_what_takes_no_shared_prompts_says_so(program, length, window):
+    shapes = [jax.ShapeDtypeStruct((1, length, heads, SIZE), jnp.float32) for heads in (HEADS, 2, 2)]
+    segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    attention = partial(attend, local=True, scoring=Scoring(window), implementation=program)
     with pytest.raises(ValueError, match="prefixes"):
-        computed(program, tensors, segments, prefixes=segments, window=None if window is None else 3)
+        jax.eval_shape(lambda *arrays: attention(*arrays, prefixes=arrays[-1]), *shapes, segments)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="cuDNN needs a GPU of NVIDIA's; tests take one with RLHFJAX_TEST_PLATFORM=cuda")
+@NEEDS_GPU
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("case", CASES)
 def test_cudnn_equals_the_loops_in_half_precision(case, dtype):
@@ -189,16 +193,31 @@ def test_what_runs_is_decided_from_static_facts():
         computed("flash", tensors, segments)
 
 
+MESHES = [
+    {"data": 4, "tensor": 2},
+    {"data": 8},  # 4 rows stay whole
+    {"data": 2, "sequence": 2, "tensor": 2},
+    {"data": 2, "sequence": 4},  # of two key heads, two devices have one
+    {"sequence": 4, "tensor": 2},  # two heads for four devices: two have other queries of one head
+    {"sequence": 8},
+]
+
+
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("program", ["blocked", "splash"])
-@pytest.mark.parametrize("axes", [{"data": 4, "tensor": 2}, {"data": 2, "sequence": 2, "tensor": 2}, {"data": 8}])
-def test_devices_compute_their_own_rows_and_heads(program, axes):
-    # 4 rows on 8 devices of `data` stay whole
-    tensors, segments = arrays((*PACKED, *LEFT), 2)
-    mesh = make_mesh(**{"data": 1} | axes)
-    with laid_out_by(layout_of(mesh)):
-        got = computed(program, tensors, segments)
-    for mine, wanted in zip(got, by_loops(*tensors, segments), strict=True):
+@pytest.mark.parametrize("axes", MESHES)
+@pytest.mark.parametrize("kind", ["packed", "shared prompts", "traced window", "soft cap"])
+def test_devices_compute_their_own_rows_and_heads(program, axes, kind):
+    # fails with places of other devices, and with key heads that are repeated in turn: seen
+    tensors, segments = arrays((*FORKED, *FORKED) if kind == "shared prompts" else (*PACKED, *LEFT), 2)
+    how = {
+        "shared prompts": {"prefixes": np.vectorize(lambda name: FROM.get(name, name))(segments).astype(np.int32)},
+        "traced window": {"window": 9},
+        "soft cap": {"softcap": 2.0},
+    }.get(kind, {})
+    with laid_out_by(layout_of(make_mesh(**{"data": 1} | axes))):
+        got = computed(program, tensors, segments, **how)
+    for mine, wanted in zip(got, by_loops(*tensors, segments, **how), strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=2e-5)
 
 
