@@ -8,6 +8,7 @@ much as the others. A ring would move as many bytes for grouped heads, and would
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,16 +91,21 @@ def by_heads(mesh: Mesh, program: Attention) -> Attention:
         if mesh.shape[axes[1]] == 1 or tokens is None or query.shape[2] % shards:
             return program(query, key, value, *others)
         rows = dividing(mesh, MESH_AXES["batch"], query.shape[0])
-        laid = partial(_laid, mesh, PartitionSpec(rows, None, axes, None))
-        key, value = (repeated(x, math.lcm(x.shape[2], shards)) for x in (key, value))
-        out = program(laid(query), laid(key), laid(value), *others)
-        return _laid(mesh, PartitionSpec(rows, tokens, axes[0], None), laid(out))
+        whole, split = partial(_laid, mesh, (rows, None)), partial(_laid, mesh, (rows, None, axes))
+
+        def spread(x: Array) -> Array:
+            """Keys or values: gathered before they are repeated, or XLA would send each copy."""
+            gathered = _laid(mesh, (rows, None, dividing(mesh, axes[0], x.shape[2])), x)
+            return split(repeated(gathered, math.lcm(x.shape[2], shards)))
+
+        out = program(split(query), spread(key), spread(value), *(whole(x) if x.ndim else x for x in others))
+        return _laid(mesh, (rows, tokens, axes[0]), split(out))
 
     return attention
 
 
-def _laid(mesh: Mesh, spec: PartitionSpec, x: Array) -> Array:
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+def _laid(mesh: Mesh, axes: tuple[Any, ...], x: Array) -> Array:
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 def repeated(x: Float[Array, "B T K D"], heads: int) -> Float[Array, "B T heads D"]:

@@ -61,6 +61,7 @@ MESHES = {
     "data 8": ((8, 1, 1, 1), 1),
     "data 2, fsdp 2, tensor 2": ((2, 2, 1, 2), 1),
     "data 2, sequence 2, tensor 2, 4 parts": ((2, 1, 2, 2), 4),
+    "data 2, sequence 4": ((2, 1, 4, 1), 1),
 }
 
 
