@@ -64,7 +64,7 @@ class Packing:
         return jnp.where(self.source >= 0, joined.reshape(-1)[self.source], jnp.asarray(padding, joined.dtype))
 
 
-def pack(rollout: Rollout, part: int, group: int = 1) -> Packing:
+def pack(rollout: Rollout, part: int, group: int = 1, multiple: int = 1) -> Packing:
     """A packing of these rollouts into rows of the longest possible sequence, `part` rows at a time.
 
     Each `group` rows next to each other are responses to one prompt, which they share. A row has no more response
@@ -73,14 +73,15 @@ def pack(rollout: Rollout, part: int, group: int = 1) -> Packing:
     prompt, response = rollout.prompt.shape[1], rollout.response.shape[1]
     before = rollout.prompt_mask.sum(axis=1, dtype=jnp.int32)
     after = rollout.response_mask.sum(axis=1, dtype=jnp.int32)
-    width = row_width(prompt, response, group)
+    width = row_width(prompt, response, group, multiple)
     start = prompt - before  # prompts end where responses begin
     return _packed(start, before, after, after, prompt + response, part, width, group * response, group)
 
 
-def row_width(prompt: int, response: int, group: int = 1) -> int:
-    """Tokens of a prompt and `group` responses to it in a row."""
-    return prompt + response if group == 1 else prompt - 1 + group * (response + 1)
+def row_width(prompt: int, response: int, group: int = 1, multiple: int = 1) -> int:
+    """Tokens of a prompt and `group` responses to it in a row, up to the next `multiple`."""
+    width = prompt + response if group == 1 else prompt - 1 + group * (response + 1)
+    return -(-width // multiple) * multiple
 
 
 def _packed(
@@ -140,10 +141,10 @@ def _numbers(number: Int[Array, "G"], group: int) -> tuple[Int[Array, "B 1"], In
 
 
 def packed_experience(
-    part: int, experience: Experience, place: Place = lambda tree: tree, group: int = 1
+    part: int, experience: Experience, place: Place = lambda tree: tree, group: int = 1, multiple: int = 1
 ) -> tuple[TokenExperience, Int[Array, ""]]:
     """Experience by token, [parts, part, width], and how many of the parts hold any; `place` lays them on devices."""
-    rollout, packing = experience.rollout, pack(experience.rollout, part, group)
+    rollout, packing = experience.rollout, pack(experience.rollout, part, group, multiple)
     each = (rollout.log_probs, rollout.ref_log_probs, rollout.values, experience.advantages, experience.returns)
     return place(TokenExperience(packing.tokens(rollout), *map(packing.responses, each))), packing.used
 
@@ -181,9 +182,10 @@ def on_packed(
     function: Callable[[TokenBatch], Any],
     place: Place = lambda tree: tree,
     group: int = 1,
+    multiple: int = 1,
 ) -> Any:
     """`function` of the packed rows, [part, width] to a tree of [part, width], at the response tokens, [B, R]."""
-    packing = pack(rollout, part, group)
+    packing = pack(rollout, part, group, multiple)
     function = jax.jit(function, inline=True)  # traced once, not for its shapes as well
     batch = place(packing.tokens(rollout))
     one = jax.tree.map(lambda x: x[0], batch)

@@ -23,7 +23,7 @@ from rlhfjax.sharding.sampling import split_caches
 from rlhfjax.stages.compilation import training_options
 from rlhfjax.stages.models import sampler_of
 from rlhfjax.stages.offline import average_of
-from rlhfjax.stages.packed_rows import responses_a_row, rows_at_a_time
+from rlhfjax.stages.packed_rows import responses_a_row, rows_at_a_time, token_shards
 from rlhfjax.stages.rewards import Judges, load_judges
 from rlhfjax.stages.starts import Starts
 from rlhfjax.training.averaging import Average
@@ -113,7 +113,8 @@ def build(
     sampler = split_caches(mesh, sampler_of(learner.policy, c.sampling))
     group = responses_a_row(c, online.group, learner.policy, *learner.judges.models.values())
     part, place = rows_at_a_time(c, mesh, group), partial(constrain_parts, mesh)
-    pack = partial(packed_experience, part, place=place, group=group)
+    packed = {"place": place, "group": group, "multiple": token_shards(mesh)}
+    pack = partial(packed_experience, part, **packed)
 
     def rollout(base: Params, trained: Params, prompts: PromptBatch, key: jax.Array) -> Rollout:
         policy = join(base, trained)["policy"]
@@ -129,7 +130,7 @@ def build(
             own, _, values = online.predict(params, rows)
             return own, reference, values, *learner.judges.by_token(frozen["rewards"], rows)
 
-        own, reference, values, *scores = on_packed(part, rollout, of_rows, place, group)
+        own, reference, values, *scores = on_packed(part, rollout, of_rows, **packed)
         log_probs = own if c.sampling.old_log_probs == "recompute" else rollout.sampled_log_probs
         judged = learner.judges.scored(rollout, scores)
         return judged.scored(log_probs, reference, values, judged.scores)

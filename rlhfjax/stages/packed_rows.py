@@ -21,7 +21,7 @@ def rows_at_a_time(c: schema.Ppo | schema.Evaluate, mesh: jax.sharding.Mesh, gro
     has rows of a part. `group` responses share a row.
     """
     minibatch = (c.batch.minibatch or c.batch.size) // group
-    width = row_width(c.batch.prompt_length, c.sampling.max_new_tokens, group)
+    width = row_width(c.batch.prompt_length, c.sampling.max_new_tokens, group, token_shards(mesh))
     return _rows(mesh, width, minibatch, c.batch.micro)
 
 
@@ -56,10 +56,16 @@ def ranking_packer(
     None where candidates are read one per row: by models that can't share a prompt, and where comparisons are
     very long. `ends` as in `packed_ranking`.
     """
+    width = -(-width // token_shards(mesh)) * token_shards(mesh)
     if not _sharing(model, width):
         return None
     part = _rows(mesh, width, batch.size, batch.micro)
     return partial(packed_ranking, part, width, place=partial(constrain_parts, mesh), ends=ends)
+
+
+def token_shards(mesh: jax.sharding.Mesh) -> int:
+    """How many devices share the tokens of a row: what the width of packed rows is a multiple of."""
+    return mesh.shape["sequence"]
 
 
 def _sharing(model: SequenceModel, width: int) -> bool:

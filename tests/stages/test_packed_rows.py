@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import ppo_config, tiny
 
+from rlhfjax.algorithms.packing import row_width
 from rlhfjax.config.sections import RankedBatch
 from rlhfjax.data.token_rows import Ragged, RankedRows
 from rlhfjax.models import EncoderDecoder, EncoderDecoderConfig
@@ -36,8 +37,8 @@ def test_comparisons_share_a_row_of_the_longest_one_of_all_data():
 
 @pytest.mark.parametrize(
     "model",
-    [tiny("mistral"), tiny(attention="splash"), EncoderDecoder(EncoderDecoderConfig(16, 2, 16, 4, 24, 32, 1))],
-    ids=["window", "kernel", "two halves"],
+    [tiny("mistral"), EncoderDecoder(EncoderDecoderConfig(16, 2, 16, 4, 24, 32, 1))],
+    ids=["window", "two halves"],
 )
 def test_models_that_cannot_share_a_prompt_read_candidates_one_a_row(model):
     assert rows_of(model) is None
@@ -52,6 +53,18 @@ def test_rows_are_at_most_four_times_as_long_as_the_model_is_wide():
     assert responses_a_row(ppo_config(), 12, tiny(), tiny()) == 6  # 88 would be too long
     assert responses_a_row(ppo_config(), 11, tiny(), tiny()) == 1
     assert responses_a_row(ppo_config(), 1, tiny(), tiny()) == 1
+
+
+def test_devices_that_share_tokens_have_as_many_each():
+    mesh = make_mesh(data=1, sequence=4, devices=jax.devices()[:4])
+    assert rows_of(tiny(), mesh, longest=37) == (13, 40)
+    assert [row_width(5, 5, group, multiple=4) for group in (1, 2)] == [12, 16]  # of 10 and 16
+
+
+def test_kernels_share_prompts_too():
+    with building_for(target_of([SimpleNamespace(platform="tpu")])):
+        assert rows_of(tiny()) == (64, LONGEST)
+        assert responses_a_row(ppo_config(), 8, tiny(), tiny()) == 8
 
 
 def test_rows_of_groups_are_fewer():
