@@ -46,9 +46,9 @@ def splash_attention(
     key, value = (jnp.swapaxes(padded(x, columns), 1, 2) for x in (key, value))
     segments = padded(segments, columns)
     places = np.arange(rows, dtype=np.int32) if slots is None else _continued(slots, rows)
-    kernel = partial(_kernel, side=side, softcap=softcap)
+    kernel = partial(kernel_of, side=side, softcap=softcap)
     if prefixes is None:
-        program = kernel(_causal(places, columns // side, window, side), places, Earlier(window))
+        program = kernel(causal_blocks(places, columns // side, window, side), places, Earlier(window))
         out: Any = jax.vmap(program)(query, key, value, _ids(segments[:, places], segments))
     else:
         shared = partial(_shared, kernel, places, side)
@@ -84,16 +84,25 @@ class OwnOrShared:
 
 def _shared(kernel, places, side, query, key, value, segments, prefixes) -> Any:
     """One row [heads, tokens, D] whose segments go on from others: a group has the name of its prompt's segment."""
-    length = len(segments)
-    begins = jnp.concatenate([jnp.ones(1, bool), segments[1:] != segments[:-1]])
-    every = jnp.arange(length, dtype=jnp.int32)
-    start = jax.lax.cummax(jnp.where(begins, every, 0))
-    prompt = jnp.where((segments == prefixes) & (segments > 0), segments, -2)
-    seen = _groups(segments[places], prefixes[places], prompt, side)
-    seen = jnp.concatenate([seen, _causal(places, length // side, None, side, start[places])], axis=1)
-    program = kernel(seen, start[places] << 16 | places, OwnOrShared(length))
+    seen, codes, prompt = shared_blocks(places, side, segments, prefixes)
+    program = kernel(seen, codes, OwnOrShared(len(segments)))
     twice = (jnp.concatenate([x, x], axis=1) for x in (key, value))
     return program(query, *twice, _ids(prefixes[places], jnp.concatenate([prompt, prefixes])))
+
+
+def shared_blocks(
+    places: Any, side: int, segments: Int[Array, "T"], prefixes: Int[Array, "T"]
+) -> tuple[Bool[Array, "Q 2S"], Int[Array, "N"], Int[Array, "T"]]:
+    """Blocks that the queries at these places see, where each query's segment begins and it is (`OwnOrShared`), and the
+    name of each token of a prompt, -2 on others.
+    """
+    length = len(segments)
+    begins = jnp.concatenate([jnp.ones(1, bool), segments[1:] != segments[:-1]])
+    start = jax.lax.cummax(jnp.where(begins, jnp.arange(length, dtype=jnp.int32), 0))[places]
+    prompt = jnp.where((segments == prefixes) & (segments > 0), segments, -2)
+    groups = _groups(segments[places], prefixes[places], prompt, side)
+    own = causal_blocks(places, length // side, None, side, start)
+    return jnp.concatenate([groups, own], axis=1), start << 16 | places, prompt
 
 
 def _groups(segments, prefixes, prompt, side: int) -> Bool[Array, "Q S"]:
@@ -105,7 +114,7 @@ def _groups(segments, prefixes, prompt, side: int) -> Bool[Array, "Q S"]:
     return (low[:, None] <= last[None, :]) & (first[None, :] <= high[:, None])
 
 
-def _causal(places, blocks: int, window: int | None, side: int, start=None) -> Any:
+def causal_blocks(places, blocks: int, window: int | None, side: int, start=None) -> Any:
     """Blocks [Q, S] in which a query at these places sees a key that is no later, in its window, and after `start`."""
     start = places if start is None else start
     first, last = _ends(start, places, side)
@@ -121,7 +130,7 @@ def _ends(low, high, side: int) -> Any:
     return low.reshape(-1, side).min(axis=1), high.reshape(-1, side).max(axis=1)
 
 
-def _kernel(seen, places, function, *, side: int, softcap: float | None) -> Any:
+def kernel_of(seen, places, function, *, side: int, softcap: float | None) -> Any:
     """Splash attention of blocks [Q, S] of `side` x `side` scores, forward and backward."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 

@@ -193,29 +193,36 @@ def test_what_runs_is_decided_from_static_facts():
         computed("flash", tensors, segments)
 
 
-MESHES = [
-    {"data": 4, "tensor": 2},
-    {"data": 8},  # 4 rows stay whole
-    {"data": 2, "sequence": 2, "tensor": 2},
-    {"data": 2, "sequence": 4},  # of two key heads, two devices have one
-    {"sequence": 4, "tensor": 2},  # two heads for four devices: two have other queries of one head
-    {"sequence": 8},
+MESHES = {
+    "rows and heads": {"data": 4, "tensor": 2},
+    "whole rows": {"data": 8},  # of which there are 4
+    "tokens": {"data": 2, "sequence": 2, "tensor": 2},
+    "a key head for two": {"data": 2, "sequence": 4},
+    "queries of a head for two": {"sequence": 4, "tensor": 2},
+    "queries of a head for two, no tensor": {"sequence": 8},
+}
+ON_DEVICES = [("packed", mesh) for mesh in MESHES] + [
+    ("shared prompts", "rows and heads"),
+    ("shared prompts", "a key head for two"),
+    ("shared prompts", "queries of a head for two"),
+    ("traced window", "tokens"),
+    ("traced window", "queries of a head for two, no tensor"),
+    ("soft cap", "a key head for two"),
 ]
 
 
+# fails with places of other devices, and with key heads that are repeated in turn: seen
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("program", ["blocked", "splash"])
-@pytest.mark.parametrize("axes", MESHES)
-@pytest.mark.parametrize("kind", ["packed", "shared prompts", "traced window", "soft cap"])
-def test_devices_compute_their_own_rows_and_heads(program, axes, kind):
-    # fails with places of other devices, and with key heads that are repeated in turn: seen
+@pytest.mark.parametrize(("kind", "mesh"), ON_DEVICES)
+def test_devices_compute_their_own_rows_and_heads(program, mesh, kind):
     tensors, segments = arrays((*FORKED, *FORKED) if kind == "shared prompts" else (*PACKED, *LEFT), 2)
     how = {
         "shared prompts": {"prefixes": np.vectorize(lambda name: FROM.get(name, name))(segments).astype(np.int32)},
         "traced window": {"window": 9},
         "soft cap": {"softcap": 2.0},
     }.get(kind, {})
-    with laid_out_by(layout_of(make_mesh(**{"data": 1} | axes))):
+    with laid_out_by(layout_of(make_mesh(**{"data": 1} | MESHES[mesh]))):
         got = computed(program, tensors, segments, **how)
     for mine, wanted in zip(got, by_loops(*tensors, segments, **how), strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=2e-5)
