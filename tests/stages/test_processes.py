@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import forked
 
 from stages.conftest import assert_same_bits, rows_of, saved
 from stages.tiny_recipe import STEPS
@@ -113,11 +114,14 @@ def start_two(environment, words, folders=(None, None), prefix=((), ())):
     for index, folder in enumerate(folders):
         flags = ["--coordinator", coordinator, "--num-processes", "2", "--process-id", str(index)]
         own = [str(word) for word in (*words, *prefix[index], *flags)]
+        if not folder:
+            started.append(forked(*own, environment=environment))
+            continue
         started.append(
             subprocess.Popen(
                 [sys.executable, "-m", "rlhfjax.cli", *own],
                 cwd=folder,
-                env=environment | ({"PYTHONPATH": str(folder)} if folder else {}),
+                env=environment | {"PYTHONPATH": str(folder)},  # code of its own
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 from typer.testing import CliRunner
@@ -59,33 +60,47 @@ def programs():
     return {}
 
 
-@pytest.fixture
-def stage(files, finished, tmp_path, monkeypatch, programs):
-    """Runs RLOO after the finished stages, once more if it is there: its directory.
+@pytest.fixture(scope="module")
+def stage_in(files, finished, programs):
+    """Runs RLOO in a folder after the finished stages, once more if it is there: its directory.
 
     `todo` is what the function does in each of its calls, `term` more of what the configuration says of it.
     """
-    monkeypatch.setattr(online, "Ahead", once(programs))
-    (tmp_path / "mine.py").write_text(FUNCTION, encoding="utf-8")
-    write_jsonl(tmp_path / "asked.jsonl", ({"prompt": words} for words in ("the film", "a story was", "good music")))
 
-    def run(name, todo="", every=100, **term):
-        run_dir, tree = tmp_path / name, recipe(files)
+    def run(folder, name, todo="", every=100, **term):
+        run_dir, tree = folder / name, recipe(files)
+        if not (folder / "mine.py").exists():
+            (folder / "mine.py").write_text(FUNCTION, encoding="utf-8")
+            write_jsonl(folder / "asked.jsonl", ({"prompt": p} for p in ("the film", "a story was", "good music")))
         shared = {key: tree["stages"]["ppo"][key] for key in ("batch", "sampling", "optimizer")}
-        shared |= {"steps": STEPS, "data": [{"source": str(tmp_path / "asked.jsonl")}], "groups": {"size": 2}}
-        shared |= {"missing_eos": {"mode": "keep"}, "rewards": [{"function": f"{tmp_path}/mine.py:letters"} | term]}
+        shared |= {"steps": STEPS, "data": [{"source": str(folder / "asked.jsonl")}], "groups": {"size": 2}}
+        shared |= {"missing_eos": {"mode": "keep"}, "rewards": [{"function": f"{folder}/mine.py:letters"} | term]}
         tree["stages"] = {key: tree["stages"][key] for key in BEFORE[1:]} | {"rloo": shared}
         tree |= {"checkpoints": {"every": every, "keep": STEPS}, "logging": {"samples_every": 1, "samples": SIZE}}
-        (tmp_path / "run.yaml").write_text(json.dumps(tree), encoding="utf-8")
-        (tmp_path / "calls").write_text(todo, encoding="utf-8")
+        (folder / "run.yaml").write_text(json.dumps(tree), encoding="utf-8")
+        (folder / "calls").write_text(todo, encoding="utf-8")
         if not run_dir.exists():
             run_dir.mkdir()
             for earlier in BEFORE:
                 shutil.copytree(finished / earlier, run_dir / earlier)
-        run_recipe(load_config(tmp_path / "run.yaml"), run_dir, only="rloo")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(online, "Ahead", once(programs))
+            run_recipe(load_config(folder / "run.yaml"), run_dir, only="rloo")
         return run_dir / "rloo"
 
     return run
+
+
+@pytest.fixture
+def stage(stage_in, tmp_path):
+    """The same in a folder of the test's own."""
+    return partial(stage_in, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def straight(stage_in, tmp_path_factory):
+    """The directory of the stage where nothing happened."""
+    return stage_in(tmp_path_factory.mktemp("straight"), "straight")
 
 
 def steps_in(folder):
@@ -96,9 +111,8 @@ def checkpoint(folder, step):
     return saved(folder / "checkpoints" / str(step))
 
 
-def test_a_failure_stops_the_run_behind_its_last_whole_iteration(stage, tmp_path):
+def test_a_failure_stops_the_run_behind_its_last_whole_iteration(stage, straight, tmp_path):
     """Five times over, it ends with the bits of a run in which nothing happened; `forks` and `spawns` do no harm."""
-    straight = stage("straight")
     folder = tmp_path / "run" / "rloo"
     ends = [
         ("raises", r"step 1: KeyError: 'gold' \(.*mine.py:\d+\)", []),
@@ -159,10 +173,8 @@ def test_value_stands_in_the_place_of_what_is_missing(stage):
     assert steps_in(folder) == [STEPS]
 
 
-def test_an_edit_in_the_middle_is_told_and_the_run_cannot_be_reproduced(stage, tmp_path, capsys):
+def test_an_edit_in_the_middle_is_told_and_the_run_cannot_be_reproduced(stage, straight, tmp_path, capsys):
     """What was loaded goes on to the end: the bits are those of a run without the edit."""
-    straight = stage("straight")
-    capsys.readouterr()
     folder = stage("run", "right edits")
     assert capsys.readouterr().err.count("mine.py was edited; what was loaded when this run began") == 1
     assert_same_bits(checkpoint(folder, STEPS), checkpoint(straight, STEPS))
