@@ -53,7 +53,7 @@ def over_words(
         table = jnp.pad(table, [(0, padding if i == axis else 0) for i in range(2)])
     split = dividing(mesh, MESH_AXES["batch"], rows[0].shape[0]), dividing(mesh, MESH_AXES["token"], rows[0].shape[1])
     apart = [name for axes in split for name in named(axes)]  # the axes on which rows differ
-    width = dividing(mesh, _WIDTH, table.shape[other])
+    width = dividing(mesh, _WIDTH, table.shape[other]) if mesh.shape[_WIDTH] > 1 else None
     matrix = PartitionSpec(*((_WORDS, width) if axis == 0 else (width, _WORDS)))
     specs = {"rows": PartitionSpec(*split), "table": matrix, "number": PartitionSpec()}
 
