@@ -42,12 +42,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothi
 @pytest.fixture
 def both(environment, tmp_path, monkeypatch):
     """What a program says and how it ends: forked, and started."""
+    server = server_of(environment)  # which may begin here, in another directory
     monkeypatch.chdir(tmp_path)
     variables = environment | {"RLHFJAX_DATA_DIR": "a place"}
 
     def ran(program, *args):
         (tmp_path / "shows.py").write_text(program, encoding="utf-8")
-        forked = server_of(environment).start("shows", *args, environment=variables)
+        forked = server.start("shows", *args, environment=variables)
         words = [sys.executable, "-m", "shows", *args]
         started = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
         return (*forked.communicate(), forked.returncode), (started.stdout, started.stderr, started.returncode)
