@@ -2,7 +2,8 @@
 
 `cost_analysis()` counts the body of a loop once; here everything is counted as often as it runs. Collectives stand in
 fusions, in asynchronous computations and in the windowed loops that gather weights under a product, so the whole graph
-of computations is walked from the entry. Kernels (custom calls) have no products that a text could tell.
+of computations is walked from the entry. Of kernels (custom calls) a text tells the products of grouped rows alone, as
+if each row that there is room for were one of a group.
 """
 
 import math
@@ -19,6 +20,7 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|called_computations)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)")
 _BRANCHES = re.compile(r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%[\w.\-]+))")
+_GROUPED = re.compile(r"gmm\)+/pallas_call")
 KINDS = {
     "all-gather": "all_gather",
     "all-reduce": "all_reduce",
@@ -125,6 +127,8 @@ class Program:
                 continue
             if one.opcode in ("dot", "convolution"):
                 loop.flops += self._dot(one) if one.opcode == "dot" else self._convolution(one)
+            if one.opcode == "custom-call" and _GROUPED.search(one.rest):
+                loop.flops += self._grouped(one)
             if collective := self._collective(one, computation):
                 loop.collectives.append(collective)
                 continue  # its `to_apply` adds two numbers
@@ -197,6 +201,13 @@ class Program:
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
         inner = [left[int(d)] for d in contracted[1].split(",") if d] if contracted else []
         return 2.0 * math.prod(one.shapes[0][1]) * math.prod(inner)
+
+    def _grouped(self, one: Instruction) -> float:
+        """Rows [R, D] times a matrix of their group, to [R, F]; or times rows [R, F], to a matrix of each group."""
+        out = one.shapes[0][1]
+        rows = [shape for name in one.operands for _, shape in self._shapes.get(name, ())[:1] if len(shape) == 2]
+        inner = [size for shape in rows if shape[0] == out[0] for size in shape[1:]] if len(out) == 2 else rows[0][:1]
+        return 2.0 * math.prod(out[-2:]) * inner[0]
 
     def _convolution(self, one: Instruction) -> float:
         """XLA writes products for a TPU as these; its batch axes are windows of which one place alone is valid."""

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.hlo import Program
 from rlhfjax.config import schema
 from rlhfjax.layout import laid_out_by
 from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.attention import attend
+from rlhfjax.models.experts import dropless, route
 from rlhfjax.sharding import make_mesh, state_shardings
 from rlhfjax.sharding.activations import layout_of
 from rlhfjax.stages.objectives import training_loss
+from rlhfjax.target import building_for, target_of
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.update import offline_step
 from rlhfjax.types import TokenBatch, TrainState
@@ -80,3 +83,28 @@ def test_a_whole_step_of_training_compiles_with_it(mesh, remat):
     text = compiled.as_text()
     assert text.count(KERNEL) == (3 if remat == "none" else 4)
     assert "512,512]" not in text  # no matrix of scores
+
+
+@pytest.mark.parametrize("way", ["tokens travel", "assignments travel"])
+def test_each_device_computes_its_own_experts(mesh, way):
+    # Forward three products of an assignment, backward two of these again and six more; there is room for 1.25 of them.
+    rows, length, width, inner, experts, per_token = 8, 256, 256, 128, 16, {"tokens travel": 4}.get(way, 2)
+    mesh = make_mesh(expert=4, devices=list(mesh.devices.flat))
+    split = partial(NamedSharding, mesh)
+    x = jax.ShapeDtypeStruct((rows, length, width), jnp.bfloat16, sharding=split(PartitionSpec("expert")))
+    logits = jax.ShapeDtypeStruct((rows, length, experts), jnp.float32, sharding=x.sharding)
+    shapes = [(experts, width, inner), (experts, width, inner), (experts, inner, width)]
+    kernels = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=split(PartitionSpec("expert"))) for shape in shapes]
+
+    def both_ways(x, logits, kernels):
+        def out(x, kernels):
+            return dropless(x, *route(logits, per_token, True), tuple(kernels))
+
+        made, back = jax.vjp(out, x, kernels)
+        return back(made)
+
+    with building_for(target_of(mesh)), laid_out_by(layout_of(mesh)):
+        compiled = jax.jit(both_ways).lower(x, logits, kernels).compile()
+    share = rows * length * per_token // 4
+    needed = 2 * share * width * inner * (3 + 2 + 6)
+    assert needed < Program(compiled.as_text()).walked().total_flops() < 1.3 * needed
