@@ -2,7 +2,8 @@
 
 Where the axis `sequence` splits the tokens, its devices exchange them for heads before the program, and back after it
 (DeepSpeed-Ulysses: Jacobs et al. 2023, section 3): whatever the segments, the causal mask and the window, each does as
-much as the others. A ring would move as many bytes for grouped heads, and would leave half of them waiting.
+much as the others. A ring would move no fewer bytes for heads grouped as Llama's, and causal masks would leave half of
+its devices waiting.
 """
 
 import math
@@ -30,7 +31,10 @@ def by_rows_and_heads(mesh: Mesh, program: Attention) -> Attention:
 
     def attention(query: Array, key: Array, value: Array, *others: Array) -> Array:
         rows = dividing(mesh, MESH_AXES["batch"], query.shape[0])
-        heads = dividing(mesh, MESH_AXES["heads"], key.shape[2])
+        heads = dividing(mesh, MESH_AXES["heads"], query.shape[2])
+        if heads:  # where there are fewer keys than devices, several have one
+            shards = mesh.shape[MESH_AXES["heads"]]
+            key, value = (repeated(x, math.lcm(x.shape[2], shards)) for x in (key, value))
         tokens = dividing(mesh, MESH_AXES["token"], query.shape[1])
         inner = program
         if isinstance(tokens, str) and mesh.shape[tokens] > 1:
@@ -82,13 +86,14 @@ def _places(tokens: int, axis: str, exchanging: int, rest: int) -> Int[Array, "N
 
 
 def by_heads(mesh: Mesh, program: Attention) -> Attention:
-    """The same for a program that XLA can split, where there are tokens to exchange and all devices get heads."""
+    """The same for a program that XLA can split, where all devices get heads; what divides as it is it splits."""
     axes = (MESH_AXES["heads"], MESH_AXES["token"])
     shards = math.prod(mesh.shape[axis] for axis in axes)
 
     def attention(query: Array, key: Array, value: Array, *others: Array) -> Array:
         tokens = dividing(mesh, axes[1], query.shape[1])
-        if mesh.shape[axes[1]] == 1 or tokens is None or query.shape[2] % shards:
+        as_is = mesh.shape[axes[1]] == 1 and key.shape[2] % shards == 0
+        if as_is or tokens is None or query.shape[2] % shards:
             return program(query, key, value, *others)
         rows = dividing(mesh, MESH_AXES["batch"], query.shape[0])
         whole, split = partial(_laid, mesh, (rows, None)), partial(_laid, mesh, (rows, None, axes))

@@ -18,6 +18,7 @@ MESHES = [
     {"sequence": 2, "tensor": 2, "data": 2},
     {"sequence": 8},
     {"sequence": 4, "tensor": 2},
+    {"tensor": 8},  # four devices for a key head
 ]
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
 
@@ -36,10 +37,12 @@ def compiled(axes, kernel, heads=HEADS, key_heads=KEY_HEADS):
     """Forward and backward of it on a mesh, where tokens lie over `sequence` and heads over `tensor`."""
     mesh = make_mesh(**{"data": 1} | axes, devices=jax.devices()[: math.prod(axes.values())])
     spec = PartitionSpec(("data", "fsdp", "expert"), "sequence", "tensor")
-    query, key = (
-        jax.ShapeDtypeStruct((ROWS, LENGTH, h, SIZE), jnp.float32, sharding=NamedSharding(mesh, spec))
-        for h in (heads, key_heads)
-    )
+
+    def shapes(count):
+        split = spec if count % mesh.shape["tensor"] == 0 else PartitionSpec(*spec[:2])
+        return jax.ShapeDtypeStruct((ROWS, LENGTH, count, SIZE), jnp.float32, sharding=NamedSharding(mesh, split))
+
+    query, key = shapes(heads), shapes(key_heads)
     ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(*spec[:2])))
     layout = layout_of(mesh)
     program = plain if layout is None else layout.attention(plain, kernel)
@@ -66,7 +69,7 @@ def test_a_device_computes_and_holds_its_share(axes, kernel):
     held = [shape for shape in arrays(spread) if len(shape) == 4 and SIZE in shape and LENGTH in shape]
     assert held
     if kernel:  # keys and values, as one array, of all tokens and of the heads that its queries ask
-        asked = max(HEADS, 2 * math.lcm(KEY_HEADS, axes["sequence"] * axes.get("tensor", 1)))
+        asked = max(HEADS, 2 * math.lcm(KEY_HEADS, axes.get("sequence", 1) * axes.get("tensor", 1)))
         assert max(math.prod(shape) for shape in held) <= ROWS * LENGTH * SIZE * asked // devices
 
 

@@ -12,7 +12,7 @@ from benchmarks.hlo import Program
 from rlhfjax.config import schema
 from rlhfjax.layout import laid_out_by
 from rlhfjax.models import LanguageModel, decoder_config
-from rlhfjax.models.attention import attend
+from rlhfjax.models.attention import Scoring, attend
 from rlhfjax.models.experts import dropless, route
 from rlhfjax.sharding import make_mesh, state_shardings
 from rlhfjax.sharding.activations import layout_of
@@ -40,23 +40,47 @@ def mesh(monkeypatch):
         yield make_mesh(data=2, tensor=2, devices=chips)
 
 
-@pytest.mark.parametrize(
-    ("length", "size", "how"), [(200, 64, {}), (512, 128, {"window": 100, "softcap": 30.0}), (384, 256, {})]
-)
-def test_splash_attention_compiles_forward_and_backward(mesh, length, size, how):
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    query, key = (jax.ShapeDtypeStruct((4, length, heads, size), jnp.bfloat16, sharding=rows) for heads in (8, 2))
-    segments = jax.ShapeDtypeStruct((4, length), jnp.int32, sharding=rows)
+def compiled(mesh, length, size, heads=8, scoring=None, shared=False):
+    """Splash attention forward and backward of four rows, tokens and heads split as a mesh of training splits them."""
+    spec = PartitionSpec("data", "sequence", "tensor")
+    query, key = (
+        jax.ShapeDtypeStruct((4, length, h, size), jnp.bfloat16, sharding=NamedSharding(mesh, spec)) for h in (heads, 2)
+    )
+    ids = jax.ShapeDtypeStruct((4, length), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(*spec[:2])))
 
-    def gradients(query, key, value, segments):
-        program = partial(attend, segments=segments, local=True, implementation="splash", **how)
+    def gradients(query, key, value, segments, prefixes):
+        how = {"scoring": scoring or Scoring(), "prefixes": prefixes if shared else None, "implementation": "splash"}
+        program = partial(attend, segments=segments, local=True, **how)
         return jax.vjp(program, query, key, value)[1](query)
 
     with laid_out_by(layout_of(mesh)):
-        compiled = jax.jit(gradients).lower(query, key, key, segments).compile()
-    assert (
-        compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
-    )  # forward, and two of the backward pass
+        return jax.jit(gradients).lower(query, key, key, ids, ids).compile()
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "how"),
+    [
+        (200, 64, {}),
+        (512, 128, {"scoring": Scoring(window=100, softcap=30.0)}),
+        (384, 256, {}),
+        (1024, 128, {"shared": True}),
+    ],
+)
+def test_splash_attention_compiles_forward_and_backward(mesh, length, size, how):
+    text = compiled(mesh, length, size, **how).as_text()
+    assert text.count(KERNEL) == 3  # forward, and two of the backward pass
+
+
+# 16 heads of 32 thousand tokens, or two of which each device has half of the queries
+@pytest.mark.parametrize(("heads", "shared"), [(16, False), (2, False), (2, True)])
+def test_splash_attention_compiles_where_tokens_are_split(mesh, heads, shared):
+    length = 4096 if shared else 32768
+    mesh = make_mesh(data=1, sequence=4, devices=list(mesh.devices.flat))
+    program = compiled(mesh, length, 128, heads=heads, shared=shared)
+    text = program.as_text()
+    assert text.count(KERNEL) == 3
+    assert f"[4,{length},{heads},128]" not in text  # all tokens of all heads
+    assert program.memory_analysis().temp_size_in_bytes < 2**30
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -77,7 +101,7 @@ def test_a_whole_step_of_training_compiles_with_it(mesh, remat):
     rows = NamedSharding(mesh, PartitionSpec("data"))
     ids, marks = (jax.ShapeDtypeStruct((4, 512), dtype, sharding=rows) for dtype in (jnp.int32, jnp.bool_))
     step = partial(offline_step, training_loss(model), optimizer)
-    with laid_out_by(layout_of(mesh)):
+    with building_for(target_of(mesh)), laid_out_by(layout_of(mesh)):
         key = jax.eval_shape(lambda: jax.random.key(0))
         compiled = jax.jit(step, donate_argnums=0).lower(state, TokenBatch(ids, ids, ids, marks), key).compile()
     text = compiled.as_text()
