@@ -9,10 +9,20 @@ import sys
 import time
 from typing import Any
 
+from benchmarks.shapes import layers_of, run_of
+
 # libtpu asks a cloud machine who it is, and lets one process in at a time.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5p-8"}
 GIB = 2**30
+
+
+def topology(case: dict[str, Any]) -> dict[str, Any]:
+    """How the chips are joined: a whole cube of v5p or tpu7x is a torus, a part of a v5e or v6e is none."""
+    kind = case["topology"].partition(":")[0]
+    joined: dict[str, Any] = {"chips_per_host_bounds": (2, 2, 1), "num_slices": case["slices"]}
+    joined["chip_config_name"] = "megacore" if kind == "v5p" else "default"
+    return joined | {"wrap": (kind in ("v5p", "tpu7x"),) * 3}
 
 
 def compiled(case: dict[str, Any]) -> tuple[Any, dict[str, float]]:
@@ -20,13 +30,11 @@ def compiled(case: dict[str, Any]) -> tuple[Any, dict[str, float]]:
     import jax
     from jax.experimental import topologies
 
-    from benchmarks.shapes import run_of
     from rlhfjax.sharding import make_mesh
     from rlhfjax.stages.building import Vocabulary, build
     from rlhfjax.target import target_of
 
-    more = {"num_slices": case["slices"]} if case["slices"] > 1 else {}
-    chips = topologies.get_topology_desc(case["topology"], "tpu", **more).devices
+    chips = topologies.get_topology_desc(case["topology"], "tpu", **topology(case)).devices
     run = run_of(case)
     mesh = make_mesh(**run.mesh.model_dump(), devices=chips)
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms widen bfloat16 by themselves
@@ -43,15 +51,17 @@ def compiled(case: dict[str, Any]) -> tuple[Any, dict[str, float]]:
     }
 
 
-def described(program: Any, loops: dict[str, int]) -> dict[str, Any]:
-    """Bytes a device needs, products, and bytes of collectives: in loops and outside, of results and sent in a ring."""
+def described(program: Any, layers: int) -> dict[str, Any]:
+    """Bytes a device needs, products, and bytes of collectives: in loops over layers and outside, of results and sent in
+    a ring."""
     from benchmarks.hlo import Program
 
     memory = program.memory_analysis()
-    walked = Program(program.as_text(), loops).walked()
+    walked = Program(program.as_text()).walked()
+    inner = list(walked.of_turns(layers))
     sums = {
-        f"{place}_{how}_gib": sum(loop.total_bytes(how) for loop in loops) / GIB
-        for place, loops in (("inside", walked.loops), ("all", [walked]))
+        f"{place}_{how}_gib": sum(times * loop.total_bytes(how) for loop, times in loops) / GIB
+        for place, loops in (("inside", inner), ("all", [(walked, 1.0)]))
         for how in ("result", "ring")
     }
     return {
@@ -82,7 +92,7 @@ def main(words: list[str]) -> int:
     if case.get("text"):
         with open(case["text"], "w", encoding="utf-8") as file:
             file.write(program.as_text())
-    print(json.dumps(described(program, case["loops"]) | seconds))
+    print(json.dumps(described(program, layers_of(case)) | seconds))
     return 0
 
 

@@ -8,8 +8,8 @@ if each row that there is room for were one of a group.
 
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -73,6 +73,14 @@ class Loop:
         for loop in self.loops:
             yield from loop.every(times)
 
+    def of_turns(self, count: int, times: float = 1.0) -> Iterator[tuple["Loop", float]]:
+        """The outermost loops of so many turns, as those over layers, and how often each begins."""
+        for loop in self.loops:
+            if loop.trips == count:
+                yield loop, times * self.trips
+            else:
+                yield from loop.of_turns(count, times * self.trips)
+
     def total_flops(self) -> float:
         return sum(loop.flops * times for loop, times in self.every())
 
@@ -91,10 +99,8 @@ class Loop:
 class Program:
     """The text of a compiled program."""
 
-    def __init__(self, text: str, trips: Mapping[str, int] | None = None):
-        """`trips` says how often loops run whose count is found while they run, by a part of their body's name."""
+    def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
-        self._trips = dict(trips or {})
         current: list[Instruction] | None = None
         for line in text.splitlines():
             if head := _HEAD.match(line):
@@ -145,13 +151,10 @@ class Program:
                         self._walk(name.strip(" %"), loop)
 
     def trip_count(self, loop: Instruction) -> int:
-        """From `known_trip_count`, else from the comparison with a constant that ends the loop; 1 where none is."""
+        """From `known_trip_count`, the constant that the index is compared with, or the parts that it goes over."""
         if known := re.search(r'known_trip_count[^}]*?"?n"?:"?(\d+)', loop.rest):
             return int(known[1])
         body = _attribute(loop.rest, "body")
-        for part, count in self._trips.items():
-            if part in body:
-                return count
         for test in self.computations[_attribute(loop.rest, "condition")]:
             if test.opcode == "compare" and "direction=LT" in test.rest and len(test.operands) == 2:
                 end, index = self._constant(test.operands[1]), self._index(test.operands[0])
@@ -160,7 +163,26 @@ class Program:
                 if end is not None and index is not None:
                     start = self._initial(loop, index) or 0
                     return max(1, math.ceil((end - start) / self._step(body, index)))
-        return 1
+        return self._parts_read(body)
+
+    def _parts_read(self, body: str) -> int:
+        """How many parts the arrays have of which a turn reads or writes one: a loop that data ends goes so far."""
+        counts: Counter[int] = Counter()
+        for one in self._within(body):
+            whole = self._shapes.get(one.operands[0], ()) if one.operands else ()
+            first = "dynamic_slice_sizes={1," in one.rest
+            if one.opcode == "dynamic-update-slice":
+                part = self._shapes.get(one.operands[1], ())
+                first = bool(part and part[0][1] and part[0][1][0] == 1)
+            if whole and first and one.opcode in ("dynamic-slice", "dynamic-update-slice") and len(whole[0][1]) > 1:
+                counts[whole[0][1][0]] += 1
+        return counts.most_common(1)[0][0] if counts else 1
+
+    def _within(self, computation: str) -> Iterator[Instruction]:
+        for one in self.computations.get(computation, ()):
+            yield one
+            if one.opcode == "fusion":
+                yield from self._within(_attribute(one.rest, "calls"))
 
     def _initial(self, loop: Instruction, index: int | None) -> int | None:
         """The number with which an element of a loop's state begins, or what it is at most."""

@@ -1,6 +1,6 @@
 """Shapes of published models on pods of published sizes, and the programs that are compiled for them."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 LLAMA = {"family": "llama", "context": 8192, "remat": "full", "architecture": {"tied": False}}
@@ -36,7 +36,6 @@ class Case:
     length: int = 4096  # of rows; of prompts and of responses where the stage samples
     slices: int = 1
     layers: int | None = None  # of the model's, where fewer say it as well
-    loops: dict[str, int] = field(default_factory=dict)  # turns of loops that end by their data, by a part of the name
     text: str | None = None  # a file for the compiled text
 
     def described(self) -> dict[str, Any]:
@@ -79,6 +78,11 @@ PEER = {
 }
 
 
+def layers_of(case: dict[str, Any]) -> int:
+    """Of the model as it is compiled."""
+    return case["layers"] or MODELS[case["model"]]["layers"]
+
+
 def run_of(case: dict[str, Any]) -> Any:
     """The recipe that has this program, without data."""
     from rlhfjax.config import schema
@@ -86,7 +90,7 @@ def run_of(case: dict[str, Any]) -> Any:
     data = [{"source": "unused.jsonl"}]
     shape, length = MODELS[case["model"]], case["length"]
     optimizer = {"lr": 1e-5, "clip_norm": 1.0}
-    shape = shape | {"context": max(shape["context"], length)} | ({"layers": case["layers"]} if case["layers"] else {})
+    shape = shape | {"context": max(shape["context"], length), "layers": layers_of(case)}
     batch, fixed = {"size": case["batch"], "length": length}, {"data": data, "steps": 10, "optimizer": optimizer}
     stages: dict[str, Any] = {"sft": fixed | {"batch": batch}}
     if case["stage"] != "sft":

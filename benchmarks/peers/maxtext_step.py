@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from benchmarks.compile_one import described  # sets the environment of libtpu before jax starts
-from benchmarks.shapes import PEER
+from benchmarks.shapes import PEER, layers_of
 
 COMMON = {
     "enable_checkpointing": "false",
@@ -47,7 +47,7 @@ def main(words: list[str]) -> int:
     if case.get("text"):
         with open(case["text"], "w", encoding="utf-8") as file:
             file.write(program.as_text())
-    print(json.dumps(described(program, case["loops"]) | {"lower_s": 0.0} | kept))
+    print(json.dumps(described(program, layers_of(case)) | {"lower_s": 0.0} | kept))
     return 0
 
 

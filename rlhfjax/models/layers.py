@@ -210,7 +210,7 @@ class Block(nn.Module):
 
         attended = read_by(Attention(c, name="attention"), x, "attention_norm", sight, kind)
         before, attended = sight.wanted(x), added(attended, "attention_post_norm")
-        x = lay("middle", normed(before + attended, "attention_norm", "post"))
+        x = lay("residual", normed(before + attended, "attention_norm", "post"))
         read = before if c.parallel else x
         if c.experts:
             fed = read_by(Experts(c, name="experts"), read, "mlp_norm", sight.wanted(sight.segments > 0))

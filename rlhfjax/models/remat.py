@@ -9,7 +9,7 @@ PRODUCT = "product"  # what a linear layer gives, which a rule of its own for gr
 _KEPT = "attention"
 
 POLICIES: dict[str, Any] = {
-    "full": jax.checkpoint_policies.save_only_these_names("middle"),  # nothing but the layer's input
+    "full": None,  # nothing but the layer's input
     "dots": jax.checkpoint_policies.save_from_both_policies(  # products with weights
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(PRODUCT),

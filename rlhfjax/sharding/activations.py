@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax.sharding.experts import by_experts
 from rlhfjax.sharding.per_device import by_heads, by_rows_and_heads
-from rlhfjax.sharding.rules import ACTIVATIONS, MESH_AXES, SAVED, dividing
+from rlhfjax.sharding.rules import ACTIVATIONS, MESH_AXES, dividing
 from rlhfjax.sharding.vocabulary import embedded, over_words
 
 
@@ -25,8 +24,6 @@ class MeshLayout:
         axes = ACTIVATIONS[name]
         if len(axes) != x.ndim:
             raise ValueError(f"layout: expected {len(axes)} axes of {name!r}, got the shape {x.shape}")
-        if name in SAVED and self.mesh.shape["tensor"] > 1:
-            x = checkpoint_name(x, name)
         sizes = zip(axes, x.shape, strict=True)
         spec = PartitionSpec(*(dividing(self.mesh, MESH_AXES[axis], size) for axis, size in sizes))
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))

@@ -63,13 +63,10 @@ SMALL = (
 # What models name in a computation (`rlhfjax.layout.lay`).
 ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
     "residual": ("batch", "token", "residual"),  # what layers hand on and remat keeps
-    "middle": ("batch", "token", "residual"),  # between its attention and its feed-forward block
     "inputs": ("batch", "token", None),  # what the products of a layer read
     "heads": ("batch", "token", "heads", None),
     "mlp": ("batch", "token", "mlp"),
 }
-# Kept by remat where they are split.
-SAVED = {"middle"}
 
 
 def named(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
