@@ -52,8 +52,7 @@ def compiled(case: dict[str, Any]) -> tuple[Any, dict[str, float]]:
 
 
 def described(program: Any, layers: int) -> dict[str, Any]:
-    """Bytes a device needs, products, and bytes of collectives: in loops over layers and outside, of results and sent in
-    a ring."""
+    """Bytes that a device needs, products, bytes of collectives: those in loops over layers, and the others."""
     from benchmarks.hlo import Program
 
     memory = program.memory_analysis()
