@@ -51,7 +51,7 @@ def cudnn_attention(
         related |= _of_queries(padded(prefixes, length), places) == segments[:, None, :]
     if places is not None:
         distance = places[:, None] - jnp.arange(length)[None, :]
-        related &= (distance >= 0) & (distance < (window or length))
+        related &= ((distance >= 0) & (distance < (window or length)))[None]
     out = jax.nn.dot_product_attention(
         query,
         key,

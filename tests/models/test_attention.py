@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhfjax.layout import laid_out_by
-from rlhfjax.models import kernels, splash
+from rlhfjax.models import attention, kernels, splash
 from rlhfjax.models.attention import Scoring, attend
 from rlhfjax.sharding import make_mesh
 from rlhfjax.sharding.activations import layout_of
@@ -133,9 +133,9 @@ def test_responses_see_the_prompt_that_they_share_and_not_each_other(program, so
 def test_what_takes_no_shared_prompts_says_so(program, length, window):
     shapes = [jax.ShapeDtypeStruct((1, length, heads, SIZE), jnp.float32) for heads in (HEADS, 2, 2)]
     segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    attention = partial(attend, local=True, scoring=Scoring(window), implementation=program)
+    asked = partial(attend, local=True, scoring=Scoring(window), implementation=program)
     with pytest.raises(ValueError, match="prefixes"):
-        jax.eval_shape(lambda *arrays: attention(*arrays, prefixes=arrays[-1]), *shapes, segments)
+        jax.eval_shape(lambda *arrays: asked(*arrays, prefixes=arrays[-1]), *shapes, segments)
 
 
 @NEEDS_GPU
@@ -224,6 +224,26 @@ def test_devices_compute_their_own_rows_and_heads(program, mesh, kind):
     }.get(kind, {})
     with laid_out_by(layout_of(make_mesh(**{"data": 1} | MESHES[mesh]))):
         got = computed(program, tensors, segments, **how)
+    for mine, wanted in zip(got, by_loops(*tensors, segments, **how), strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [("packed", "tokens"), ("shared prompts", "queries of a head for two"), ("window", "queries of a head for two")],
+)
+def test_what_cudnn_is_asked_on_devices_is_the_same(kind, mesh, monkeypatch):
+    # fails with a window one token wider where queries are shared, and without the causal mask there: seen
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: plain(*a, **k | {"implementation": "xla"}))
+    monkeypatch.setattr(attention, "cudnn_takes", lambda *_: True)
+    tensors, segments = arrays((*FORKED, *FORKED) if kind == "shared prompts" else (*PACKED, *LEFT), 2)
+    how = {"window": 9} if kind == "window" else {}
+    if kind == "shared prompts":
+        how = {"prefixes": np.vectorize(lambda name: FROM.get(name, name))(segments).astype(np.int32)}
+    with laid_out_by(layout_of(make_mesh(**{"data": 1} | MESHES[mesh]))):
+        got = computed("cudnn", tensors, segments, **how)
     for mine, wanted in zip(got, by_loops(*tensors, segments, **how), strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=2e-5)
 
