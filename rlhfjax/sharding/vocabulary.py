@@ -74,7 +74,8 @@ def over_words(
             elif width:
                 part = x.shape[other] // mesh.shape[width]
                 x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(width) * part, part, other)
-        return jax.lax.psum(x, axes) if axes else x
+        # libtpu's pass that moves sums out of a loop over parts ends with an error at these (0.0.52).
+        return jax.lax.optimization_barrier(jax.lax.psum(x, axes) if axes else x)
 
     made = jax.shard_map(
         local,
