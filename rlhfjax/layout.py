@@ -63,6 +63,25 @@ class Layout(Protocol):
         """f(x, weights, chosen, kernels), each expert computed by the devices that hold it (`models/experts.py`)."""
         ...
 
+    def weights(self, params: Any) -> Any:
+        """Parameters, or what sampling makes of them, where they lie by their paths."""
+        ...
+
+    def by_vocabulary(self, program: Program) -> Program:
+        """f(logits [B, V], …) as program(words, logits, …), which each device computes on its own rows and `Words`.
+
+        All arguments begin with the rows, and so does what it gives, which is the same on all devices of a vocabulary.
+        """
+        ...
+
+    def cached(self, program: Program) -> Program:
+        """f(query [B, T, H, D], key, value, caches, layer, slots, mask, sinks) as each device computes it on its own
+        rows and heads; what it gives are the mixed values [B, T, H, D] and the caches.
+
+        Caches are [B, L, S, K·…], slots [B, T], masks [B, T, S], sinks [H] or None.
+        """
+        ...
+
 
 # Of the thread, like the target: one that traces for another sets what `current` was there.
 _current: Any = jax.make_user_context(None)

@@ -171,11 +171,13 @@ def test_a_sampler_has_as_many_blocks_as_its_target_and_other_numbers_only_by_ro
             layer = arrange(params, rows).layers[0]["out"]
             return {name: len(layer[name]) for name in ("kernel", "rows") if name in layer}, prefill(params)
 
-    three, chip = replace(machine(), blocks=3), target_of([CHIP])
+    three, gpu = replace(machine(), blocks=3), replace(target_of([HOPPER]), capability=None)
     assert made(three)[0] == {"kernel": 3}
     assert made(three, rows=1)[0] == {"rows": 3}
-    assert made(chip)[0] == made(chip, rows=1)[0] == {"kernel": 1}
-    np.testing.assert_allclose(made(three)[1], made(chip)[1], rtol=1e-5, atol=1e-5)
+    assert made(gpu)[0] == made(gpu, rows=1)[0] == {"kernel": 1}
+    np.testing.assert_allclose(made(three)[1], made(gpu)[1], rtol=1e-5, atol=1e-5)
+    with building_for(target_of([CHIP])):
+        assert model.arrange(params).stacked  # a TPU's layers are scanned
 
 
 def test_logits_types_and_slots_follow_the_target():

@@ -6,26 +6,40 @@ A row's randomness depends on its own uid and position alone, so a prompt's samp
 import jax
 import jax.numpy as jnp
 
+from rlhfjax import layout
 from rlhfjax.generation.sampling import Sampler, SamplingParams, draw, stops, uniforms
-from rlhfjax.generation.slots import rollout
+from rlhfjax.generation.slots import each_sample, rollout
 from rlhfjax.generation.speculative import speculate
 from rlhfjax.types import Params, PromptBatch, Rollout
 
 
-def generate(model: Sampler, params: Params, prompts: PromptBatch, key: jax.Array, sampling: SamplingParams) -> Rollout:
+def generate(
+    model: Sampler,
+    params: Params,
+    prompts: PromptBatch,
+    key: jax.Array,
+    sampling: SamplingParams,
+    samples: int = 1,
+) -> Rollout:
     """Responses to a batch of prompts, [B, max_new_tokens] tokens, padded after the end.
 
-    Draft tokens (`sampling.speculation`) and continuous batching (`sampling.slots`) change how long it takes, not what
-    is drawn.
+    With `samples` n each prompt has n rows, as `rollout` has them. Draft tokens (`sampling.speculation`) and continuous
+    batching (`sampling.slots`) change how long it takes, not what is drawn.
     """
-    if sampling.speculation:
+    batch, length = len(prompts.tokens) * samples, sampling.max_new_tokens
+    if sampling.speculation and samples == 1:
         return speculate(model, params, prompts, key, sampling, sampling.speculation)
-    if sampling.top_log_probs or (sampling.slots or len(prompts.tokens)) < len(prompts.tokens):
-        return rollout(model, params, prompts, key, sampling, sampling.slots)
-    params = model.arrange(params, len(prompts.tokens))
-    batch, length = prompts.tokens.shape[0], sampling.max_new_tokens
-    noise = uniforms(key, prompts.uid, length)
+    # On several devices rows that all decode at once stay where their prompts are; to take one would gather them.
+    at_once = (sampling.slots or batch) >= batch and (samples == 1 or layout.current() is not None)
+    if sampling.speculation or sampling.top_log_probs or not at_once:
+        return rollout(model, params, prompts, key, sampling, sampling.slots, samples)
+    prompts = jax.tree.map(lambda x: layout.lay("rows", x) if x.ndim == 1 else layout.lay("ids", x), prompts)
+    params = model.arrange(params, batch)
     logits, cache = model.prefill(params, prompts.tokens, prompts.mask, length)
+    if samples > 1:
+        prompts, cache = each_sample(prompts, samples), cache.repeat(samples)
+        logits = jnp.repeat(logits, samples, axis=0)
+    noise = uniforms(key, prompts.uid, length)
 
     def step(carry):
         t, logits, cache, done, tokens, log_probs, mask = carry

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhfjax import layout
 from rlhfjax.functional.logits import apply_temperature, filter_logits
 from rlhfjax.types import Params
 
@@ -146,6 +147,11 @@ def draw(noise: Float[Array, "B 2"], logits: Float[Array, "B V"], sampling: Samp
         logits = apply_temperature(logits, jnp.where(greedy, 1.0, sampling.temperature))
     elif not greedy:
         logits = apply_temperature(logits, sampling.temperature)
+    plain = isinstance(sampling, SamplingParams) and not (sampling.top_k or sampling.top_p < 1 or sampling.min_p)
+    if (devices := layout.current()) is not None:
+        if plain and not sampling.top_log_probs:
+            return _drawn_in_parts(devices, noise, logits, greedy is True)
+        logits = layout.lay("whole_logits", logits)  # to sort them, a device needs rows that are whole
     blocks = _blocks(logits)
     largest = blocks.max(axis=1).max(axis=-1, keepdims=True)
     sums = jnp.exp(blocks - largest[:, None, :]).sum(axis=1)
@@ -154,7 +160,7 @@ def draw(noise: Float[Array, "B 2"], logits: Float[Array, "B V"], sampling: Samp
         token = _drawn_by_row(noise, logits, _inverted(noise, blocks, largest, sums), sampling)
     elif greedy:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    elif sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+    elif not plain:
         kept = filter_logits(logits, 1.0, sampling.top_k, sampling.top_p, sampling.min_p)
         token = categorical(noise, kept)
     else:
@@ -162,6 +168,40 @@ def draw(noise: Float[Array, "B 2"], logits: Float[Array, "B V"], sampling: Samp
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     top, ids = jax.lax.top_k(logits, sampling.top_log_probs)
     return Drawn(token, chosen - normalizer, ids.astype(jnp.int32), top - normalizer[:, None])
+
+
+def _drawn_in_parts(devices: layout.Layout, noise: Float[Array, "B 2"], logits: Float[Array, "B V"], greedy: bool):
+    """`draw` from the whole distribution, each device reading its own ids: what they exchange are sums of blocks.
+
+    The blocks are those of one device, so the same noise draws the same token.
+    """
+    vocabulary = logits.shape[-1]
+
+    def program(words: layout.Words, logits: Array, noise: Array) -> tuple[Array, Array]:
+        count, size = _block_sizes(vocabulary)
+        largest = words.largest(logits.max(axis=-1, keepdims=True))
+        # Rows of blocks that begin where those of the whole vocabulary do, and end behind the last word.
+        rows = -(-logits.shape[1] // count) + 1
+        top = words.first // count
+        mine = jnp.full((len(logits), rows * count), -jnp.inf, logits.dtype)
+        mine = jax.lax.dynamic_update_slice_in_dim(mine, logits, words.first - top * count, axis=1)
+        weights = jnp.exp(mine - largest).reshape(-1, rows, count)
+        sums = words.summed(weights.sum(axis=1))
+        if greedy:
+            token = words.likeliest(logits)
+        else:
+            block = _invert(noise[:, 0], sums)
+            inside = jnp.take_along_axis(weights, block[:, None, None], axis=2)[:, :, 0]
+            whole = jnp.zeros((len(logits), size + rows), inside.dtype)
+            inside = jax.lax.dynamic_update_slice_in_dim(whole, inside, top, axis=1)
+            token = _invert(noise[:, 1], words.summed(inside)[:, :size]) * count + block
+        own = token[:, None] == words.first + jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
+        chosen = words.summed(jnp.where(own, logits, 0.0).sum(axis=-1))
+        return token, chosen - (largest[:, 0] + jnp.log(sums.sum(axis=-1)))
+
+    token, log_prob = devices.by_vocabulary(program)(logits, noise)
+    nothing = jnp.zeros((len(token), 0))
+    return Drawn(token, log_prob, nothing.astype(jnp.int32), nothing)
 
 
 def _drawn_by_row(noise: Array, logits: Array, drawn: Int[Array, "B"], rows: RowSampling) -> Int[Array, "B"]:
@@ -191,10 +231,15 @@ def categorical(noise: Float[Array, "B 2"], logits: Float[Array, "B V"]) -> Int[
 
 def _blocks(logits: Float[Array, "B V"]) -> Float[Array, "B M N"]:
     """About √V blocks of M tokens, block n being n, n + N, n + 2N …: sums over M then run along memory."""
-    count = max(16, 1 << round(math.log2(logits.shape[-1]) / 2))
-    size = -(-logits.shape[-1] // count)
+    count, size = _block_sizes(logits.shape[-1])
     padded = jnp.pad(logits, ((0, 0), (0, count * size - logits.shape[-1])), constant_values=-jnp.inf)
     return padded.reshape(-1, size, count)
+
+
+def _block_sizes(vocabulary: int) -> tuple[int, int]:
+    """How many blocks, and how many tokens each has."""
+    count = max(16, 1 << round(math.log2(vocabulary) / 2))
+    return count, -(-vocabulary // count)
 
 
 def _inverted(noise: Array, blocks: Array, largest: Array, sums: Array) -> Int[Array, "B"]:

@@ -60,7 +60,7 @@ def rollout(
     """
     if sampling.speculation:  # rows advance unevenly as it is, and none is read again
         limit = None if asked is None else asked * samples
-        return speculate(model, params, _each(prompts, samples), key, sampling, sampling.speculation, limit)
+        return speculate(model, params, each_sample(prompts, samples), key, sampling, sampling.speculation, limit)
     count = len(prompts.tokens) * samples
     slots = min(slots or count, count)
     params = model.arrange(params, slots)
@@ -119,7 +119,7 @@ def _uids(prompts: PromptBatch, samples: int) -> Int[Array, "N"]:
     return (prompts.uid[:, None] * samples + jnp.arange(samples, dtype=jnp.int32)[None, :]).ravel()
 
 
-def _each(prompts: PromptBatch, samples: int) -> PromptBatch:
+def each_sample(prompts: PromptBatch, samples: int) -> PromptBatch:
     """A row for every sample of every prompt."""
     tokens, mask = (jnp.repeat(x, samples, axis=0) for x in (prompts.tokens, prompts.mask))
     return PromptBatch(tokens, mask, _uids(prompts, samples))

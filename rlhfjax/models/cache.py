@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from rlhfjax.layout import lay
 from rlhfjax.models.configuration import DecoderConfig
 from rlhfjax.models.quantized import empty_vectors
 
@@ -14,14 +15,14 @@ from rlhfjax.models.quantized import empty_vectors
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of every layer, [B, kv_heads, S, head_dim]; a token's slot is its position. Each is an array, or
-    integers and scales (`quantized.Int8Vectors`).
+    """Keys and values of every layer, [B, kv_heads, S, head_dim], or of the stack of them, [B, L, S, kv_heads ·
+    head_dim]; a token's slot is its position. Each is an array, or integers and scales (`quantized.Int8Vectors`).
 
     The first `lengths` slots of a row are its own. What the others hold is never read.
     """
 
-    keys: tuple[Any, ...]
-    values: tuple[Any, ...]
+    keys: Any
+    values: Any
     lengths: Int[Array, "B"]
 
     @property
@@ -31,6 +32,10 @@ class Cache:
     def take(self, rows: Int[Array, "N"]) -> "Cache":
         """The cache of these rows, in this order; a row may come several times."""
         return jax.tree.map(lambda x: x[rows], self)
+
+    def repeat(self, count: int) -> "Cache":
+        """The cache with every row `count` times, beside each other."""
+        return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), self)
 
     def put(self, part: "Cache", rows: Int[Array, "N"]) -> "Cache":
         """This cache with the rows of one with at most as many slots at `rows`, distinct; those beyond the end go
@@ -44,9 +49,26 @@ class Cache:
         return jax.tree.map(write, self, part)
 
 
-def empty_cache(config: DecoderConfig, rows: int, slots: int, int8: bool = False) -> Cache:
+def padded(cache: Cache, room: int) -> Cache:
+    """The cache of layers with `room` more slots in each row."""
+
+    def wider(x: Array) -> Array:
+        return lay("cache", jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))) if room else x)
+
+    return Cache(jax.tree.map(wider, cache.keys), jax.tree.map(wider, cache.values), cache.lengths)
+
+
+def empty_cache(config: DecoderConfig, rows: int, slots: int, int8: bool = False, stacked: bool = False) -> Cache:
     """A cache of so many rows without a token."""
-    c, lengths = config, jnp.zeros((rows,), jnp.int32)
-    shape = rows, c.kv_heads, slots, c.head_dim
-    keys, values = (tuple(empty_vectors(shape, 3, c.compute_dtype, int8) for _ in range(c.layers)) for _ in range(2))
+    c, lengths = config, lay("rows", jnp.zeros((rows,), jnp.int32))
+
+    def of_layer() -> Any:
+        shape = rows, c.kv_heads, slots, c.head_dim
+        return jax.tree.map(lambda x: lay("cache", x), empty_vectors(shape, 3, c.compute_dtype, int8))
+
+    def of_stack() -> Any:
+        made = empty_vectors((rows, c.layers, slots, c.kv_heads, c.head_dim), 4, c.compute_dtype, int8)
+        return jax.tree.map(lambda x: lay("caches", x).reshape(*x.shape[:3], -1), made)
+
+    keys, values = (of_stack() if stacked else tuple(of_layer() for _ in range(c.layers)) for _ in range(2))
     return Cache(keys, values, lengths)

@@ -1,49 +1,68 @@
 """A decoder that samples: weights laid out for one token per row, a cache of keys and values, and `extend`.
 
-The layers are unrolled, and the cache is updated in place: a scan over layers would copy both in every step of the loop
-that samples.
+Where the layers are unrolled, the cache of each is updated in place: a scan over layers would copy both in every step
+of the loop that samples. TPUs read a layer where it lies in a stack, so there they are scanned, and a program of eighty
+layers is compiled as fast as one of two.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from rlhfjax.models.activations import GATED, PLAIN
-from rlhfjax.models.attention import softmax
-from rlhfjax.models.cache import Cache
+from rlhfjax import layout
+from rlhfjax.layout import lay
+from rlhfjax.models.attention import Scoring, attend, softmax
+from rlhfjax.models.cache import Cache, empty_cache, padded
 from rlhfjax.models.configuration import DecoderConfig
-from rlhfjax.models.experts import Experts
-from rlhfjax.models.layers import at_columns, by_heads, norm
-from rlhfjax.models.quantized import Int8Vectors, read_vectors, vectors
-from rlhfjax.models.rotary import rotate, turns
-from rlhfjax.models.sampling_weights import Weights, apply, apply_all, columns
+from rlhfjax.models.layers import at_columns, by_heads, kinds, norm
+from rlhfjax.models.quantized import plain_vectors, read_vectors, vectors
+from rlhfjax.models.rotary import Turn, rotate, turns
+from rlhfjax.models.sampling_weights import Weights, columns, fed, projected, put_out
+from rlhfjax.models.stacked_cache import through_stack
+from rlhfjax.target import current
 from rlhfjax.types import Params
 
-Store = Callable[[int, Array, Array], tuple[Any, Any]]
+Local = bool | Array  # whether a layer has the window; traced where layers of both kinds are in one scan
+Heads = tuple[Array, Array, Array]  # query [B, T, H, D], key and value [B, T, K, D] of new tokens
+
+
+class Attention(Protocol):
+    """What new tokens of layer `i` mix, [B, T, H, D] or at the columns `read` alone; and what is kept of them."""
+
+    def __call__(
+        self, i: Any, layer: Params, local: Local, heads: Heads, *, kept: Any, read: Any
+    ) -> tuple[Array, Any]: ...
 
 
 def _norm(config: DecoderConfig, params: Params, name: str, x: Array) -> Array:
     return norm(config, name).apply({"params": params[name]}, x)  # pyright: ignore[reportReturnType]
 
 
-def _attention(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: Array, store: Any, read: Any) -> Any:
-    """Attention of T new tokens per row, or of those at `read`, to what `store` answers with once it has their keys and
-    values.
-    """
-    c, batch = config, len(x)
-    joined = apply_all(c, layer["qkv"], x).reshape(batch, x.shape[1], c.heads + 2 * c.kv_heads, c.head_dim)
-    query, key, value = jnp.split(joined, [c.heads, c.heads + c.kv_heads], axis=2)
+def _attended(
+    config: DecoderConfig, layer: Params, x: Array, turn: Turn | None, attention: Callable[..., tuple[Array, Any]]
+) -> tuple[Array, Any]:
+    """What attention of T new tokens per row adds, and what is kept of them."""
+    c = config
+    query, key, value = projected(c, layer, x)
     if c.qk_norm:
-        query = by_heads(c, lambda x: _norm(c, layer, "query_norm", x), query)
-        key = by_heads(c, lambda x: _norm(c, layer, "key_norm", x), key)
+        norms = layer.get("attention", layer)
+        query = by_heads(c, lambda x: _norm(c, norms, "query_norm", x), query)
+        key = by_heads(c, lambda x: _norm(c, norms, "key_norm", x), key)
     if turn is not None:
         query, key = rotate(query, turn), rotate(key, turn)
-    keys, values = store(key.astype(c.compute_dtype), value.astype(c.compute_dtype))
-    query, mask = _wanted(query, read), _wanted(mask, read)
-    length = query.shape[1]
+    key, value = (lay("heads", x.astype(c.compute_dtype)) for x in (key, value))
+    out, kept = attention((lay("heads", query), key, value))
+    return put_out(c, layer, out), kept
+
+
+def _mixed(config: DecoderConfig, layer: Params, query: Array, mask: Array, keys: Any, values: Any) -> Array:
+    """Attention of tokens [B, T, H, D] to the vectors of a cache that the mask shows them, [B, T, H, D]."""
+    c, (batch, length) = config, query.shape[:2]
     grouped = query.reshape(batch, length, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
     numbers, scales = read_vectors(keys, query.dtype)
     scores = jnp.einsum("btkgd,bksd->bkgts", grouped, numbers, preferred_element_type=jnp.float32)
@@ -53,29 +72,22 @@ def _attention(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: 
     if cap := c.attention_softcap:
         scores = cap * jnp.tanh(scores / cap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = softmax(scores, layer.get("sinks"))
+    weights = softmax(scores, _sinks(layer))
     numbers, scales = read_vectors(values, query.dtype)
     if scales is not None:
         weights = weights * scales[:, :, None, None, :, 0]
-    out = jnp.einsum("bkgts,bksd->btkgd", weights.astype(numbers.dtype), numbers)
-    return apply(c, layer["out"], out.reshape(batch, length, -1)), (keys, values)
+    return jnp.einsum("bkgts,bksd->btkgd", weights.astype(numbers.dtype), numbers).reshape(query.shape)
+
+
+def _sinks(layer: Params) -> Array | None:
+    return layer.get("attention", layer).get("sinks")
 
 
 def _wanted(x: Float[Array, "B T *D"], read: Int[Array, "B N"] | None) -> Float[Array, "B N *D"]:
     return x if read is None else at_columns(x, read)
 
 
-def _fed(config: DecoderConfig, layer: Params, x: Array) -> Array:
-    c = config
-    if c.experts:
-        return Experts(c).apply({"params": layer["experts"]}, x, jnp.ones(x.shape[:2], bool))  # pyright: ignore
-    hidden = apply_all(c, layer["up"], x)
-    if not c.gated:
-        return apply(c, layer["down"], PLAIN[c.activation](hidden))
-    return apply(c, layer["down"], GATED[c.activation](*jnp.split(hidden, 2, axis=-1)))
-
-
-def _block(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: Array, store: Any, read: Any) -> Any:
+def _block(config: DecoderConfig, layer: Params, x: Array, turn: Turn | None, attention: Any, read: Any) -> Any:
     """One layer, its norms where `norm_place` says (`layers.Block`); nothing but keys and values beside `read`."""
     c = config
 
@@ -86,11 +98,11 @@ def _block(config: DecoderConfig, layer: Params, x: Array, turn: Any, mask: Arra
         out = normed(block, name, "output", "sandwich")
         return out if c.residual_multiplier == 1 else c.residual_multiplier * out
 
-    attended, kept = _attention(c, layer, normed(x, "attention_norm", "pre", "sandwich"), turn, mask, store, read)
+    attended, kept = _attended(c, layer, normed(x, "attention_norm", "pre", "sandwich"), turn, attention)
     before = _wanted(x, read)
-    x = normed(before + added(attended, "attention_post_norm"), "attention_norm", "post")
-    fed = _fed(c, layer, normed(before if c.parallel else x, "mlp_norm", "pre", "sandwich"))
-    return normed(x + added(fed, "mlp_post_norm"), "mlp_norm", "post"), kept
+    x = lay("residual", normed(before + added(attended, "attention_post_norm"), "attention_norm", "post"))
+    out = fed(c, layer, normed(before if c.parallel else x, "mlp_norm", "pre", "sandwich"))
+    return lay("residual", normed(x + added(out, "mlp_post_norm"), "mlp_norm", "post")), kept
 
 
 def _embedded(config: DecoderConfig, weights: Weights, tokens: Array, positions: Array) -> Array:
@@ -102,7 +114,7 @@ def _embedded(config: DecoderConfig, weights: Weights, tokens: Array, positions:
         x = x * c.input_scale
     if c.positions == "learned":
         x = x + weights.ends["positions"]["embedding"][jnp.minimum(positions, c.context - 1)]
-    return x.astype(c.compute_dtype)
+    return lay("residual", x.astype(c.compute_dtype))
 
 
 def _forward(
@@ -110,29 +122,71 @@ def _forward(
     weights: Weights,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    slots: int,
-    store: Store,
+    attention: Attention,
+    kept: Any = None,
     read: Int[Array, "B N"] | None = None,
-) -> tuple[Float[Array, "B T D"], tuple, tuple]:
-    """Hidden states of T tokens per row that see the slots up to their own, and the keys and values of every layer.
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Hidden states of T tokens per row, and what `attention` keeps: of each layer, or of the stack that it is given.
 
     With `read` the states of these columns of each row alone, [B, N, D].
     """
     c = config
+    turned = turns(c, positions)
+    x = _embedded(c, weights, tokens, positions)
+    if weights.stacked:
+        x, kept = _scanned(c, weights, x, turned, attention, kept, read)
+    else:
+        each = []
+        for i, (layer, local, rotated) in enumerate(zip(weights.layers, c.local_layers, c.rotated_layers, strict=True)):
+            last, turn = read if i == c.layers - 1 else None, turned[local] if rotated else None
+            x, pair = _block(c, layer, x, turn, partial(attention, i, layer, local, kept=kept, read=last), last)
+            each.append(pair)
+        kept = tuple(zip(*each, strict=True))
+    return x if c.norm_place == "post" else _norm(c, weights.ends, "final_norm", x), kept
+
+
+def _scanned(
+    c: DecoderConfig, weights: Weights, x: Array, turned: Any, attention: Attention, kept: Any, read: Array | None
+) -> tuple[Array, Any]:
+    """The layers as one loop, in which what is kept is updated in place; with `read` the last stands apart."""
+    stack = weights.layers, kinds(c)
+
+    def body(carry: tuple[Array, Any], i: Any, read: Array | None = None) -> tuple[tuple[Array, Any], None]:
+        layer, kind = jax.tree.map(partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False), stack)
+        local: Local = all(c.local_layers) if kind.local is None else kind.local
+        turn = _turn(turned, local, c.rotated_layers[0] if kind.rotated is None else kind.rotated)
+        own = partial(attention, i, layer, local, kept=carry[1], read=read)
+        return _block(c, layer, carry[0], turn, own, read), None
+
+    looped = c.layers if read is None else c.layers - 1
+    carry = jax.lax.scan(body, (x, kept), jnp.arange(looped, dtype=jnp.int32))[0]
+    return carry if read is None else body(carry, jnp.int32(c.layers - 1), read)[0]
+
+
+def _turn(turned: dict[bool, Turn], local: Local, rotated: bool | Array) -> Turn | None:
+    """The turn of a layer of this kind; where it is traced whether it knows of positions, by an angle of 0 in place of
+    none.
+    """
+    if not turned or rotated is False:
+        return None
+    if isinstance(local, bool):
+        turn = turned[local]
+    else:
+        turn = jax.tree.map(lambda near, far: jnp.where(local, near, far), turned[True], turned[False])
+    if rotated is True:
+        return turn
+    return Turn(jnp.where(rotated, turn.sin, 0.0), jnp.where(rotated, turn.cos, 1.0))
+
+
+def _masks(config: DecoderConfig, positions: Int[Array, "B T"], slots: int) -> Callable[[Local], Bool[Array, "B T S"]]:
+    """Which slots tokens at these positions see in a layer: those up to their own, near ones alone in a window."""
+    c = config
     distance = positions[:, :, None] - jnp.arange(slots, dtype=jnp.int32)[None, None, :]
     everything = distance >= 0
     near = everything & (distance < c.window) if c.window else everything
-
-    turned = turns(c, positions)
-    x, kept = _embedded(c, weights, tokens, positions), []
-    for i, (layer, local, rotated) in enumerate(zip(weights.layers, c.local_layers, c.rotated_layers, strict=True)):
-        mask, last = near if local else everything, read if i == c.layers - 1 else None
-        turn = turned[local] if rotated else None
-        x, pair = _block(c, layer, x, turn, mask, lambda key, value, i=i: store(i, key, value), last)
-        kept.append(pair)
-    if c.norm_place != "post":
-        x = _norm(c, weights.ends, "final_norm", x)
-    return x, *zip(*kept, strict=True)  # pyright: ignore[reportReturnType]
+    return lambda local: (
+        (near if local else everything) if isinstance(local, bool) else jnp.where(local, near, everything)
+    )
 
 
 def extend(
@@ -149,36 +203,79 @@ def extend(
     # Those that are not kept go to slots beyond the end, a different one each.
     slots = jnp.where(steps < counts[:, None], positions, cache.slots + steps)
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    masks = _masks(config, positions, cache.slots)
+    int8 = any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(cache.keys))
 
-    def store(layer: int, key: Array, value: Array) -> tuple[Any, Any]:
-        keys, values = cache.keys[layer], cache.values[layer]
-        int8 = isinstance(keys, Int8Vectors)
+    def put(mine: Array, new: Array) -> Array:
+        return lay("cache", mine.at[rows, :, slots].set(new, mode="drop", unique_indices=True))
 
-        def put(mine: Array, new: Array) -> Array:
-            return mine.at[rows, :, slots].set(new, mode="drop", unique_indices=True)
+    def of_layer(i: int, layer: Params, local: Local, heads: Heads, *, kept: Any, read: Any) -> Any:
+        query = heads[0]
+        keys, values = (
+            jax.tree.map(put, mine[i], vectors(new, int8)) for mine, new in zip(kept, heads[1:], strict=True)
+        )
+        return _mixed(config, layer, query, masks(local), keys, values), (keys, values)
 
-        return jax.tree.map(put, keys, vectors(key, int8)), jax.tree.map(put, values, vectors(value, int8))
+    def of_stack(i: Array, layer: Params, local: Local, heads: Heads, *, kept: Any, read: Any) -> Any:
+        program, devices = partial(through_stack, config), layout.current()
+        program = program if devices is None else devices.cached(program)
+        return program(*heads, kept, i, slots, masks(local), _sinks(layer))
 
-    hidden, keys, values = _forward(config, weights, tokens, positions, cache.slots, store)
+    kept, attention = (cache.keys, cache.values), of_stack if weights.stacked else of_layer
+    hidden, (keys, values) = _forward(config, weights, tokens, positions, attention, kept)
     return hidden, Cache(keys, values, cache.lengths + counts)
 
 
 def prefill(
-    config: DecoderConfig, weights: Weights, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], int8: bool = False
+    config: DecoderConfig,
+    weights: Weights,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    int8: bool = False,
+    room: int = 0,
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """`extend` of empty rows by their first `lengths` tokens, with as many slots as there are columns; the hidden state
-    of the last of them.
+    """`extend` of empty rows by their first `lengths` tokens, with `room` for so many more than there are columns; the
+    hidden state of the last of them.
     """
-    batch, length = tokens.shape
+    c, (batch, length) = config, tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    masks = _masks(c, positions, length)
+    segments = (positions < lengths[:, None]).astype(jnp.int32)
 
-    def store(_: int, key: Array, value: Array) -> Any:
-        kept = vectors(key, int8), vectors(value, int8)
-        return jax.tree.map(lambda x: x.transpose(0, 2, 1, 3), kept)
+    def mixed(layer: Params, local: Local, query: Array, keys: Any, values: Any, read: Any) -> Array:
+        """`keys` and `values` as they are kept, [B, T, K, D]."""
+        if current().platform == "cpu" and not weights.whole:
+            keys, values = by_slot(keys), by_slot(values)
+            return _mixed(c, layer, _wanted(query, read), _wanted(masks(local), read), keys, values)
+        arrays = query, plain_vectors(keys, query.dtype), plain_vectors(values, query.dtype)
+        scoring = Scoring(c.window, c.score_scale, c.attention_softcap)
+        how: dict[str, Any] = {"scoring": scoring, "sinks": _sinks(layer), "implementation": c.attention}
+        return _wanted(lay("heads", attend(*arrays, segments, local, **how)), read)
+
+    def by_slot(kept: Any) -> Any:
+        return jax.tree.map(lambda x: lay("cache", x.transpose(0, 2, 1, 3)), kept)
+
+    def of_layer(i: int, layer: Params, local: Local, heads: Heads, *, kept: Any, read: Any) -> Any:
+        query, key, value = heads
+        keys, values = vectors(key, int8), vectors(value, int8)
+        return mixed(layer, local, query, keys, values, read), (by_slot(keys), by_slot(values))
+
+    def of_stack(i: Array, layer: Params, local: Local, heads: Heads, *, kept: Any, read: Any) -> Any:
+        query, key, value = heads
+        new = vectors(key, int8), vectors(value, int8)
+
+        def put(mine: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice(mine, new.reshape(batch, 1, length, -1), (0, i, 0, 0))
+
+        return mixed(layer, local, query, *new, read), jax.tree.map(put, kept, new)
 
     last = jnp.maximum(lengths - 1, 0)[:, None]
-    hidden, keys, values = _forward(config, weights, tokens, positions, length, store, last)
-    return hidden[:, 0], Cache(keys, values, lengths)
+    if weights.stacked:
+        empty = empty_cache(c, batch, length + room, int8, stacked=True)
+        hidden, kept = _forward(c, weights, tokens, positions, of_stack, (empty.keys, empty.values), last)
+        return hidden[:, 0], replace(empty, keys=kept[0], values=kept[1], lengths=lengths)
+    hidden, (keys, values) = _forward(c, weights, tokens, positions, of_layer, None, last)
+    return hidden[:, 0], padded(Cache(keys, values, lengths), room)
 
 
 def unembed(config: DecoderConfig, weights: Weights, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -189,6 +286,8 @@ def unembed(config: DecoderConfig, weights: Weights, hidden: Float[Array, "*B D"
     logits = made[0] if len(made) == 1 else jnp.concatenate(made, axis=-1)
     if "scale" in linear:
         logits = logits * linear["scale"].reshape((1,) * (logits.ndim - 1) + (-1,))
+    if logits.ndim == 2:
+        logits = lay("logits", logits)
     if config.logit_divisor != 1:
         logits = logits / config.logit_divisor
     return cap * jnp.tanh(logits / cap) if cap else logits

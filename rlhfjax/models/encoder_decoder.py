@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhfjax import layout
+from rlhfjax.layout import lay
 from rlhfjax.models.heads import apply_head, init_head, with_head
 from rlhfjax.models.interface import positions_of
 from rlhfjax.models.layers import at_columns
@@ -36,6 +38,10 @@ class CrossCache:
     def take(self, rows: Int[Array, "N"]) -> "CrossCache":
         """The cache of these rows, in this order; a row may come several times."""
         return self._map(lambda x, axis: jnp.take(x, rows, axis=axis), self)
+
+    def repeat(self, count: int) -> "CrossCache":
+        """The cache with every row `count` times, beside each other."""
+        return self._map(lambda x, axis: jnp.repeat(x, count, axis=axis), self)
 
     def put(self, part: "CrossCache", rows: Int[Array, "N"]) -> "CrossCache":
         """This cache with the rows of one with at most as many slots at `rows`, distinct; those beyond the end go
@@ -189,16 +195,17 @@ class EncoderDecoder:
         last = response_mask.sum(axis=1)
         return apply_head(params["head"], jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
 
-    def arrange(self, params: Params, rows: int | None = None, parts: int | None = None, fused: bool = True) -> Params:
-        """The parameters as sampling reads them: as they are."""
-        return params
+    def arrange(self, params: Params, rows: int | None = None) -> Params:
+        """The parameters as sampling reads them: as they are, on several devices where those read them."""
+        devices = layout.current()
+        return params if devices is None else devices.weights(params)
 
     def empty_cache(self, rows: int, prompt: int, new_tokens: int) -> CrossCache:
         """A cache for prompts of up to `prompt` tokens and responses of up to `new_tokens`, without a token."""
         c = self.config
 
         def empty(slots: int) -> Array:
-            return jnp.zeros((c.layers, rows, slots, c.heads, c.head_dim), c.compute_dtype)
+            return lay("cross_cache", jnp.zeros((c.layers, rows, slots, c.heads, c.head_dim), c.compute_dtype))
 
         own, crossed = empty(new_tokens + 1), empty(prompt)  # one slot more for the start token
         mask, lengths = jnp.zeros((rows, prompt), bool), jnp.zeros(rows, jnp.int32)
@@ -224,5 +231,8 @@ class EncoderDecoder:
         ones = jnp.ones_like(tokens)[:, None]
         args = (tokens[:, None], lengths[:, None], ones, memory, prompt_mask.astype(jnp.int32), kept)
         hidden, (keys, values, crossed_keys, crossed_values) = self._apply("decode", params, *args)
+        keys, values, crossed_keys, crossed_values = (
+            lay("cross_cache", x) for x in (keys, values, crossed_keys, crossed_values)
+        )
         cache = CrossCache(keys, values, crossed_keys, crossed_values, prompt_mask, lengths + 1)
         return self.unembed(params, hidden[:, 0]), cache

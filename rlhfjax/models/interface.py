@@ -20,7 +20,7 @@ from rlhfjax.models.heads import apply_head, init_head, with_head
 from rlhfjax.models.lora import merge
 from rlhfjax.models.multi_token import ahead, init_heads
 from rlhfjax.models.quantized import is_quantized, quantize
-from rlhfjax.models.sampling_weights import Weights, arrange
+from rlhfjax.models.sampling_weights import Weights, arrange, stacks_layers
 from rlhfjax.types import Params, Routing, TokenBatch
 
 
@@ -186,18 +186,16 @@ class LanguageModel:
         inputs = tokens, positions_of(mask), mask.astype(jnp.int32)
         return apply_head(params["head"], self.hidden(params["decoder"], *inputs, dropout, key, last))[:, 0]
 
-    def arrange(
-        self, params: Params | Weights, rows: int | None = None, parts: int | None = None, fused: bool = True
-    ) -> Weights:
-        """The weights as sampling reads them; what takes parameters below takes these too."""
+    def arrange(self, params: Params | Weights, rows: int | None = None) -> Weights:
+        """The weights as sampling reads them, `rows` at a time; what takes parameters below takes these too."""
         if self.precision in ("int8", "int8_weights") and not isinstance(params, Weights) and not is_quantized(params):
             params = quantize(merge(params, self.config.lora_alpha))
-        return arrange(self.config, params, parts, fused, rows)
+        return arrange(self.config, params, rows)
 
     def empty_cache(self, rows: int, prompt: int, new_tokens: int) -> Cache:
         """A cache for prompts of up to `prompt` tokens and responses of up to `new_tokens`, without a token."""
         int8 = self.precision in ("int8", "int8_cache")
-        return empty_cache(self.config, rows, prompt + new_tokens, int8)
+        return empty_cache(self.config, rows, prompt + new_tokens, int8, stacks_layers())
 
     def prefill(
         self, params: Params | Weights, prompt: Int[Array, "B P"], prompt_mask: Bool[Array, "B P"], new_tokens: int
@@ -213,10 +211,7 @@ class LanguageModel:
         """`prefill` with the hidden state of each row's last token in the place of its logits."""
         weights, lengths = self.arrange(params), prompt_mask.sum(axis=1, dtype=jnp.int32)
         front, int8 = to_front(prompt, prompt_mask), self.precision in ("int8", "int8_cache")
-        last, cache = decoding.prefill(self._sampled, weights, front, lengths, int8)
-        if new_tokens:
-            cache = self.empty_cache(len(prompt), prompt.shape[1], new_tokens).put(cache, jnp.arange(len(prompt)))
-        return last, cache
+        return decoding.prefill(self._sampled, weights, front, lengths, int8, new_tokens)
 
     def decode(
         self, params: Params | Weights, cache: Cache, tokens: Int[Array, "B"]

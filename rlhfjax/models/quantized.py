@@ -113,3 +113,9 @@ def empty_vectors(shape: tuple[int, ...], axis: int, dtype: Any, int8: bool) -> 
 def read_vectors(kept: Array | Int8Vectors, dtype: Any) -> tuple[Array, Array | None]:
     """The numbers for a product, and the scales for what comes out of it; None: there are none."""
     return (kept.integers.astype(dtype), kept.scales) if isinstance(kept, Int8Vectors) else (kept, None)
+
+
+def plain_vectors(kept: Array | Int8Vectors, dtype: Any) -> Array:
+    """What the kept vectors stand for."""
+    numbers, scales = read_vectors(kept, jnp.float32 if isinstance(kept, Int8Vectors) else dtype)
+    return numbers if scales is None else (numbers * scales).astype(dtype)

@@ -23,6 +23,8 @@ MESH_AXES = {
     "residual": "tensor",
     "expert": "expert",
     "embed": "fsdp",
+    # Rows of logits, each whole, where more devices than have rows of their own can share the work.
+    "spread": ("data", "fsdp", "expert", "tensor"),
     None: None,
 }
 
@@ -31,6 +33,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding", ("vocab", "embed")),
     (r"positions/embedding", (None, "embed")),
     (r"unembed/kernel", ("embed", "vocab")),
+    (r"unembed/rows", ("vocab", "embed")),
     (r"blocks/(cross_)?attention/(query|key|value)/kernel", (None, "embed", "heads", None)),
     (r"blocks/(cross_)?attention/(query|key|value)/bias", (None, "heads", None)),
     (r"blocks/(cross_)?attention/out/kernel", (None, "heads", None, "embed")),
@@ -66,6 +69,14 @@ ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
     "inputs": ("batch", "token", None),  # what the products of a layer read
     "heads": ("batch", "token", "heads", None),
     "mlp": ("batch", "token", "mlp"),
+    "logits": ("batch", "vocab"),
+    "whole_logits": ("spread", None),
+    # Of a sampler: what there is of each row, the cache of a layer, of the stack of layers, of an encoder–decoder.
+    "rows": ("batch",),
+    "ids": ("batch", None),
+    "cache": ("batch", "heads", None, None),
+    "caches": ("batch", None, None, "heads", None),
+    "cross_cache": (None, "batch", None, "heads", None),
 }
 
 
@@ -99,6 +110,23 @@ def spec_of(name: str, ndim: int) -> PartitionSpec:
         if len(axes) == ndim and _matches(pattern, name):
             return PartitionSpec(*(MESH_AXES[axis] for axis in axes))
     raise ConfigError(f"sharding: no rule for parameter {name!r} with {ndim} axes; add one to the table of rules")
+
+
+def sampled_axes(name: str, ndim: int) -> tuple[str | None, ...]:
+    """The logical axes of a leaf of what sampling makes of parameters; or of parameters themselves.
+
+    A layer may stand by itself, without the first axis of a stack. Scales of integers lie as these do, adapters of
+    integers are whole. Raises ConfigError when no rule matches.
+    """
+    name = re.sub(r"(^|/)layers(/\d+)?/", r"\1blocks/", name)
+    name = re.sub(r"(kernel|embedding)_scale$", r"\1", re.sub(r"(unembed/(kernel|rows))/\d+$", r"\1", name))
+    if name.endswith(("/lora_a", "/lora_b", "head/bias", "unembed/scale")):
+        return (None,) * ndim
+    for pattern, axes in RULES:
+        alone = axes[1:] if pattern.startswith("blocks/") else axes
+        if _matches(pattern, name) and ndim in (len(axes), len(alone)):
+            return axes if len(axes) == ndim else alone
+    raise ConfigError(f"sharding: no rule for what samples {name!r} with {ndim} axes; add one to the table of rules")
 
 
 def _matches(pattern: str, name: str) -> bool:

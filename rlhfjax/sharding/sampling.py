@@ -1,75 +1,68 @@
-"""A sampler whose caches are split over a mesh, around one that knows of none."""
+"""Where things lie while a program samples: another layout than that of training, set around what is traced for it.
+
+A token is one row's, and a step reads every weight. So weights are split over `tensor` and `expert` alone, and nothing
+has to be gathered for a token; all other axes split rows, and `sequence` does, too.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
-from rlhfjax.sharding.rules import MESH_AXES
+from rlhfjax.layout import laid_out_by
+from rlhfjax.sharding.activations import MeshLayout
+from rlhfjax.sharding.per_device import repeated
+from rlhfjax.sharding.rules import MESH_AXES, dividing
 
-
-def cache_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
-    """Rows over the axes of a batch, heads over tensor, each where it divides evenly.
-
-    A decoder's arrays are [rows, heads, …], those of an encoder–decoder [layers, rows, slots, heads, …]; what has
-    fewer axes begins with the rows.
-    """
-    axes: list[Any] = [None] * len(shape)
-    rows, heads = {4: (0, 1), 5: (1, 3)}.get(len(shape), (0, None))
-    if shape and shape[rows] % math.prod(mesh.shape[axis] for axis in MESH_AXES["batch"]) == 0:
-        axes[rows] = MESH_AXES["batch"]
-    if heads is not None and shape[heads] % mesh.shape["tensor"] == 0:
-        axes[heads] = MESH_AXES["heads"]
-    return PartitionSpec(*axes)
+_ROWS = ("data", "fsdp", "sequence", "expert")
+_AXES = MESH_AXES | {"batch": _ROWS, "spread": (*_ROWS, "tensor"), "token": None, "embed": None, "residual": None}
 
 
 @dataclass(frozen=True)
-class ShardedSampler:
-    """The same functions; inside a compiled one, every cache lies on the mesh as `cache_spec` says.
+class SamplingLayout(MeshLayout):
+    """The layout of programs that sample on a mesh; rows are split over as many of their axes as divide them."""
 
-    Weights that read the same input stay apart where heads are split: joined, each device would lack parts of its own.
-    """
+    def axes(self, axis: str | None, size: int) -> str | tuple[str, ...] | None:
+        if axis not in ("batch", "spread"):
+            return dividing(self.mesh, _AXES[axis], size)
+        taken: tuple[str, ...] = ()
+        for name in _AXES[axis] or ():
+            if self.mesh.shape[name] > 1 and dividing(self.mesh, (*taken, name), size):
+                taken = (*taken, name)
+        return taken or None
 
-    model: Any
-    mesh: Mesh
+    def attention(self, program: Callable[..., Any], kernel: bool) -> Callable[..., Any]:
+        """Rows and heads lie as a program wants them, and tokens are whole."""
+        if not kernel:
+            return program
 
-    def arrange(self, params: Any, rows: int | None = None) -> Any:
-        apart = {"parts": 1, "fused": False} if self.mesh.shape["tensor"] > 1 else {}
-        return self.model.arrange(params, rows, **apart)
+        def attention(query: jax.Array, key: jax.Array, value: jax.Array, *others: jax.Array) -> Any:
+            shards, heads = self.mesh.shape["tensor"], self.axes("heads", query.shape[2])
+            if heads:
+                key, value = (repeated(x, math.lcm(x.shape[2], shards)) for x in (key, value))
+            rows = self.axes("batch", query.shape[0])
+            split = PartitionSpec(rows, None, heads, None)
+            specs = split, split, split, *(PartitionSpec(*(rows,)[: x.ndim]) for x in others)
+            return self.spread(program, specs, split)(query, key, value, *others)
 
-    def empty_cache(self, rows: int, prompt: int, new_tokens: int) -> Any:
-        return self._split(self.model.empty_cache(rows, prompt, new_tokens))
-
-    def prefill(self, params: Any, prompt: Any, prompt_mask: Any, new_tokens: int) -> tuple[Any, Any]:
-        return self._answer(self.model.prefill(params, prompt, prompt_mask, new_tokens))
-
-    def start(self, params: Any, prompt: Any, prompt_mask: Any, new_tokens: int) -> tuple[Any, Any]:
-        return self._answer(self.model.start(params, prompt, prompt_mask, new_tokens))
-
-    def decode(self, params: Any, cache: Any, tokens: Any) -> tuple[Any, Any]:
-        return self._answer(self.model.decode(params, cache, tokens))
-
-    def extend(self, params: Any, cache: Any, tokens: Any, counts: Any) -> tuple[Any, Any]:
-        return self._answer(self.model.extend(params, cache, tokens, counts))
-
-    def unembed(self, params: Any, hidden: Any) -> Any:
-        return self.model.unembed(params, hidden)
-
-    def ahead(self, params: Any, hidden: Any) -> Any:
-        return self.model.ahead(params, hidden)
-
-    def _answer(self, made: tuple[Any, Any]) -> tuple[Any, Any]:
-        return made[0], self._split(made[1])
-
-    def _split(self, cache: Any) -> Any:
-        def put(x: jax.Array) -> jax.Array:
-            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, cache_spec(self.mesh, x.shape)))
-
-        return jax.tree.map(put, cache)
+        return attention
 
 
-def split_caches(mesh: Mesh, model: Any) -> Any:
-    """The model as a sampler of this mesh; on one device, the model."""
-    return ShardedSampler(model, mesh) if mesh.size > 1 else model
+def sampling_layout(mesh: Mesh) -> SamplingLayout | None:
+    """The layout of programs that sample on this mesh; one device has none."""
+    return SamplingLayout(mesh) if mesh.size > 1 else None
+
+
+def sampling_on(mesh: Mesh, program: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is traced for sampling on this mesh, whatever layout is set around it."""
+
+    @wraps(program)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with laid_out_by(sampling_layout(mesh)):
+            return program(*args, **kwargs)
+
+    return traced

@@ -14,12 +14,11 @@ from rlhfjax.algorithms.groups import refilled
 from rlhfjax.algorithms.packing import on_packed, packed_experience
 from rlhfjax.functional import adaptive_kl
 from rlhfjax.generation import SamplingParams, generate
-from rlhfjax.generation.slots import rollout as sample_groups
 from rlhfjax.models import SequenceModel
 from rlhfjax.models.frozen import in_compute_type
 from rlhfjax.models.lora import join, split
 from rlhfjax.sharding import batch_sharding, constrain_parts, replicated, state_shapes, state_shardings
-from rlhfjax.sharding.sampling import split_caches
+from rlhfjax.sharding.sampling import sampling_layout, sampling_on
 from rlhfjax.stages.compilation import training_options
 from rlhfjax.stages.models import sampler_of
 from rlhfjax.stages.offline import average_of
@@ -110,17 +109,10 @@ def build(
     """
     online, base = learner.online, split(learner.params)[0] or {}
     rows, layout = batch_sharding(mesh), state_shardings(mesh, state)
-    sampler = split_caches(mesh, sampler_of(learner.policy, c.sampling))
     group = responses_a_row(c, online.group, learner.policy, *learner.judges.models.values())
     part, place = rows_at_a_time(c, mesh, group), partial(constrain_parts, mesh)
     packed = {"place": place, "group": group, "multiple": token_shards(mesh)}
     pack = partial(packed_experience, part, **packed)
-
-    def rollout(base: Params, trained: Params, prompts: PromptBatch, key: jax.Array) -> Rollout:
-        policy = join(base, trained)["policy"]
-        if online.group == 1:
-            return generate(sampler, policy, prompts, key, sampling)
-        return sample_groups(sampler, policy, prompts, key, sampling, sampling.slots, samples=online.group)
 
     def score(base: Params, trained: Params, frozen: Any, rollout: Rollout) -> Rollout:
         params = join(base, trained)
@@ -149,13 +141,41 @@ def build(
     options = training_options()
     learn = jax.jit(update, donate_argnums=1, out_shardings=(layout, None), compiler_options=options)
     return OnlineSteps(
-        rollout=partial(jax.jit(rollout, out_shardings=rows), base),
+        **sampling_steps(c, mesh, learner, state, sampling),
         score=partial(jax.jit(score, out_shardings=rows, compiler_options=options), base),
         estimate=jax.jit(estimate, out_shardings=(rows, replicated(mesh))),
         update=partial(learn, base),
         episodes=c.batch.size,
         refill=refill_of(c, mesh, learner),
     )
+
+
+def sampling_steps(
+    c: Any, mesh: jax.sharding.Mesh, learner: OnlineLearner, state: OnlineState, sampling: SamplingParams
+) -> dict[str, Any]:
+    """`rollout`, and on several devices `reshard`: what the rollout reads, in the layout that it has for sampling.
+
+    The training state keeps its parameters, so nothing can be donated.
+    """
+    base, rows = split(learner.params)[0] or {}, batch_sharding(mesh)
+    sampler = sampler_of(learner.policy, c.sampling)
+
+    def draw(policy: Any, prompts: PromptBatch, key: jax.Array) -> Rollout:
+        return sampling_on(mesh, generate)(sampler, policy, prompts, key, sampling, samples=learner.online.group)
+
+    def rollout(base: Params, trained: Params, prompts: PromptBatch, key: jax.Array) -> Rollout:
+        return draw(join(base, trained)["policy"], prompts, key)
+
+    def reshard(base: Params, trained: Params) -> Any:
+        return sampling_on(mesh, sampler.arrange)(join(base, trained)["policy"], c.batch.size)
+
+    if (devices := sampling_layout(mesh)) is None:
+        return {"rollout": partial(jax.jit(rollout, out_shardings=rows), base)}
+    lies = devices.weight_shardings(jax.eval_shape(reshard, base, state.train.params))
+    return {
+        "rollout": jax.jit(draw, out_shardings=rows),
+        "reshard": partial(jax.jit(reshard, out_shardings=lies), base),
+    }
 
 
 def refill_of(c: Any, mesh: jax.sharding.Mesh, learner: OnlineLearner) -> Refill | None:

@@ -13,6 +13,7 @@ from rlhfjax.data.pipeline import Batches
 from rlhfjax.host import processes
 from rlhfjax.models import SequenceModel
 from rlhfjax.models.heads import init_head, rescale_head, with_head
+from rlhfjax.sharding.sampling import sampling_on
 from rlhfjax.stages.batches import held_out, longest, open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
@@ -97,7 +98,8 @@ def _sampled(job: Job, prompts: list[list[int]]) -> list[tuple[list[int], list[i
     model, policy = job.policy_from("sft", "pretrain")
     length = job.config.batch.length
     draws = draws_of(last_sampling(job.run), job.tokenizer, prompts, model.config.context, length)
-    rollout = processes.fetch(jax.jit(partial(draws.of, model))(policy, job.key("samples")))
+    draw = jax.jit(partial(sampling_on(job.mesh, draws.of), model))
+    rollout = processes.fetch(draw(policy, job.key("samples")))
     return [
         (prompt, response[kept].tolist())
         for prompt, response, kept in zip(prompts, rollout.response, rollout.response_mask, strict=True)

@@ -143,14 +143,15 @@ def _collect(
 ) -> tuple[Rollout, Experience, Metrics, Any]:
     """What an iteration learns from, and the numbers of its prompts."""
     params = state.train.params
-    with timed.clock("reshard"):
-        served = params if steps.reshard is None else timed.beside.watch.wait(steps.reshard(params))
-
     counted: Metrics = {}  # over all rollouts of the iteration
 
     def draw(key: jax.Array) -> tuple[Rollout, Any]:
         batch = next(prompts)
+        # Only a rollout reads what it reads: nothing but the parameters is there when the device scores.
+        with timed.clock("reshard"):
+            served = params if steps.reshard is None else timed.beside.watch.wait(steps.reshard(params))
         rollout = timed("rollout", steps.rollout, served, batch, key)
+        del served
         asked = steps.judge(rollout) if steps.judge else None
         scored = timed.poisoned("score", timed("score", steps.score, params, frozen, rollout), "scores")
         if asked:

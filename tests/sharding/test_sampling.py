@@ -1,49 +1,88 @@
-"""A cache on eight devices: split as the rules say, and the tokens of one device."""
+"""Sampling on eight devices: laid out as the rules say, nothing gathered for a token, and the tokens of one device."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 from tiny import left_mask, params_of, random_tokens, tiny
 
-from rlhfjax.generation import SamplingParams, generate
+from rlhfjax.generation import SamplingParams, Speculation, generate
 from rlhfjax.sharding import make_mesh, place_batch, state_shardings
-from rlhfjax.sharding.sampling import ShardedSampler, cache_spec
+from rlhfjax.sharding.sampling import SamplingLayout, sampling_on
 from rlhfjax.types import PromptBatch
 
-BATCH = ("data", "fsdp", "expert")
 SAMPLING = SamplingParams(max_new_tokens=5, stop_id=1, pad_id=0, stop_ids=(2, 3))
+MESHES = {
+    "2 x 2 x 2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp 8": {"data": 1, "fsdp": 8},
+    "sequence 4, tensor 2": {"data": 1, "sequence": 4, "tensor": 2},
+}
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return make_mesh(data=2, fsdp=2, tensor=2)
+def layout(**axes):
+    return SamplingLayout(make_mesh(**axes))
 
 
-def test_rows_go_over_the_batch_axes_and_heads_over_tensor(mesh):
-    assert cache_spec(mesh, (8, 2, 16, 32)) == PartitionSpec(BATCH, "tensor", None, None)
-    assert cache_spec(mesh, (2, 8, 32, 4, 16)) == PartitionSpec(None, BATCH, None, "tensor", None)
-    assert cache_spec(mesh, (8,)) == PartitionSpec(BATCH)
-    assert cache_spec(mesh, (6, 3, 16, 32)) == PartitionSpec(None, None, None, None)  # 6 rows for 4, 3 heads for 2
+def prompts_of(rows=8):
+    lengths = [6, 1, 3, 2, 5, 3, 4, 6][:rows]
+    return PromptBatch(random_tokens(rows, 6), left_mask(lengths, 6), jnp.arange(rows, dtype=jnp.int32))
 
 
-@pytest.mark.parametrize("slots", [None, 4])
-def test_a_split_cache_draws_the_tokens_of_one_device(mesh, slots):
-    model, sampling = tiny("llama-gqa", layers=1), SamplingParams(**vars(SAMPLING) | {"slots": slots})
-    params, uid = params_of(model), jnp.arange(8, dtype=jnp.int32)
-    prompts = PromptBatch(random_tokens(8, 6), left_mask([6, 1, 3, 2, 5, 3, 4, 6], 6), uid)
-    wanted = jax.jit(lambda p, b, k: generate(model, p, b, k, SAMPLING))(params, prompts, jax.random.key(3))
-    sampler, seen = ShardedSampler(model, mesh), []
+def test_rows_take_every_axis_but_tensor_as_far_as_they_divide():
+    mesh = layout(data=1, fsdp=2, sequence=2, tensor=2)
+    assert mesh.axes("batch", 8) == ("fsdp", "sequence")
+    assert mesh.axes("batch", 2) == ("fsdp",)
+    assert mesh.axes("batch", 3) is None
+    assert layout(data=2, fsdp=2, expert=2).axes("batch", 6) == ("data",)
 
-    def run(params, prompts, key):
-        cache = sampler.prefill(params, prompts.tokens, prompts.mask, 2)[1]
-        jax.debug.inspect_array_sharding(cache.keys[0], callback=seen.append)
-        return generate(sampler, params, prompts, key, sampling)
 
-    laid = jax.device_put(params, state_shardings(mesh, params)), place_batch(mesh, prompts)
-    made = jax.jit(run)(*laid, jax.random.key(3))
+def test_weights_lie_over_tensor_alone_and_caches_by_rows_and_heads():
+    devices = layout(data=1, fsdp=4, tensor=2)
+    params = {"unembed": {"kernel": 0}, "blocks": {"attention": {"key": {"kernel": 0}}, "mlp": {"down": {"kernel": 0}}}}
+    shapes = [(2, 64, 2, 16), (2, 128, 64), (64, 512)]
+    leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    specs = jax.tree.leaves(devices.weight_shardings(jax.tree.unflatten(jax.tree.structure(params), leaves)))
+    assert [tuple(one.spec) for one in specs] == [
+        (None, None, "tensor", None),
+        (None, "tensor", None),
+        (None, "tensor"),
+    ]
+    made = jax.jit(lambda x: devices.lay("cache", x))(jnp.zeros((8, 2, 16, 4)))
+    assert made.sharding.shard_shape(made.shape) == (2, 1, 16, 4)
+    made = jax.jit(lambda x: devices.lay("cache", x))(jnp.zeros((8, 3, 16, 4)))  # 3 heads for 2 devices
+    assert made.sharding.shard_shape(made.shape) == (2, 3, 16, 4)
+
+
+def drawn(model, mesh, sampling, samples=1, params=None):
+    params = params_of(model) if params is None else params
+    arguments = params, prompts_of(), jax.random.key(3)
+    if mesh is not None:
+        laid = jax.device_put(params, state_shardings(mesh, params)), place_batch(mesh, arguments[1])
+        arguments = *laid, arguments[2]
+        run = sampling_on(mesh, lambda *of: generate(model, *of, sampling, samples))
+        return jax.device_get(jax.jit(run)(*arguments))
+    return jax.device_get(jax.jit(lambda *of: generate(model, *of, sampling, samples))(*arguments))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("settings", "samples"),
+    [
+        ({}, 1),
+        ({"temperature": 0.0}, 1),
+        ({"temperature": 0.7, "top_k": 20}, 1),
+        ({"top_log_probs": 2}, 1),
+        ({"slots": 4}, 1),
+        ({}, 3),
+        ({"speculation": Speculation("ngram", 2)}, 1),
+    ],
+)
+def test_the_tokens_are_those_of_one_device(mesh, settings, samples):
+    model, sampling = tiny("llama-gqa", layers=2), replace(SAMPLING, **settings)
+    wanted = drawn(model, None, sampling, samples)
+    made = drawn(model, make_mesh(**MESHES[mesh]), sampling, samples)
     np.testing.assert_array_equal(made.response, wanted.response)
     np.testing.assert_array_equal(made.response_mask, wanted.response_mask)
-    rows, heads = len(prompts.tokens), model.config.kv_heads
-    assert seen[0].shard_shape((rows, heads, 8, 8)) == (rows // 4, heads // 2, 8, 8)
+    np.testing.assert_allclose(made.sampled_log_probs, wanted.sampled_log_probs, rtol=1e-4, atol=1e-5)

@@ -20,7 +20,7 @@ from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.host import processes
 from rlhfjax.models import SequenceModel
 from rlhfjax.sharding import constrain_parts, place_share
-from rlhfjax.sharding.sampling import split_caches
+from rlhfjax.sharding.sampling import sampling_on
 from rlhfjax.stages.compilation import training_options
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.models import sampler_of, sampling_params
@@ -93,7 +93,7 @@ def sampler(
     """
     model, params = policy
     reward_model, scoring = reward or (model, None)
-    models = split_caches(mesh, sampler_of(model, c.sampling)), model, reference[0], reward_model
+    models = sampler_of(model, c.sampling), model, reference[0], reward_model
     program = _program(*models, settings, rows_at_a_time(c, mesh), mesh, current())
     return partial(program, params, reference[1], scoring)
 
@@ -113,7 +113,7 @@ def _program(
 
     @partial(jax.jit, compiler_options=training_options(target))
     def sample(params, reference, reward, batch, key):
-        made = generate(sampling_model, params, batch, key, settings)
+        made = sampling_on(mesh, generate)(sampling_model, params, batch, key, settings)
 
         def of_rows(rows: TokenBatch) -> tuple[jax.Array, ...]:
             log_probs, entropies = token_log_probs(model, params, rows, **how)

@@ -15,6 +15,7 @@ from rlhfjax.config import schema
 from rlhfjax.data.pipeline import Batches, Reader
 from rlhfjax.models import SequenceModel
 from rlhfjax.sharding import place_share
+from rlhfjax.sharding.sampling import sampling_on
 from rlhfjax.stages.measures.draws import draws_of
 from rlhfjax.stages.objectives import language_modelling
 from rlhfjax.training.checkpoint import find_checkpoint, load_model
@@ -73,7 +74,7 @@ def reward_meter(
 
     @jax.jit
     def mean_score(params, reward, key):
-        made = draws.of(model, params, key)
+        made = sampling_on(mesh, draws.of)(model, params, key)
         parts = (made.prompt, made.prompt_mask, made.response, made.response_mask)
         return scorer.response_scores(reward, *parts).mean()
 
