@@ -4,11 +4,7 @@ from rlhfjax.config.arithmetic import (
     check,
     check_updates,
     guessing_heads,
-    least_devices,
-    mesh_shape,
     needs_documents,
-    sequence_lengths,
-    split_sizes,
 )
 from rlhfjax.config.description import describe
 from rlhfjax.config.loading import (
@@ -21,6 +17,7 @@ from rlhfjax.config.loading import (
     resolved_yaml,
     shipped,
 )
+from rlhfjax.config.meshes import least_devices, mesh_problems, mesh_shape, sequence_lengths
 from rlhfjax.config.schema import Run
 
 __all__ = [
@@ -35,11 +32,11 @@ __all__ = [
     "key_sources",
     "least_devices",
     "load_config",
+    "mesh_problems",
     "mesh_shape",
     "needs_documents",
     "resolved",
     "resolved_yaml",
     "sequence_lengths",
     "shipped",
-    "split_sizes",
 ]

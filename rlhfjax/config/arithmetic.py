@@ -1,12 +1,12 @@
 """Arithmetic of a configuration that no single section can see: checked before any device is touched."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 
+from rlhfjax.config.meshes import mesh_problems, sequence_lengths
 from rlhfjax.config.recipe import FACTS, SUPERVISED, needs_of, offline, online, sampling, section_of, stages_of
 from rlhfjax.config.rewards import on_device
-from rlhfjax.config.schema import Mesh, Optimizer, RolloutBatch, Run, Sampling
+from rlhfjax.config.schema import Optimizer, RolloutBatch, Run
 from rlhfjax.config.shape import Shape, linears, model_shape
 from rlhfjax.config.unread import unread
 from rlhfjax.errors import ConfigError
@@ -14,38 +14,13 @@ from rlhfjax.errors import ConfigError
 _MAX_PROBLEMS = 10
 
 
-def mesh_shape(mesh: Mesh, devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes on `devices` devices; an axis of -1 takes what the others leave.
+def check(run: Run, devices: int, held: Mapping[str, int] | None = None) -> None:
+    """Check sizes against the meshes, lengths against the context, and stages against what they start from.
 
-    Raises ConfigError when the product of the axes cannot be the number of devices.
+    `held` are the sizes of a model from a checkpoint (`mlp_width`, `width`, `experts`), where they are known. Raises
+    ConfigError that lists every problem with its numbers and a remedy.
     """
-    sizes = mesh.model_dump()
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    free = [axis for axis, size in sizes.items() if size == -1]
-    shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != -1)
-    if free and devices % fixed:
-        raise ConfigError(
-            f"mesh: {shown} = {fixed} must divide the number of devices, {devices}; change mesh.* or the devices"
-        )
-    if not free and fixed != devices:
-        raise ConfigError(
-            f"mesh: {shown} = {fixed}, expected the number of devices, {devices}; change mesh.* or set one axis to -1"
-        )
-    return {axis: devices // fixed if axis in free else size for axis, size in sizes.items()}
-
-
-def least_devices(mesh: Mesh) -> int:
-    """The smallest number of devices that the mesh fits: its product, with 1 for an axis of -1."""
-    return math.prod(size for size in mesh.model_dump().values() if size != -1)
-
-
-def check(run: Run, devices: int) -> None:
-    """Check sizes against the mesh, lengths against the context, and stages against what they start from.
-
-    Raises ConfigError that lists every problem with its numbers and a remedy.
-    """
-    sizes = mesh_shape(run.mesh, devices)
-    found = [*_batches(run, sizes), *_lengths(run, sizes), *_model(run, sizes)]
+    found = [*mesh_problems(run, devices, held), *_lengths(run), *_model(run)]
     found += [*_pairs(run), *_inputs(run), *_schedules(run), *_controller(run), *unread(run)]
     if len(found) == 1:
         raise ConfigError(found[0])
@@ -54,60 +29,14 @@ def check(run: Run, devices: int) -> None:
         raise ConfigError("\n  ".join([f"{run.name}: {len(found)} problems", *found[:_MAX_PROBLEMS], *more]))
 
 
-def _batches(run: Run, mesh: dict[str, int]) -> Iterator[str]:
-    axes = ["data", "fsdp"] + ["expert"] * (mesh["expert"] > 1)
-    rows = math.prod(mesh[axis] for axis in axes)
-    names, sizes = " x ".join(f"mesh.{axis}" for axis in axes), " x ".join(f"{mesh[axis]}" for axis in axes)
-    for name, size in _batch_sizes(run):
-        if size % rows:
-            near = " or ".join(f"{size // rows * rows + step:g}" for step in (0, rows) if size // rows * rows + step)
-            yield (
-                f"{name} {size:g} must be a multiple of {names} = {sizes} = {rows}; make it {near}, or change the mesh"
-            )
-
-
-def _batch_sizes(run: Run) -> Iterator[tuple[str, float]]:
-    for stage, section in run.stages:
-        for key in ("size", "minibatch", "micro"):
-            if section and (size := getattr(section.batch, key, None)):
-                yield f"stages.{stage}.batch.{key}", size
-    for stage, section in online(run):
-        if (prompts := section.prompts) != section.batch.size:
-            yield f"stages.{stage}.batch.size / groups.size =", prompts
-        if section.ptx:
-            micro = section.batch.micro or section.batch.minibatch or section.batch.size
-            yield f"stages.{stage}.ptx.ratio {section.ptx.ratio:g} x micro batch {micro} =", micro * section.ptx.ratio
-
-
-def _lengths(run: Run, mesh: dict[str, int]) -> Iterator[str]:
-    sequence, context = mesh["sequence"], None if run.model.checkpoint else run.model.context
+def _lengths(run: Run) -> Iterator[str]:
+    context = None if run.model.checkpoint else run.model.context
     for name, length in sequence_lengths(run):
         if context and length > context:
             yield f"{name} {length} is more than model.context {context}; shorten it or raise model.context"
-        if length % sequence:
-            yield f"{name} {length} must be a multiple of mesh.sequence {sequence}"
 
 
-def sequence_lengths(run: Run) -> Iterator[tuple[str, int]]:
-    """Every length in tokens that the model's context must hold, with the name of its key."""
-    for name, section in offline(run):
-        yield f"stages.{name}.batch.length", section.batch.length
-    for name, section in sampling(run):
-        yield _rollout_length(name, section.batch, section.sampling)
-    for name, section in online(run):
-        if section.ptx:
-            yield f"stages.{name}.ptx.length", section.ptx.length
-    if run.stages.evaluate and run.stages.evaluate.losses and not run.model.checkpoint:
-        yield "model.context (the length of stages.evaluate.losses)", run.model.context
-
-
-def _rollout_length(stage: str, batch: RolloutBatch, sampling: Sampling) -> tuple[str, int]:
-    prompt, response = batch.prompt_length, sampling.max_new_tokens
-    name = f"stages.{stage}: batch.prompt_length {prompt} + sampling.max_new_tokens {response} ="
-    return name, prompt + response
-
-
-def _model(run: Run, mesh: dict[str, int]) -> Iterator[str]:
+def _model(run: Run) -> Iterator[str]:
     if run.model.lora and not (run.model.checkpoint or run.stages.pretrain):
         yield "model.lora adapts a model that is there already; add model.checkpoint or stages.pretrain"
     if run.model.checkpoint:
@@ -117,23 +46,12 @@ def _model(run: Run, mesh: dict[str, int]) -> Iterator[str]:
     if shape.positions == "rope" and (turned % 2 or not turned):
         share = "" if shape.rope_fraction == 1 else f" x {shape.rope_fraction:g} of {run.model.family}"
         yield f"model: rope turns pairs, so width / heads (or architecture.head_dim){share} must be even, got {turned}"
-    words = {} if run.tokenizer.path else {"tokenizer.vocab_size": run.tokenizer.vocab_size}
-    sizes = {f"model.{name}": getattr(shape, name) for name in ("heads", "kv_heads", "mlp_width", "width")}
-    yield from split_sizes(mesh, words | sizes)
-    yield from _experts(run, shape, mesh["expert"])
+    yield from _experts(run, shape)
     yield from _heads(run, shape)
     names = linears(shape)
     for pattern in run.model.lora.targets if run.model.lora else ():
         if not any(re.search(pattern, name) for name in names):
             yield f"model.lora.targets: {pattern!r} matches no linear of this model; its linears are {', '.join(names)}"
-
-
-def split_sizes(mesh: dict[str, int], sizes: Mapping[str, int]) -> Iterator[str]:
-    """What is wrong with sizes that mesh axes split, by the names of their keys: widths by fsdp, all else by tensor."""
-    for name, size in sizes.items():
-        axis = "fsdp" if re.search(r"\bwidth$", name) else "tensor"
-        if size % mesh[axis]:
-            yield f"{name} {size} must be a multiple of mesh.{axis} {mesh[axis]}"
 
 
 def _heads(run: Run, shape: Shape) -> Iterator[str]:
@@ -152,18 +70,14 @@ def guessing_heads(run: Run, heads: int) -> Iterator[str]:
             )
 
 
-def _experts(run: Run, shape: Shape, axis: int) -> Iterator[str]:
+def _experts(run: Run, shape: Shape) -> Iterator[str]:
     if not shape.experts:
         experts = run.model.architecture.experts  # a resolved configuration names every key, with its default
         defaults = {name: field.default for name, field in type(experts).model_fields.items() if name != "count"}
         given = sorted(name for name, default in defaults.items() if getattr(experts, name) != default)
         if given:
             yield f"model.architecture.experts: {', '.join(given)} without experts; give count or another family"
-        if axis > 1:
-            yield f"mesh.expert {axis}: this model has no experts to split; use mesh.data or mesh.fsdp"
         return
-    if shape.experts % axis:
-        yield f"model.architecture.experts.count {shape.experts} must be a multiple of mesh.expert {axis}"
     if shape.experts_per_token > shape.experts:
         yield (
             f"model.architecture.experts.per_token {shape.experts_per_token} is more than the {shape.experts} experts; "

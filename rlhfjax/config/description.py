@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from rlhfjax.config.arithmetic import least_devices, mesh_shape, updates_per_step
+from rlhfjax.config.arithmetic import updates_per_step
+from rlhfjax.config.meshes import least_devices, mesh_shape
 from rlhfjax.config.schema import Batch, Evaluate, Offline, Online, Optimizer, Ptx, RankedBatch, Run, Sft
 from rlhfjax.config.shape import Shape, active_count, adapter_count, model_shape, parameter_count
 
@@ -12,17 +13,18 @@ def describe(run: Run, devices: int | None = None) -> str:
 
     `devices` None takes the smallest number that the mesh fits. Raises ConfigError when the mesh does not fit.
     """
-    rows = [("mesh", _mesh(run, devices)), ("model", _model(run)), ("tokenizer", _tokenizer(run)), *_stages(run)]
+    rows = [*_meshes(run, devices), ("model", _model(run)), ("tokenizer", _tokenizer(run)), *_stages(run)]
     label = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{label}}  {text}" for name, text in rows)
 
 
-def _mesh(run: Run, devices: int | None) -> str:
+def _meshes(run: Run, devices: int | None) -> Iterator[tuple[str, str]]:
     count = devices or least_devices(run.mesh)
-    sizes = mesh_shape(run.mesh, count)
-    shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    assumed = "" if devices else " (the fewest that fit; --devices N for another number)"
-    return f"{shown} = {_count(count, 'device')}{assumed}"
+    for key, mesh in run.mesh.all.items():
+        shown = " x ".join(f"{axis} {size}" for axis, size in mesh_shape(mesh, count, key).items())
+        slices = f" on {mesh.slices} slices" if mesh.slices > 1 else ""
+        assumed = "" if devices or key != "mesh" else " (the fewest that fit; --devices N for another number)"
+        yield key.removeprefix("stages."), f"{shown} = {_count(count, 'device')}{slices}{assumed}"
 
 
 def _model(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""Keys that have another place than they had: a file or an override with the old one means the new one."""
+"""Keys that have another place than they had, or than they are read at: one of them means the other."""
 
 from typing import Any
 
@@ -14,12 +14,19 @@ MOVED: dict[Path, Path] = {
 
 def place_of(key: Path) -> Path:
     """Where a key belongs now."""
+    if len(key) > 2 and (key[0], key[2]) == ("stages", "mesh"):
+        return ("mesh", "stages", key[1], *key[3:])
     return MOVED.get(key, key)
 
 
 def moved(tree: Any) -> Any:
     """The tree of a configuration with every key in its place. Raises ConfigError where both places are given."""
-    for old, new in MOVED.items():
+    stages = _at(tree, ("stages",))
+    meshes = {
+        ("stages", str(name), "mesh"): ("mesh", "stages", str(name))
+        for name in (stages if isinstance(stages, dict) else ())
+    }
+    for old, new in (MOVED | meshes).items():
         section = _at(tree, old[:-1])
         if not isinstance(section, dict) or old[-1] not in section:
             continue

@@ -23,6 +23,7 @@ from rlhfjax.config.offline_stages import (
 )
 from rlhfjax.config.online_stages import Online, OnlineStages, Ppo, Ptx, Value
 from rlhfjax.config.sections import (
+    Axes,
     Batch,
     Count,
     Data,
@@ -39,6 +40,7 @@ from rlhfjax.config.sections import (
 from rlhfjax.config.upkeep import Checkpoints, Logging, Profile, Reliability
 
 __all__ = [
+    "Axes",
     "Batch",
     "Checkpoints",
     "Data",

@@ -25,21 +25,45 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
-class Mesh(Section):
-    """Device mesh; the product must equal the number of devices, one axis may be -1 (all that are left)."""
+class Axes(Section):
+    """A device mesh; the product of its axes must equal the number of devices, one may be -1 (all that are left).
+
+    The outermost part of `data` crosses `slices` of accelerators, which a slower network joins.
+    """
 
     data: int = -1
     fsdp: int = 1
     sequence: int = 1
     tensor: int = 1
     expert: int = 1
+    slices: Count = 1
 
     @model_validator(mode="after")
     def _one_free_axis(self):
-        sizes = tuple(self.model_dump().values())
+        sizes = tuple(self.axes.values())
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(f"mesh axes are positive, at most one of them -1; got {sizes}")
         return self
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The axes of the mesh in their order."""
+        return {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor", "expert")}
+
+
+class Mesh(Axes):
+    """The mesh of all stages but those with their own in `stages`, which a file may have at `stages.NAME.mesh`."""
+
+    stages: dict[str, Axes] = {}
+
+    def of(self, stage: str) -> Axes:
+        """That of one stage."""
+        return self.stages.get(stage, self)
+
+    @property
+    def all(self) -> dict[str, Axes]:
+        """The recipe's, and those that stages have of their own, by the keys that they stand at in a file."""
+        return {"mesh": self, **{f"stages.{name}.mesh": mesh for name, mesh in self.stages.items()}}
 
 
 class Data(Section):

@@ -21,7 +21,6 @@ from rlhfjax.config import (
     needs_documents,
     schema,
     sequence_lengths,
-    split_sizes,
 )
 from rlhfjax.config.recipe import FACTS, NAMES, TOKENIZER, Entry, entries_of, online
 from rlhfjax.config.rewards import RECIPE, on_device
@@ -52,7 +51,7 @@ def make_jobs(
 
     Raises ConfigError when batch sizes or the mesh do not fit the devices that are here.
     """
-    check(run, jax.device_count())
+    check(run, jax.device_count(), _held(run))
     _check_best(run.checkpoints.keep_best)
     for stage in stages:
         if not FACTS[stage].measures:  # which imports matplotlib, a third of all imports
@@ -67,8 +66,25 @@ def make_jobs(
     for checkpoints in (run_dir / stage / "checkpoints" for stage in stages):
         if os.path.lexists(checkpoints):  # a link to another disk, perhaps
             processes.by_first(partial(require_writable, checkpoints), "writable")
-    mesh, shared = make_mesh(**run.mesh.model_dump()), {"date": date}
-    return [Job(run, stage, run_dir, data_dir, mesh, report, shared) for stage in stages]
+    shared = {"date": date}
+    return [Job(run, stage, run_dir, data_dir, mesh_of(run, stage), report, shared) for stage in stages]
+
+
+def mesh_of(run: Run, stage: str) -> jax.sharding.Mesh:
+    """The mesh of a stage: its own, or the recipe's."""
+    return _made(run.mesh.of(stage))
+
+
+def _made(mesh: schema.Axes) -> jax.sharding.Mesh:
+    return make_mesh(*mesh.axes.values(), slices=mesh.slices)
+
+
+def _held(run: Run) -> dict[str, int] | None:
+    """Sizes of a model from a checkpoint that meshes split."""
+    if not run.model.checkpoint:
+        return None
+    shape = read_meta(find_checkpoint(run.model.checkpoint))["model"]
+    return {name: shape[name] for name in ("mlp_width", "width", "experts") if name in shape}
 
 
 def origins(jobs: list[Job]) -> dict[str, Any]:
@@ -82,7 +98,7 @@ def origins(jobs: list[Job]) -> dict[str, Any]:
         },
         "rewards": rewards_of(run),
         "started_from": given(run),
-        "mesh": mesh_facts(first.mesh),
+        **meshes_now(run),
         "resumed_from": {"stage": first.stage, "step": max(steps, default=0)},
     }
 
@@ -99,6 +115,12 @@ def given(run: Run) -> dict[str, str]:
     if run.tokenizer.path:
         digests["tokenizer.path"] = load_tokenizer(run.tokenizer.path).fingerprint
     return digests
+
+
+def meshes_now(run: Run) -> dict[str, Any]:
+    """Facts of the recipe's mesh, and of those that stages have of their own."""
+    own = {stage: mesh_facts(mesh_of(run, stage)) for stage in run.mesh.stages}
+    return {"mesh": mesh_facts(_made(run.mesh))} | ({"meshes": own} if own else {})
 
 
 def mesh_facts(mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -140,7 +162,6 @@ def check_data(jobs: list[Job]) -> None:
                 check_updates(job.stage, job.config.optimizer, opened["train"].steps(epochs))
             _check_rest(job)
     run, words = jobs[0].run, jobs[0].tokenizer.vocab_size
-    _check_sizes(jobs[0], words)
     if run.model.checkpoint:
         shape = read_meta(find_checkpoint(run.model.checkpoint))["model"]
         rows = shape["vocab_size"]
@@ -149,8 +170,8 @@ def check_data(jobs: list[Job]) -> None:
                 f"model.checkpoint has a vocabulary of {rows}, the tokenizer one of {words}; use the tokenizer "
                 "that the model was trained with (leave tokenizer out of the file to take it from the checkpoint)"
             )
-        problem = next(needs_documents(run), None) if shape.get("family") == "transformer_2017" else None
-        if problem:
+        problems = needs_documents(run) if shape.get("family") == "transformer_2017" else iter(())
+        for problem in (*problems, *guessing_heads(run, shape.get("mtp_heads", 0))):
             raise ConfigError(problem)
         for name, length in sequence_lengths(run):
             if length > shape["context"]:
@@ -159,20 +180,6 @@ def check_data(jobs: list[Job]) -> None:
                 )
         if run.model.lora:
             targeted(linears(jax.eval_shape(model_of(shape).init, jax.random.key(0))), run.model.lora.targets)
-
-
-def _check_sizes(job: Job, words: int) -> None:
-    """What `check` leaves out where the model's shape is in its checkpoint, or the tokenizer is there already."""
-    run, mesh = job.run, dict(job.mesh.shape)
-    if not run.model.checkpoint:
-        problems = [*split_sizes(mesh, {"the tokenizer's vocabulary": words})]
-    else:
-        shape = read_meta(find_checkpoint(run.model.checkpoint))["model"]
-        names = (name for name in ("heads", "kv_heads", "mlp_width", "width", "vocab_size") if name in shape)
-        problems = [*split_sizes(mesh, {f"model.checkpoint: {name}": shape[name] for name in names})]
-        problems += guessing_heads(run, shape.get("mtp_heads", 0))
-    for problem in problems:
-        raise ConfigError(problem)
 
 
 def _check_rest(job: Job) -> None:

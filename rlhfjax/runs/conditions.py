@@ -59,6 +59,13 @@ def _devices(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     if "mesh" in then and "mesh" in now:
         yield from _value("mesh", _axes(then["mesh"]), _axes(now["mesh"]))
         yield from _value("order of devices in the mesh", then["mesh"]["device_order"], now["mesh"]["device_order"])
+        own = [facts.get("meshes", {}) for facts in (then, now)]
+        for stage in sorted(own[0].keys() | own[1].keys()):
+            of_stage = [facts.get(stage, facts_of["mesh"]) for facts, facts_of in zip(own, (then, now), strict=True)]
+            yield from _value(f"mesh of {stage}", *map(_axes, of_stage))
+            yield from _value(
+                f"order of devices in the mesh of {stage}", *(facts["device_order"] for facts in of_stage)
+            )
     machine, here = then.get("machine", {}), now["machine"]
     if now["backend"] == "cpu":  # XLA compiles for this processor, and shares sums out among its cores
         for name in ("architecture", "processor", "cores"):

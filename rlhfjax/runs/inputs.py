@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhfjax.config import Run
+from rlhfjax.config.recipe import TOKENIZER
 from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
 from rlhfjax.data.recount import changed_since_preparation
 from rlhfjax.errors import RlhfjaxError
-from rlhfjax.runs.checks import entries, given, mesh_facts
+from rlhfjax.runs.checks import entries, given, mesh_of, meshes_now
 from rlhfjax.runs.sizes import first_target
 from rlhfjax.runs.sources import rewards_of
-from rlhfjax.sharding import make_mesh
 
 
 def inputs_now(run: Run) -> tuple[dict[str, Any], list[str]]:
@@ -21,11 +21,11 @@ def inputs_now(run: Run) -> tuple[dict[str, Any], list[str]]:
     for name, find in (
         ("rewards", lambda: rewards_of(run)),
         ("started_from", lambda: given(run)),
-        ("mesh", lambda: mesh_facts(_mesh(run))),
-        ("target", lambda: first_target(run, _mesh(run)).facts()),
+        ("mesh", lambda: meshes_now(run)),
+        ("target", lambda: first_target(run, mesh_of(run, TOKENIZER)).facts()),
     ):
         try:
-            facts[name] = find()
+            facts |= find() if name == "mesh" else {name: find()}
         except RlhfjaxError as error:
             problems.append(str(error))
     return facts, problems
@@ -45,7 +45,3 @@ def _data(run: Run, problems: list[str]) -> dict[str, str]:
         except RlhfjaxError as error:
             problems.append(f"data {name}: {error}")
     return found
-
-
-def _mesh(run: Run) -> Any:
-    return make_mesh(**run.mesh.model_dump())

@@ -147,14 +147,20 @@ def other_layout(before: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) ->
     """
     if not before or now["resumed_from"]["stage"] == "tokenizer":
         return None
-    last = before[-1]
+    last, stage = before[-1], now["resumed_from"]["stage"]
     names = {"devices": "devices", "process": "processes", "mesh": "mesh"}
+    last, now = ({**line, **_mesh_of(line, stage)} for line in (last, now))
     shown = {name: (_layout(last.get(name)), _layout(now.get(name))) for name in names if name in last}
     layout = [f"{names[name]} {old} -> {new}" for name, (old, new) in shown.items() if old != new]
     then, here = last.get("target", {}), now.get("target", {})
     sizes = [f"{name} {then[name]} -> {here[name]}" for name in here if name in then and then[name] != here[name]]
     texts = [("on another layout", layout), ("with other sizes", sizes)]
     return ", ".join(f"{text} ({', '.join(changes)})" for text, changes in texts if changes) or None
+
+
+def _mesh_of(line: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """The mesh of a stage that has its own, in place of the recipe's."""
+    return {"mesh": line["meshes"][stage]} if stage in line.get("meshes", {}) else {}
 
 
 def _layout(value: Any) -> str:

@@ -73,15 +73,15 @@ class Job:
         """What opens data; its tokenizer writes conversations with the chat settings of this stage."""
         if "reader" not in self.shared:
             tokenizer = load_tokenizer(self.run_dir / "tokenizer")
-            local = partial(local_rows, self.mesh) if self.mesh.is_multi_process else lambda size: None
-            self.shared["reader"] = Reader(tokenizer, self.data_dir, self.run.seed, self.report, local)
+            self.shared["reader"] = Reader(tokenizer, self.data_dir, self.run.seed, self.report)
         of_stage = self.shared.setdefault("readers", {})
         if self.stage not in of_stage:
             if "variables" not in self.shared:
                 self.shared["variables"] = variables_of_checkpoint(self.run)
             settings = settings_of(self.run, self.stage, self.shared.get("date"), self.shared["variables"])
             whole = self.shared["reader"]
-            of_stage[self.stage] = replace(whole, tokenizer=whole.tokenizer.with_chat(settings))
+            local = partial(local_rows, self.mesh) if self.mesh.is_multi_process else lambda size: None
+            of_stage[self.stage] = replace(whole, tokenizer=whole.tokenizer.with_chat(settings), local=local)
         return of_stage[self.stage]
 
     def put(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -102,8 +102,16 @@ class Job:
     def load_from(self, path: Path | str, item: str | None = None) -> tuple[SequenceModel, Params]:
         """The model of a checkpoint anywhere."""
         settings = self.run.model
-        bases = self.shared.setdefault("bases", Bases()) if settings.lora else None
+        bases = self._bases() if settings.lora else None
         return load_model(find_checkpoint(path), self.mesh, item=item, bases=bases, **self._computed())
+
+    def _bases(self) -> Bases:
+        """Those that lie on the mesh of this stage."""
+        mesh, bases = self.shared.get("bases", (None, None))
+        if bases is None or mesh != self.mesh:
+            bases = Bases()
+            self.shared["bases"] = self.mesh, bases
+        return bases
 
     def _computed(self) -> dict[str, Any]:
         """How models compute here, whatever the run that they come from chose."""

@@ -10,7 +10,6 @@ from rlhfjax.config import (
     load_config,
     mesh_shape,
     resolved_yaml,
-    split_sizes,
 )
 from rlhfjax.config.schema import Mesh
 from rlhfjax.errors import ConfigError
@@ -123,10 +122,12 @@ def test_what_fits_passes(load):
          "= 16 must be a multiple of mesh.sequence 3"),
         (["mesh.sequence=8", "stages.sft.batch.length=12"], 8,
          "stages.sft.batch.length 12 must be a multiple of mesh.sequence 8"),
-        (["mesh.tensor=4"], 4, "model.kv_heads 2 must be a multiple of mesh.tensor 4"),
         (["mesh.tensor=2", "model.mlp_width=33"], 2, "model.mlp_width 33 must be a multiple of mesh.tensor 2"),
-        (["mesh.tensor=2", "tokenizer.vocab_size=65"], 2, "vocab_size 65 must be a multiple of mesh.tensor 2"),
-        (["mesh.tensor=2", "model.heads=1", "model.kv_heads=1"], 2, "model.heads 1 must be a multiple of mesh"),
+        (["mesh.slices=2", "mesh.data=3"], 3, "mesh.data 3 must be a multiple of mesh.slices 2"),
+        (["stages.sft.mesh={fsdp: 8}", "stages.sft.batch.size=12"], 8,
+         "stages.sft.batch.size 12 must be a multiple of stages.sft.mesh.data x stages.sft.mesh.fsdp = 1 x 8 = 8"),
+        (["stages.ppo.mesh={tensor: 3}"], 8, "stages.ppo.mesh: fsdp 1 x sequence 1 x tensor 3 x expert 1 = 3 must "
+         "divide the number of devices, 8"),
         (["mesh.fsdp=32", "stages={pretrain: {data: [{source: a}], steps: 1, batch: {size: 32, length: 8}, "
           "optimizer: {lr: 1}}}"], 32, "model.width 16 must be a multiple of mesh.fsdp 32"),
         (["model.architecture.head_dim=3"], 1, "rope turns pairs, so width / heads (or architecture.head_dim) must be "
@@ -245,10 +246,35 @@ def test_a_warm_up_is_checked_when_epochs_are_counted(load):
         check_updates("sft", run.stages.sft.optimizer, 37)
 
 
-def test_sizes_of_a_checkpoint_are_checked_like_those_of_a_configuration():
-    mesh = {"fsdp": 3, "tensor": 4}
-    found = list(split_sizes(mesh, {"model.checkpoint: width": 16, "model.mlp_width": 18, "model.heads": 8}))
-    assert found == [
-        "model.checkpoint: width 16 must be a multiple of mesh.fsdp 3",
-        "model.mlp_width 18 must be a multiple of mesh.tensor 4",
-    ]
+def test_sizes_of_a_checkpoint_are_checked_like_those_of_a_configuration(load):
+    run = load("model={checkpoint: runs/x}", "tokenizer={}", "mesh={fsdp: 4, tensor: 4}")
+    held = {"width": 18, "mlp_width": 18, "experts": 0}
+    with pytest.raises(ConfigError) as caught:
+        check(run, 16, held)
+    lines = str(caught.value).splitlines()[1:]
+    assert "model.checkpoint: mlp_width 18 must be a multiple of mesh.tensor 4" in lines[0]
+    assert "model.checkpoint: width 18 must be a multiple of mesh.fsdp 4" in lines[1]
+    check(run, 16)  # where nobody knows them
+
+
+def test_meshes_that_would_do_are_named(load):
+    sft_alone = "stages={sft: {data: [{source: a}], steps: 1, batch: {size: 8, length: 8}, optimizer: {lr: 1}}}"
+    assert problem(load(sft_alone, "mesh={data: 4, fsdp: 4}"), 16).endswith(
+        "(of 16 devices fit data 2 x fsdp 4 x tensor 2, data 2 x fsdp 4 x sequence 2, data 4 x fsdp 2 x tensor 2)"
+    )
+    assert "(of 8 devices fit data 2 x fsdp 4, data 4 x fsdp 2, fsdp 8)" in problem(load(sft_alone, "mesh.fsdp=3"), 8)
+    few = "stages={sft: {data: [{source: a}], steps: 1, batch: {size: 1, length: 7}, optimizer: {lr: 1}}}"
+    told = problem(load(few, "mesh.data=3", "model.mlp_width=32"), 3)
+    assert told.endswith("(no mesh of 3 devices does; of 1 device fit data 1)")
+
+
+def test_every_stage_may_have_a_mesh_of_its_own(load):
+    run = load("mesh={data: 2, tensor: 4}", "stages.sft.mesh={fsdp: 8}", "stages.sft.mesh.slices=1")
+    check(run, 8)
+    assert run.mesh.of("sft").axes | {"data": 1} == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1, "expert": 1}
+    assert run.mesh.of("ppo") is run.mesh
+    assert "sft.mesh" in describe(run, 8)
+    assert least_devices(run.mesh) == 8
+    assert problem(load("stages.stf.mesh={fsdp: 8}"), 8).startswith(
+        "stages.stf.mesh: stf is no stage; expected one of "
+    )

@@ -284,7 +284,7 @@ def here(finished, monkeypatch):
         return describe(run) | then
 
     monkeypatch.setattr("rlhfjax.runs.reproduce.describe", now)
-    monkeypatch.setattr("rlhfjax.runs.inputs.mesh_facts", lambda mesh: then["mesh"])
+    monkeypatch.setattr("rlhfjax.runs.inputs.meshes_now", lambda run: {"mesh": then["mesh"]})
     monkeypatch.setattr("rlhfjax.runs.inputs.first_target", lambda run, mesh: Target(**attempts[-1]["target"]))
     return run, attempts
 

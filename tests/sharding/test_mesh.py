@@ -33,3 +33,11 @@ def test_a_mesh_of_some_devices():
 def test_a_product_that_does_not_fit_is_an_error(axes):
     with pytest.raises(ConfigError, match=r"product of 8 .*data .*fsdp .*sequence .*tensor .*mesh"):
         make_mesh(**axes)
+
+
+def test_slices_split_the_data_axis_first():
+    mesh = make_mesh(fsdp=4, slices=2)
+    assert mesh.devices.shape == (2, 4, 1, 1, 1)
+    assert [device.id for device in mesh.devices.flat] == [device.id for device in jax.devices()]
+    with pytest.raises(ConfigError, match=r"mesh.data 2 must be a multiple of mesh.slices 4"):
+        make_mesh(data=2, fsdp=4, slices=4)
