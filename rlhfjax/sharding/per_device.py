@@ -25,16 +25,15 @@ def by_rows_and_heads(mesh: Mesh, program: Attention) -> Attention:
     """f(query, key, value, segments, …) of arrays [B, T, heads, D], then [B, T] and scalars, where each device computes
     its part of B and of the heads, once.
 
-    Rows or heads that the mesh does not divide stay whole, and so do tokens. Where `sequence` does not divide the heads
-    that a device has, those that share heads compute queries of their own (`slots` of the program).
+    Rows that the mesh does not divide stay whole, and so do tokens. Heads of keys and values are repeated where there
+    are too few for every device, and heads are padded where the mesh does not divide those of queries. Where `sequence`
+    does not divide the heads that a device has, those that share heads compute queries of their own (`slots` of the
+    program).
     """
 
     def attention(query: Array, key: Array, value: Array, *others: Array) -> Array:
-        rows = dividing(mesh, MESH_AXES["batch"], query.shape[0])
-        heads = dividing(mesh, MESH_AXES["heads"], query.shape[2])
-        if heads:  # where there are fewer keys than devices, several have one
-            shards = mesh.shape[MESH_AXES["heads"]]
-            key, value = (repeated(x, math.lcm(x.shape[2], shards)) for x in (key, value))
+        rows, heads, count = dividing(mesh, MESH_AXES["batch"], query.shape[0]), MESH_AXES["heads"], query.shape[2]
+        query, key, value = for_each_device(mesh.shape[heads], query, key, value)
         tokens = dividing(mesh, MESH_AXES["token"], query.shape[1])
         inner = program
         if isinstance(tokens, str) and mesh.shape[tokens] > 1:
@@ -45,9 +44,25 @@ def by_rows_and_heads(mesh: Mesh, program: Attention) -> Attention:
         spread = jax.shard_map(
             inner, mesh=mesh, in_specs=(split, split, split, *whole), out_specs=split, check_vma=False
         )
-        return spread(query, key, value, *others)
+        return spread(query, key, value, *others)[:, :, :count]
 
     return attention
+
+
+def for_each_device(devices: int, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+    """Queries, keys and values [B, T, heads, D] with heads that so many devices divide, each with those that it needs.
+
+    Keys and values lie whole on the devices that share their heads, so that they are repeated where they lie. Heads
+    that are padding see nothing but zeros, and are cut off from what attention gives.
+    """
+    heads, kinds = query.shape[2], key.shape[2]
+    if kinds % devices == 0:
+        return query, key, value
+    key, value = (repeated(x, heads if heads % devices else math.lcm(kinds, devices)) for x in (key, value))
+    if heads % devices:
+        padded = partial(jnp.pad, pad_width=[(0, 0), (0, 0), (0, -heads % devices), (0, 0)])
+        query, key, value = padded(query), padded(key), padded(value)
+    return query, key, value
 
 
 def _exchanged(

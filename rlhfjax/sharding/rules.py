@@ -90,6 +90,10 @@ def dividing(mesh: Mesh, axes: str | tuple[str, ...] | None, size: int) -> str |
     return axes if size % math.prod(mesh.shape[name] for name in named(axes)) == 0 else None
 
 
+# Fields of a training state that only an update reads.
+_KEPT_BESIDE = re.compile(r"(^|/)(optimizer|average)/")
+
+
 def path_name(path: tuple) -> str:
     """A key path of a pytree as 'a/b/c'."""
     return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
@@ -152,10 +156,41 @@ def _adapter_spec(name: str, ndim: int) -> PartitionSpec:
 
 
 def state_shardings(mesh: Mesh, shapes: Any) -> Any:
-    """Shardings for a tree of arrays or shapes: parameters, or a training state that holds them."""
+    """Shardings for a tree of arrays or shapes: parameters, or a training state that holds them.
+
+    Moments and averages are split over `data` as well, since an update reads and writes each of their numbers once.
+    """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec_of(path_name(path), len(leaf.shape))), shapes
+        lambda path, leaf: NamedSharding(mesh, _fitted(mesh, path_name(path), tuple(leaf.shape))), shapes
     )
+
+
+def _fitted(mesh: Mesh, name: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """The partition of a leaf by its rule, where the mesh divides it.
+
+    Heads that `tensor` does not divide lie whole on its devices, which share them; of a table of words the width is
+    split in their place.
+    """
+    axes = [named(entry) for entry in spec_of(name, len(shape))]
+    axes += [()] * (len(shape) - len(axes))
+    for place, size in enumerate(shape):
+        if size % _devices(mesh, axes[place]):
+            homeless, axes[place] = axes[place], ()
+            other = next((i for i, own in enumerate(axes) if own and i != place), None)
+            if len(shape) == 2 and other is not None and shape[other] % _devices(mesh, axes[other] + homeless) == 0:
+                axes[other] += homeless
+    if _KEPT_BESIDE.search(name) and "data" not in sum(axes, ()) and mesh.shape["data"] > 1:
+        for place, size in enumerate(shape):
+            if axes[place] and size % _devices(mesh, (*axes[place], "data")) == 0:
+                axes[place] += ("data",)
+                break
+    while axes and not axes[-1] and len(axes) > len(spec_of(name, len(shape))):
+        axes.pop()
+    return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in axes))
+
+
+def _devices(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def state_shapes(mesh: Mesh, shapes: Any) -> Any:

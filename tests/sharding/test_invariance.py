@@ -59,7 +59,11 @@ MESHES = {
     "one": ((1, 1, 1, 1), 1),
     "one, 8 parts": ((1, 1, 1, 1), 8),
     "data 8": ((8, 1, 1, 1), 1),
+    "fsdp 8": ((1, 8, 1, 1), 1),
+    "two slices of fsdp 4": ((2, 4, 1, 1), 1),
     "data 2, fsdp 2, tensor 2": ((2, 2, 1, 2), 1),
+    "data 2, tensor 4, more than key heads": ((2, 1, 1, 4), 1),
+    "tensor 3, which divides no size": ((1, 1, 1, 3), 1),
     "data 2, sequence 2, tensor 2, 4 parts": ((2, 1, 2, 2), 4),
     "data 2, sequence 4": ((2, 1, 4, 1), 1),
 }

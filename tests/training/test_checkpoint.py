@@ -23,7 +23,7 @@ from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.text.tokenizer import Tokenizer
 from rlhfjax.training.averaging import Average
 from rlhfjax.training.checkpoint import Checkpoints, find_checkpoint, load_model, meta_of, read_meta, tokenizer_of
-from rlhfjax.training.state import abstract, init_state, place
+from rlhfjax.training.state import abstract, init_state
 from rlhfjax.training.update import apply_gradients
 
 # After a read that failed, the other reads of Orbax come back to an event loop that is closed.
@@ -83,7 +83,8 @@ def assert_same(got, wanted):
 
 def test_a_fresh_state_has_the_layout_of_the_rules(mesh):
     optimizer = optimizer_of(ppo_config())
-    params = place(mesh, {"policy": params_of(MODEL), "value": scalar_params_of(MODEL)})
+    params = {"policy": params_of(MODEL), "value": scalar_params_of(MODEL)}
+    params = jax.device_put(params, state_shardings(mesh, params))
     fresh = init_state(mesh, params, optimizer)
     assert fresh.average is None
     assert_same(fresh.params, params)

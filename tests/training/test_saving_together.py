@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from rlhfjax.sharding import make_mesh, put, replicated
+from rlhfjax.sharding import make_mesh, put, replicated, state_shardings
 from rlhfjax.training.checkpoint import Checkpoints
 from rlhfjax.training.checkpoint.steps import steps_in
-from rlhfjax.training.state import abstract, place
+from rlhfjax.training.state import abstract
 from training.saving_together import models
 
 WORKER = Path(__file__).with_name("saving_together.py")
@@ -54,7 +54,7 @@ def killed(tmp_path_factory):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 1, 2)], ids=["one device", "2 x 2"])
 def test_the_newest_whole_step_is_read_on_other_meshes(killed, shape):
     mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
-    like = place(mesh, models(0))
+    like = jax.device_put(models(0), state_shardings(mesh, models(0)))
     checkpoints = Checkpoints(killed, keep=2, report=lambda text: None)
     restored = checkpoints.restore_newest(
         abstract(like), (abstract(like), abstract(put(np.int32(0), replicated(mesh))))
