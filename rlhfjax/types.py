@@ -39,11 +39,16 @@ class TokenBatch:
     positions: Int[Array, "B T"]
     loss_mask: Bool[Array, "B T"]
     prefixes: Int[Array, "B T"] | None = None
+    routes: Int[Array, "B T L K"] | None = None  # experts that were chosen while these tokens were sampled; -1: unknown
     most: int | None = field(default=None, metadata={"static": True})
 
     def real_tokens(self) -> Int[Array, ""]:
         """Tokens that are not padding."""
         return (self.segments > 0).sum()
+
+    def unrouted(self) -> "TokenBatch":
+        """The same for another model than the one that sampled them."""
+        return self if self.routes is None else replace(self, routes=None)
 
 
 @jax.tree_util.register_dataclass
@@ -132,6 +137,8 @@ class Rollout:
     top_ids: Int[Array, "B R K"] | None = None  # the likeliest tokens of each position, where that was asked for
     top_log_probs: Float[Array, "B R K"] | None = None
     counts: Int[Array, "B 3"] | None = None
+    routes: Int[Array, "B J L K"] | None = None  # of prompt and response joined, as `TokenBatch` has them
+    rerouted: Float[Array, "B R"] | None = None  # the share of layers that route a token otherwise; -1: not known
     rewards: dict[str, Float[Array, "B"]] | None = None  # by name, where a recipe lists what its scores are made of
 
     def scored(self, log_probs: Array, ref_log_probs: Array, values: Array, scores: Array) -> "Rollout":

@@ -9,12 +9,12 @@ what predicts its first token is in its own segment, as everywhere.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlhfjax.functional.packing import first_fit
 from rlhfjax.types import Experience, RankedBatch, Rollout, TokenBatch, TokenExperience, TokenRanking
@@ -43,7 +43,8 @@ class Packing:
     def tokens(self, rollout: Rollout) -> TokenBatch:
         """The joined sequences; response tokens are the targets."""
         joined = jnp.concatenate([rollout.prompt, rollout.response], axis=1)
-        return self.batch(joined, self.responses(rollout.response_mask, False))
+        batch = self.batch(joined, self.responses(rollout.response_mask, False))
+        return batch if rollout.routes is None else replace(batch, routes=self.taken(rollout.routes, -1))
 
     def batch(self, joined: Int[Array, "B J"], targets: Bool[Array, "N part W"]) -> TokenBatch:
         """The packed rows of these tokens."""
@@ -59,9 +60,11 @@ class Packing:
         """The other way: values at the response tokens, 0 on padding."""
         return jnp.where(mask, x.reshape(-1)[self.place[:, -mask.shape[1] :]], 0.0)
 
-    def taken(self, joined: Array, padding: Any) -> Array:
-        """Values of the joined tokens, [B, J], at their places in the rows; `padding` elsewhere."""
-        return jnp.where(self.source >= 0, joined.reshape(-1)[self.source], jnp.asarray(padding, joined.dtype))
+    def taken(self, joined: Shaped[Array, "B J *D"], padding: Any) -> Shaped[Array, "N part W *D"]:
+        """Values of the joined tokens at their places in the rows; `padding` elsewhere."""
+        flat = joined.reshape(-1, *joined.shape[2:])
+        real = (self.source >= 0).reshape(self.source.shape + (1,) * (flat.ndim - 1))
+        return jnp.where(real, flat[self.source], jnp.asarray(padding, joined.dtype))
 
 
 def pack(rollout: Rollout, part: int, group: int = 1, multiple: int = 1) -> Packing:

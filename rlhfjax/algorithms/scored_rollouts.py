@@ -1,7 +1,7 @@
 """Scored rollouts: the scores that all online algorithms maximise, and the measures of them."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rlhfjax.functional import kl_estimate, masked_mean, masked_sum
 from rlhfjax.functional.masking import masked_variance
@@ -26,7 +26,8 @@ def measured(
         for kind in ("k1", "k2", "k3")
     }
     gap = jnp.where(mask, jnp.abs(rollout.sampled_log_probs - rollout.log_probs), 0.0)
-    return {
+    moved = {} if rollout.rerouted is None else {"router/rerouted": _rerouted(rollout.rerouted, mask)}
+    return moved | {
         "objective/kl": kl["k1"].sum(axis=1).mean(),
         "objective/kl_k2": kl["k2"].sum(axis=1).mean(),
         "objective/kl_k3": kl["k3"].sum(axis=1).mean(),
@@ -45,3 +46,8 @@ def measured(
         "rollout_vs_train/logp_absdiff_max": gap.max(),
         "rollout_vs_train/logp_absdiff_mean": masked_mean(gap, mask),
     }
+
+
+def _rerouted(shares: Float[Array, "B R"], mask: Bool[Array, "B R"]) -> Float[Array, ""]:
+    """The share of pairs of a response token and a layer in which scoring routes otherwise than sampling did."""
+    return masked_mean(shares, mask & (shares >= 0))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhfjax import layout
+from rlhfjax.generation.routes import routes_of, with_routes
 from rlhfjax.generation.sampling import Sampler, SamplingParams, draw, stops, uniforms
 from rlhfjax.generation.slots import each_sample, rollout
 from rlhfjax.generation.speculative import speculate
@@ -65,5 +66,5 @@ def generate(
         jnp.zeros((batch, length), jnp.float32),
         jnp.zeros((batch, length), bool),
     )
-    _, _, _, done, tokens, log_probs, mask = jax.lax.while_loop(unfinished, step, start)
-    return Rollout(prompts.tokens, prompts.mask, tokens, mask, done, log_probs)
+    _, _, cache, done, tokens, log_probs, mask = jax.lax.while_loop(unfinished, step, start)
+    return with_routes(Rollout(prompts.tokens, prompts.mask, tokens, mask, done, log_probs), routes_of(cache))

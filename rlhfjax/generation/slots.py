@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhfjax.generation.routes import routes_of, with_routes
 from rlhfjax.generation.sampling import Drawn, RowSampling, Sampler, Sampling, SamplingParams, uniforms
 from rlhfjax.generation.session import Slots, Step, admit, empty_slots, step
 from rlhfjax.generation.speculative import speculate
@@ -25,6 +26,7 @@ class Made(NamedTuple):
     drawn: Drawn  # [N R], [N R], [N R K], [N R K]
     lengths: Int[Array, "N"]
     finished: Bool[Array, "N"]
+    routes: Int[Array, "N S L K"] | None = None  # of their caches, where these keep any
 
 
 class _Queue(NamedTuple):
@@ -72,7 +74,7 @@ def rollout(
     at_once = max(1, slots // 4) if slots < count else count
 
     def fill_and_decode(carry: _Carry) -> _Carry:
-        waiting, owner, state, made = _fill(carry, queue, at_once)
+        waiting, owner, state, made = _fill(_routed(carry), queue, at_once)
 
         def goes_on(inner: tuple[Slots, Made]) -> Array:
             active = inner[0].active
@@ -92,9 +94,20 @@ def rollout(
     cache = model.empty_cache(slots, prompts.tokens.shape[1], sampling.max_new_tokens)
     some = jnp.zeros(slots, jnp.int32)
     state = empty_slots(cache, noise[some], jax.tree.map(lambda x: x[some], settings))
-    start = jnp.int32(0), some, state, _nothing(count, sampling)
-    *_, made = jax.lax.while_loop(unfinished, fill_and_decode, start)
+    start = jnp.int32(0), some, state, _nothing(count, sampling, cache)
+    *_, made = _routed(jax.lax.while_loop(unfinished, fill_and_decode, start))
     return _rollout(prompts, made, samples, sampling)
+
+
+def _routed(carry: _Carry) -> _Carry:
+    """The same, and what is in the slots now is kept of the routes of their responses."""
+    waiting, owner, state, made = carry
+    if made.routes is None:
+        return carry
+    nobody = len(made.lengths) + jnp.arange(len(owner), dtype=jnp.int32)
+    owned = jnp.where(state.cache.lengths > 0, owner, nobody)
+    routes = made.routes.at[owned].set(routes_of(state.cache), mode="drop", unique_indices=True)
+    return waiting, owner, state, made._replace(routes=routes)
 
 
 def _fill(carry: _Carry, queue: _Queue, at_once: int) -> _Carry:
@@ -167,7 +180,7 @@ def _read(model: Sampler, params: Any, prompts: PromptBatch, slots: int, asked: 
     return jax.lax.while_loop(lambda carry: carry[0] < wanted, read_group, start)[1:]
 
 
-def _nothing(count: int, sampling: SamplingParams) -> Made:
+def _nothing(count: int, sampling: SamplingParams, cache: Any) -> Made:
     shape = (count, sampling.max_new_tokens)
     top = (*shape, sampling.top_log_probs)
     drawn = Drawn(
@@ -176,7 +189,10 @@ def _nothing(count: int, sampling: SamplingParams) -> Made:
         jnp.zeros(top, jnp.int32),
         jnp.zeros(top, jnp.float32),
     )
-    return Made(drawn, jnp.zeros(count, jnp.int32), jnp.zeros(count, bool))
+    routes = routes_of(cache)
+    if routes is not None:
+        routes = jnp.full((count, *routes.shape[1:]), -1, routes.dtype)
+    return Made(drawn, jnp.zeros(count, jnp.int32), jnp.zeros(count, bool), routes)
 
 
 def _record(made: Made, new: Step, owner: Int[Array, "S"], position: Int[Array, "S"]) -> Made:
@@ -190,7 +206,7 @@ def _record(made: Made, new: Step, owner: Int[Array, "S"], position: Int[Array, 
     )
     lengths = made.lengths.at[owner].set(position + 1, mode="drop", unique_indices=True)
     finished = made.finished.at[owner].set(new.stopped, mode="drop", unique_indices=True)
-    return Made(drawn, lengths, finished)
+    return made._replace(drawn=drawn, lengths=lengths, finished=finished)
 
 
 def _rollout(prompts: PromptBatch, made: Made, samples: int, sampling: SamplingParams) -> Rollout:
@@ -199,4 +215,5 @@ def _rollout(prompts: PromptBatch, made: Made, samples: int, sampling: SamplingP
     top: dict[str, Any] = {}
     if sampling.top_log_probs:
         top = {"top_ids": made.drawn.top_ids, "top_log_probs": made.drawn.top_log_probs}
-    return Rollout(asked, asked_mask, made.drawn.token, mask, made.finished, made.drawn.log_prob, **top)
+    rollout = Rollout(asked, asked_mask, made.drawn.token, mask, made.finished, made.drawn.log_prob, **top)
+    return with_routes(rollout, made.routes)

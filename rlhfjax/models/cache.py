@@ -1,6 +1,6 @@
 """Keys and values of the tokens that a decoder has read, a slot for each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,12 +18,14 @@ class Cache:
     """Keys and values of every layer, [B, kv_heads, S, head_dim], or of the stack of them, [B, L, S, kv_heads ·
     head_dim]; a token's slot is its position. Each is an array, or integers and scales (`quantized.Int8Vectors`).
 
-    The first `lengths` slots of a row are its own. What the others hold is never read.
+    The first `lengths` slots of a row are its own. What the others hold is never read. `routes` are the experts that
+    each layer sent these tokens to, -1 where nobody asked; None where they are not kept.
     """
 
     keys: Any
     values: Any
     lengths: Int[Array, "B"]
+    routes: Int[Array, "B S L K"] | None = None
 
     @property
     def slots(self) -> int:
@@ -55,10 +57,26 @@ def padded(cache: Cache, room: int) -> Cache:
     def wider(x: Array) -> Array:
         return lay("cache", jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))) if room else x)
 
-    return Cache(jax.tree.map(wider, cache.keys), jax.tree.map(wider, cache.values), cache.lengths)
+    return replace(cache, keys=jax.tree.map(wider, cache.keys), values=jax.tree.map(wider, cache.values))
 
 
-def empty_cache(config: DecoderConfig, rows: int, slots: int, int8: bool = False, stacked: bool = False) -> Cache:
+def unknown_routes(config: DecoderConfig, rows: int, slots: int) -> Int[Array, "B S L K"]:
+    """Routes of tokens that nobody sent anywhere."""
+    return lay("routes", jnp.full((rows, slots, config.layers, config.experts_per_token), -1, jnp.int16))
+
+
+def layer_routes(config: DecoderConfig, tokens: Array, chosen: Any, read: Array | None) -> Int[Array, "B T L K"]:
+    """The experts of all layers; those of the last are of the columns `read`, where there are such."""
+    *others, last = chosen
+    if read is not None:
+        rows = jnp.arange(len(tokens), dtype=jnp.int32)[:, None]
+        last = jnp.full((*tokens.shape, config.experts_per_token), -1, last.dtype).at[rows, read].set(last)
+    return lay("routes", jnp.stack([*others, last], axis=2))
+
+
+def empty_cache(
+    config: DecoderConfig, rows: int, slots: int, int8: bool = False, stacked: bool = False, routed: bool = False
+) -> Cache:
     """A cache of so many rows without a token."""
     c, lengths = config, lay("rows", jnp.zeros((rows,), jnp.int32))
 
@@ -71,4 +89,4 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, int8: bool = False
         return jax.tree.map(lambda x: lay("caches", x).reshape(*x.shape[:3], -1), made)
 
     keys, values = (of_stack() if stacked else tuple(of_layer() for _ in range(c.layers)) for _ in range(2))
-    return Cache(keys, values, lengths)
+    return Cache(keys, values, lengths, unknown_routes(c, rows, slots) if routed else None)

@@ -142,7 +142,7 @@ class Decoder(nn.Module):
             block = nn.remat(Block, policy=POLICIES[c.remat], prevent_cse=False)
         self.blocks = nn.scan(
             block,
-            variable_axes={"params": 0, "routing": 0},
+            variable_axes={"params": 0, "routing": 0, "chosen": 0, "rerouted": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
@@ -153,8 +153,9 @@ class Decoder(nn.Module):
         if not c.tied:
             self.unembed = Linear(c.vocab_size, use_bias=False, dtype=jnp.float32, kernel_init=normal)
 
-    def hidden(self, tokens, positions, segments, read=None, prefixes=None):
-        """[B, T] tokens to [B, T, width], or to [B, N, width] at the columns `read`; `prefixes` as `attend` has it.
+    def hidden(self, tokens, positions, segments, read=None, prefixes=None, routes=None):
+        """[B, T] tokens to [B, T, width], or to [B, N, width] at the columns `read`; `prefixes` as `attend` has it, and
+        `routes` [B, T, L, K] of experts as `TokenBatch` has them.
 
         Sampling has a forward pass of its own (`rlhfjax.models.decoding`).
         """
@@ -167,6 +168,8 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             x = x + self.positions(jnp.minimum(positions, c.context - 1))
         kind = kinds(c)  # which is no parameter
+        if routes is not None:
+            kind = kind._replace(routes=jnp.moveaxis(routes, 2, 0))
         x, sight = lay("residual", x.astype(c.compute_dtype)), Sight(positions, segments, prefixes, turns(c, positions))
         if read is not None and _unroll(c) > 1 and not c.experts and not self.dropout:
             x = self._last_apart(x, kind, sight, read)

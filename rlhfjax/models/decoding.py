@@ -17,12 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhfjax import layout
 from rlhfjax.layout import lay
 from rlhfjax.models.attention import Scoring, attend, softmax
-from rlhfjax.models.cache import Cache, empty_cache, padded
+from rlhfjax.models.cache import Cache, empty_cache, layer_routes, padded, unknown_routes
 from rlhfjax.models.configuration import DecoderConfig
 from rlhfjax.models.layers import at_columns, by_heads, kinds, norm
 from rlhfjax.models.quantized import plain_vectors, read_vectors, vectors
-from rlhfjax.models.rotary import Turn, rotate, turns
+from rlhfjax.models.rotary import Turn, rotate, turn_of, turns
 from rlhfjax.models.sampling_weights import Weights, columns, fed, projected, put_out
+from rlhfjax.models.sampling_weights import routed as through_experts
 from rlhfjax.models.stacked_cache import through_stack
 from rlhfjax.target import current
 from rlhfjax.types import Params
@@ -87,8 +88,13 @@ def _wanted(x: Float[Array, "B T *D"], read: Int[Array, "B N"] | None) -> Float[
     return x if read is None else at_columns(x, read)
 
 
-def _block(config: DecoderConfig, layer: Params, x: Array, turn: Turn | None, attention: Any, read: Any) -> Any:
-    """One layer, its norms where `norm_place` says (`layers.Block`); nothing but keys and values beside `read`."""
+def _block(
+    config: DecoderConfig, layer: Params, x: Array, turn: Turn | None, attention: Any, read: Any, routed: bool
+) -> tuple[Array, Any, Array | None]:
+    """One layer, its norms where `norm_place` says (`layers.Block`); nothing but keys and values beside `read`.
+
+    With `routed` also the experts that these tokens were sent to.
+    """
     c = config
 
     def normed(y: Array, name: str, *places: str) -> Array:
@@ -101,8 +107,12 @@ def _block(config: DecoderConfig, layer: Params, x: Array, turn: Turn | None, at
     attended, kept = _attended(c, layer, normed(x, "attention_norm", "pre", "sandwich"), turn, attention)
     before = _wanted(x, read)
     x = lay("residual", normed(before + added(attended, "attention_post_norm"), "attention_norm", "post"))
-    out = fed(c, layer, normed(before if c.parallel else x, "mlp_norm", "pre", "sandwich"))
-    return lay("residual", normed(x + added(out, "mlp_post_norm"), "mlp_norm", "post")), kept
+    into, chosen = normed(before if c.parallel else x, "mlp_norm", "pre", "sandwich"), None
+    if routed:
+        out, chosen = through_experts(c, layer, into)
+    else:
+        out = fed(c, layer, into)
+    return lay("residual", normed(x + added(out, "mlp_post_norm"), "mlp_norm", "post")), kept, chosen
 
 
 def _embedded(config: DecoderConfig, weights: Weights, tokens: Array, positions: Array) -> Array:
@@ -125,8 +135,10 @@ def _forward(
     attention: Attention,
     kept: Any = None,
     read: Int[Array, "B N"] | None = None,
-) -> tuple[Float[Array, "B T D"], Any]:
-    """Hidden states of T tokens per row, and what `attention` keeps: of each layer, or of the stack that it is given.
+    routed: bool = False,
+) -> tuple[Float[Array, "B T D"], Any, Int[Array, "B T L K"] | None]:
+    """Hidden states of T tokens per row, and what `attention` keeps: of each layer, or of the stack that it is given;
+    with `routed` the experts that each layer sent the tokens to, -1 where it was not asked.
 
     With `read` the states of these columns of each row alone, [B, N, D].
     """
@@ -134,48 +146,48 @@ def _forward(
     turned = turns(c, positions)
     x = _embedded(c, weights, tokens, positions)
     if weights.stacked:
-        x, kept = _scanned(c, weights, x, turned, attention, kept, read)
+        x, kept, chosen = _scanned(c, weights, x, turned, attention, kept, read, routed)
     else:
-        each = []
+        each, chosen = [], []
         for i, (layer, local, rotated) in enumerate(zip(weights.layers, c.local_layers, c.rotated_layers, strict=True)):
             last, turn = read if i == c.layers - 1 else None, turned[local] if rotated else None
-            x, pair = _block(c, layer, x, turn, partial(attention, i, layer, local, kept=kept, read=last), last)
+            own = partial(attention, i, layer, local, kept=kept, read=last)
+            x, pair, sent = _block(c, layer, x, turn, own, last, routed)
             each.append(pair)
+            chosen.append(sent)
         kept = tuple(zip(*each, strict=True))
-    return x if c.norm_place == "post" else _norm(c, weights.ends, "final_norm", x), kept
+    routes = layer_routes(c, tokens, chosen, read) if routed else None
+    return x if c.norm_place == "post" else _norm(c, weights.ends, "final_norm", x), kept, routes
 
 
 def _scanned(
-    c: DecoderConfig, weights: Weights, x: Array, turned: Any, attention: Attention, kept: Any, read: Array | None
-) -> tuple[Array, Any]:
+    c: DecoderConfig,
+    weights: Weights,
+    x: Array,
+    turned: Any,
+    attention: Attention,
+    kept: Any,
+    read: Array | None,
+    routed: bool,
+) -> tuple[Array, Any, list[Array]]:
     """The layers as one loop, in which what is kept is updated in place; with `read` the last stands apart."""
     stack = weights.layers, kinds(c)
 
-    def body(carry: tuple[Array, Any], i: Any, read: Array | None = None) -> tuple[tuple[Array, Any], None]:
+    def body(carry: tuple[Array, Any], i: Any, read: Array | None = None) -> tuple[tuple[Array, Any], Array | None]:
         layer, kind = jax.tree.map(partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False), stack)
         local: Local = all(c.local_layers) if kind.local is None else kind.local
-        turn = _turn(turned, local, c.rotated_layers[0] if kind.rotated is None else kind.rotated)
+        turn = turn_of(turned, local, c.rotated_layers[0] if kind.rotated is None else kind.rotated)
         own = partial(attention, i, layer, local, kept=carry[1], read=read)
-        return _block(c, layer, carry[0], turn, own, read), None
+        made, new, chosen = _block(c, layer, carry[0], turn, own, read, routed)
+        return (made, new), chosen
 
     looped = c.layers if read is None else c.layers - 1
-    carry = jax.lax.scan(body, (x, kept), jnp.arange(looped, dtype=jnp.int32))[0]
-    return carry if read is None else body(carry, jnp.int32(c.layers - 1), read)[0]
-
-
-def _turn(turned: dict[bool, Turn], local: Local, rotated: bool | Array) -> Turn | None:
-    """The turn of a layer of this kind; where it is traced whether it knows of positions, by an angle of 0 in place of
-    none.
-    """
-    if not turned or rotated is False:
-        return None
-    if isinstance(local, bool):
-        turn = turned[local]
-    else:
-        turn = jax.tree.map(lambda near, far: jnp.where(local, near, far), turned[True], turned[False])
-    if rotated is True:
-        return turn
-    return Turn(jnp.where(rotated, turn.sin, 0.0), jnp.where(rotated, turn.cos, 1.0))
+    carry, chosen = jax.lax.scan(body, (x, kept), jnp.arange(looped, dtype=jnp.int32))
+    each = [] if chosen is None else list(chosen)
+    if read is not None:
+        carry, last = body(carry, jnp.int32(c.layers - 1), read)
+        each.append(last)
+    return *carry, each
 
 
 def _masks(config: DecoderConfig, positions: Int[Array, "B T"], slots: int) -> Callable[[Local], Bool[Array, "B T S"]]:
@@ -222,8 +234,11 @@ def extend(
         return program(*heads, kept, i, slots, masks(local), _sinks(layer))
 
     kept, attention = (cache.keys, cache.values), of_stack if weights.stacked else of_layer
-    hidden, (keys, values) = _forward(config, weights, tokens, positions, attention, kept)
-    return hidden, Cache(keys, values, cache.lengths + counts)
+    routed = cache.routes is not None
+    hidden, (keys, values), routes = _forward(config, weights, tokens, positions, attention, kept, routed=routed)
+    if cache.routes is not None:
+        routes = lay("routes", cache.routes.at[rows, slots].set(routes, mode="drop", unique_indices=True))
+    return hidden, Cache(keys, values, cache.lengths + counts, routes)
 
 
 def prefill(
@@ -233,6 +248,7 @@ def prefill(
     lengths: Int[Array, "B"],
     int8: bool = False,
     room: int = 0,
+    routed: bool = False,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """`extend` of empty rows by their first `lengths` tokens, with `room` for so many more than there are columns; the
     hidden state of the last of them.
@@ -272,10 +288,15 @@ def prefill(
     last = jnp.maximum(lengths - 1, 0)[:, None]
     if weights.stacked:
         empty = empty_cache(c, batch, length + room, int8, stacked=True)
-        hidden, kept = _forward(c, weights, tokens, positions, of_stack, (empty.keys, empty.values), last)
-        return hidden[:, 0], replace(empty, keys=kept[0], values=kept[1], lengths=lengths)
-    hidden, (keys, values) = _forward(c, weights, tokens, positions, of_layer, None, last)
-    return hidden[:, 0], padded(Cache(keys, values, lengths), room)
+        arrays = empty.keys, empty.values
+        hidden, kept, routes = _forward(c, weights, tokens, positions, of_stack, arrays, last, routed)
+        made = replace(empty, keys=kept[0], values=kept[1], lengths=lengths)
+    else:
+        hidden, (keys, values), routes = _forward(c, weights, tokens, positions, of_layer, None, last, routed)
+        made = padded(Cache(keys, values, lengths), room)
+    if routes is not None:
+        made = replace(made, routes=jnp.concatenate([routes, unknown_routes(c, batch, room)], axis=1))
+    return hidden[:, 0], made
 
 
 def unembed(config: DecoderConfig, weights: Weights, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

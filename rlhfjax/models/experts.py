@@ -36,6 +36,25 @@ def route(
     return weights, chosen
 
 
+def replayed(
+    probabilities: Float[Array, "*B E"], own: Int[Array, "*B K"], recorded: Int[Array, "*B K"], norm_topk: bool
+) -> tuple[Float[Array, "*B K"], Int[Array, "*B K"]]:
+    """The experts that were recorded of each token, its `own` where none were, and their weights as `route` has them.
+
+    Where tokens go is recorded; how much each expert weighs is the router's as it is, and so are its gradients (Ma et
+    al. 2025, rollout routing replay).
+    """
+    chosen = jnp.where(recorded >= 0, recorded.astype(own.dtype), own)
+    weights = jnp.take_along_axis(probabilities, chosen, axis=-1)
+    return weights / weights.sum(axis=-1, keepdims=True) if norm_topk else weights, chosen
+
+
+def rerouted(own: Int[Array, "*B K"], recorded: Int[Array, "*B K"]) -> Float[Array, "*B"]:
+    """1 where a token's own experts are others than those recorded, 0 where not, -1 where none are; in any order."""
+    same = (own[..., :, None] == recorded[..., None, :].astype(own.dtype)).any(axis=-1).all(axis=-1)
+    return jnp.where((recorded >= 0).all(axis=-1), 1.0 - same.astype(jnp.float32), -1.0)
+
+
 def capacity(factor: float, length: int, experts: int, experts_per_token: int) -> int:
     """Slots of an expert in one row of `length` tokens: ceil(factor x k x length / E), at most `length`.
 
@@ -209,18 +228,27 @@ class Experts(nn.Module):
     """Gated experts behind a softmax router, in the place of the feed-forward block.
 
     The router's product and softmax are float32 (Fedus et al. 2022, section 2.4). What it did with real tokens is sown
-    into the collection `routing` where that is asked for.
+    into the collection `routing` where that is asked for. Recorded `routes` are taken in the place of its choice,
+    unless the collection `rerouted` is asked for: then it chooses, and says there which tokens go elsewhere. What it
+    chose itself is in the collection `chosen`.
     """
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], routes: Int[Array, "B T K"] | None = None
+    ) -> Float[Array, "B T D"]:
         c = self.config
         router = Matrix((c.width, c.experts), c.init_std, c.biases, name="router")()
         logits = x.astype(jnp.float32) @ router[0]
         logits = logits + router[1][None, None] if c.biases else logits
         weights, chosen = route(logits, c.experts_per_token, c.norm_topk)
+        self.sow("chosen", "of", chosen)
+        if routes is not None and self.is_mutable_collection("rerouted"):
+            self.sow("rerouted", "of", rerouted(chosen, routes))
+        elif routes is not None:
+            weights, chosen = replayed(jax.nn.softmax(logits, axis=-1), chosen, routes, c.norm_topk)
         inner, outer = (c.experts, c.width, c.mlp_width), (c.experts, c.mlp_width, c.width)
         matrices = [Matrix(inner, c.init_std, c.biases, name=name)() for name in ("gate", "up")]
         matrices.append(Matrix(outer, c.init_std / (2 * c.layers) ** 0.5, c.biases, name="down")())

@@ -41,11 +41,13 @@ def to_front(tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Int[Array, 
 class LanguageModel:
     """A decoder as pure functions. Scalar models share them with parameters {"decoder": …, "head": …}.
 
-    `precision` is that of sampling: full | int8_weights | int8_cache | int8 (both). Nothing else reads it.
+    `precision` is that of sampling: full | int8_weights | int8_cache | int8 (both). Nothing else reads it. What is
+    `routed` keeps in its caches which experts each token was sent to.
     """
 
     config: DecoderConfig
     precision: str = "full"
+    routed: bool = False
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters, layers stacked on the first axis."""
@@ -70,14 +72,15 @@ class LanguageModel:
         key: jax.Array | None = None,
         read: Int[Array, "B N"] | None = None,
         prefixes: Int[Array, "B T"] | None = None,
+        routes: Int[Array, "B T L K"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states; tokens attend to earlier tokens of the same segment. Dropout needs a key.
 
-        With `read` those at these columns of each row alone, [B, N, D]; `prefixes` as in `TokenBatch`.
+        With `read` those at these columns of each row alone, [B, N, D]; `prefixes` and `routes` as in `TokenBatch`.
         """
         rngs = None if key is None else {"dropout": key}
-        rate = dropout if key is not None else 0.0
-        return self._apply("hidden", params, tokens, positions, segments, read, prefixes, dropout=rate, rngs=rngs)
+        how: dict[str, Any] = {"dropout": dropout if key is not None else 0.0, "rngs": rngs}
+        return self._apply("hidden", params, tokens, positions, segments, read, prefixes, routes, **how)
 
     def batch_hidden(
         self,
@@ -88,7 +91,22 @@ class LanguageModel:
         read: Int[Array, "B N"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states of a packed batch; the one at a token predicts what comes after it. `read` as above."""
-        return self.hidden(params, batch.tokens, batch.positions, batch.segments, dropout, key, read, batch.prefixes)
+        shown = batch.prefixes, batch.routes
+        return self.hidden(params, batch.tokens, batch.positions, batch.segments, dropout, key, read, *shown)
+
+    def rerouted(self, params: Params, batch: TokenBatch) -> Float[Array, "B T"]:
+        """The share of layers that route each token otherwise than `batch.routes` says; -1 where that is not known.
+
+        Every layer chooses for itself: it reads what layers give that chose for themselves, too.
+        """
+        config = replace(self.config, capacity_factor=None)
+        inputs = batch.tokens, batch.positions, batch.segments, None, batch.prefixes
+        how = {"method": "hidden", "mutable": ["rerouted"], "routes": batch.routes}
+        _, sown = Decoder(config).apply({"params": params}, *inputs, **how)
+        (layers,) = jax.tree.leaves(sown)
+        known = layers >= 0
+        share = jnp.where(known, layers, 0.0).sum(axis=0) / jnp.maximum(known.sum(axis=0), 1).astype(jnp.float32)
+        return jnp.where(known.any(axis=0), share, -1.0)
 
     def shares_prompts(self, width: int) -> bool:
         """Whether rows of so many tokens may hold a prompt once for several responses (`TokenBatch.prefixes`)."""
@@ -195,7 +213,7 @@ class LanguageModel:
     def empty_cache(self, rows: int, prompt: int, new_tokens: int) -> Cache:
         """A cache for prompts of up to `prompt` tokens and responses of up to `new_tokens`, without a token."""
         int8 = self.precision in ("int8", "int8_cache")
-        return empty_cache(self.config, rows, prompt + new_tokens, int8, stacks_layers())
+        return empty_cache(self.config, rows, prompt + new_tokens, int8, stacks_layers(), self.routed)
 
     def prefill(
         self, params: Params | Weights, prompt: Int[Array, "B P"], prompt_mask: Bool[Array, "B P"], new_tokens: int
@@ -211,7 +229,7 @@ class LanguageModel:
         """`prefill` with the hidden state of each row's last token in the place of its logits."""
         weights, lengths = self.arrange(params), prompt_mask.sum(axis=1, dtype=jnp.int32)
         front, int8 = to_front(prompt, prompt_mask), self.precision in ("int8", "int8_cache")
-        return decoding.prefill(self._sampled, weights, front, lengths, int8, new_tokens)
+        return decoding.prefill(self._sampled, weights, front, lengths, int8, new_tokens, self.routed)
 
     def decode(
         self, params: Params | Weights, cache: Cache, tokens: Int[Array, "B"]

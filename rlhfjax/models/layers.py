@@ -25,6 +25,7 @@ class Kind(NamedTuple):
 
     local: Array | None
     rotated: Array | None
+    routes: Int[Array, "*L B T K"] | None = None  # of experts, where they are not to choose themselves
 
 
 def kinds(config: DecoderConfig) -> Kind:
@@ -213,7 +214,7 @@ class Block(nn.Module):
         x = lay("residual", normed(before + attended, "attention_norm", "post"))
         read = before if c.parallel else x
         if c.experts:
-            fed = read_by(Experts(c, name="experts"), read, "mlp_norm", sight.wanted(sight.segments > 0))
+            fed = read_by(Experts(c, name="experts"), read, "mlp_norm", sight.wanted(sight.segments > 0), kind.routes)
         else:
             fed = read_by(FeedForward(c, name="mlp"), read, "mlp_norm")
         return lay("residual", normed(x + added(fed, "mlp_post_norm"), "mlp_norm", "post")), None

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -104,3 +105,18 @@ def rotate(x: Float[Array, "B T H D"], turn: Turn) -> Float[Array, "B T H D"]:
     first, second = jnp.split(turned, 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
     return turned if turned.shape == x.shape else jnp.concatenate([turned, x[..., turned.shape[-1] :]], axis=-1)
+
+
+def turn_of(turned: dict[bool, Turn], local: bool | Array, rotated: bool | Array) -> Turn | None:
+    """The turn of a layer of this kind; where it is traced whether it knows of positions, by an angle of 0 in place of
+    none.
+    """
+    if not turned or rotated is False:
+        return None
+    if isinstance(local, bool):
+        turn = turned[local]
+    else:
+        turn = jax.tree.map(lambda near, far: jnp.where(local, near, far), turned[True], turned[False])
+    if rotated is True:
+        return turn
+    return Turn(jnp.where(rotated, turn.sin, 0.0), jnp.where(rotated, turn.cos, 1.0))

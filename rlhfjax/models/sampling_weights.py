@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rlhfjax import layout
 from rlhfjax.models.activations import GATED, PLAIN
@@ -185,6 +185,16 @@ def put_out(config: DecoderConfig, layer: Params, x: Float[Array, "B T H D"]) ->
     if "attention" in layer:
         return _of_whole(config, layer["attention"]["out"], config.width, x, axis=(-2, -1))
     return _apply(config, layer["out"], x.reshape(*x.shape[:2], -1))
+
+
+def routed(
+    config: DecoderConfig, layer: Params, x: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T D"], Int[Array, "B T K"]]:
+    """The feed-forward block of experts, and which of them each token was sent to."""
+    inputs = {"params": layer["experts"]}, x, jnp.ones(x.shape[:2], bool)
+    out, sown = Experts(config).apply(*inputs, mutable=["chosen"])
+    (chosen,) = jax.tree.leaves(sown)
+    return out, chosen.astype(jnp.int16)  # pyright: ignore[reportReturnType]
 
 
 def fed(config: DecoderConfig, layer: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

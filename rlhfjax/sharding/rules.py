@@ -76,6 +76,7 @@ ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
     "ids": ("batch", None),
     "cache": ("batch", "heads", None, None),
     "caches": ("batch", None, None, "heads", None),
+    "routes": ("batch", None, None, None),
     "cross_cache": (None, "batch", None, "heads", None),
 }
 

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+from jaxtyping import Array
+
 from rlhfjax.config import schema
 from rlhfjax.errors import ConfigError
 from rlhfjax.generation import SamplingParams, Speculation
 from rlhfjax.models import LanguageModel, SequenceModel, compute_dtype, decoder_config, model_of
 from rlhfjax.target import current
 from rlhfjax.text.loading import AnyTokenizer
+from rlhfjax.types import Params, TokenBatch
 
 
 def new_model(settings: schema.Model, vocab_size: int, start_id: int = 0) -> SequenceModel:
@@ -73,15 +76,25 @@ def plain_sampling(new_tokens: int, tokenizer: AnyTokenizer) -> SamplingParams:
     return SamplingParams(new_tokens, stop, tokenizer.pad_id, stop_ids=tuple(others), slots=current().slots)
 
 
-def sampler_of(model: SequenceModel, sampling: schema.Sampling) -> SequenceModel:
-    """The model at the precision of sampling; raises ConfigError when it lacks heads for as many draft tokens."""
+def sampler_of(model: SequenceModel, sampling: schema.Sampling, routed: bool = False) -> SequenceModel:
+    """The model at the precision of sampling; `routed` keeps which experts its tokens were sent to.
+
+    Raises ConfigError when it lacks heads for as many draft tokens, or experts.
+    """
+    if routed and not (isinstance(model, LanguageModel) and model.config.experts):
+        raise ConfigError("routing: measured and replayed are for mixtures of experts, got another model; remove it")
     if isinstance(model, LanguageModel):
         if sampling.speculate == "heads" and model.config.mtp_heads < sampling.speculate_tokens:
             raise ConfigError(
                 f"sampling.speculate_tokens {sampling.speculate_tokens}: expected as many heads, got a model with "
                 f"{model.config.mtp_heads}; take fewer draft tokens, or those of ngram"
             )
-        return replace(model, precision=sampling.precision)
+        return replace(model, precision=sampling.precision, routed=routed)
     if (sampling.precision, sampling.speculate) != ("full", "none"):
         raise ConfigError("sampling: precision and speculate are for decoders, got an encoder–decoder; remove them")
     return model
+
+
+def rerouted(model: SequenceModel, params: Params, rows: TokenBatch) -> Array | None:
+    """`LanguageModel.rerouted`, where it is known how these rows were routed."""
+    return model.rerouted(params, rows) if rows.routes is not None and isinstance(model, LanguageModel) else None

@@ -1,7 +1,7 @@
 """Programs of an online stage, apart from running it: its learner and the jitted steps of an iteration."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from rlhfjax.models.lora import join, split
 from rlhfjax.sharding import batch_sharding, constrain_parts, replicated, state_shapes, state_shardings
 from rlhfjax.sharding.sampling import sampling_layout, sampling_on
 from rlhfjax.stages.compilation import training_options
-from rlhfjax.stages.models import sampler_of
+from rlhfjax.stages.models import rerouted, sampler_of
 from rlhfjax.stages.offline import average_of
 from rlhfjax.stages.packed_rows import responses_a_row, rows_at_a_time, token_shards
 from rlhfjax.stages.rewards import Judges, load_judges
@@ -117,13 +117,16 @@ def build(
     def score(base: Params, trained: Params, frozen: Any, rollout: Rollout) -> Rollout:
         params = join(base, trained)
 
-        def of_rows(rows: TokenBatch) -> tuple[jax.Array, ...]:
-            reference = online.log_probs({"policy": frozen["reference"]}, rows)[0]
-            own, _, values = online.predict(params, rows)
-            return own, reference, values, *learner.judges.by_token(frozen["rewards"], rows)
+        def of_rows(rows: TokenBatch) -> tuple[Any, ...]:
+            others = rows.unrouted()
+            reference = online.log_probs({"policy": frozen["reference"]}, others)[0]
+            own, _, values = online.predict(params, rows if c.routing == "replayed" else others)
+            moved = rerouted(learner.policy, params["policy"], rows)
+            return own, reference, values, moved, *learner.judges.by_token(frozen["rewards"], others)
 
-        own, reference, values, *scores = on_packed(part, rollout, of_rows, **packed)
+        own, reference, values, moved, *scores = on_packed(part, rollout, of_rows, **packed)
         log_probs = own if c.sampling.old_log_probs == "recompute" else rollout.sampled_log_probs
+        rollout = replace(rollout, rerouted=moved, routes=rollout.routes if c.routing == "replayed" else None)
         judged = learner.judges.scored(rollout, scores)
         return judged.scored(log_probs, reference, values, judged.scores)
 
@@ -158,7 +161,7 @@ def sampling_steps(
     The training state keeps its parameters, so nothing can be donated.
     """
     base, rows = split(learner.params)[0] or {}, batch_sharding(mesh)
-    sampler = sampler_of(learner.policy, c.sampling)
+    sampler = sampler_of(learner.policy, c.sampling, c.routing != "own")
 
     def draw(policy: Any, prompts: PromptBatch, key: jax.Array) -> Rollout:
         return sampling_on(mesh, generate)(sampler, policy, prompts, key, sampling, samples=learner.online.group)

@@ -56,7 +56,7 @@ def ppo_objective(c: schema.Ppo, policy: SequenceModel, value: SequenceModel) ->
 
     algorithm = Ppo(
         log_probs=policy_log_probs(policy, c.sampling.temperature, **how),
-        values=lambda params, rows: token_values(value, params["value"], rows),
+        values=lambda params, rows: token_values(value, params["value"], rows.unrouted()),
         both=both if c.value.trunk == "policy" else None,
         clip=c.loss.clip,
         value_clip=c.value.clip,

@@ -64,6 +64,8 @@ _ROUTERS = (
            "tokens of the busiest expert over the mean of all experts: 1 when balanced"),
     Metric("router/dropped", "fraction", "tokens of the batch", "mean over tokens, their experts and layers",
            "assignments beyond an expert's capacity"),
+    Metric("router/rerouted", "fraction", "response tokens but each one's last", "mean over tokens and layers",
+           "tokens that scoring routes to other experts than sampling did (routing: measured or replayed)"),
 )  # fmt: skip
 
 _PREFERENCES = (

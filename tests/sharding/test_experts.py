@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from tiny import SHAPE, assert_equal_gradients, params_of, token_batch
 
+from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.layout import laid_out_by
 from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.experts import dropless, route
 from rlhfjax.sharding import make_mesh, place_batch, state_shardings
 from rlhfjax.sharding.activations import layout_of
+from rlhfjax.sharding.sampling import sampling_on
 from rlhfjax.stages.objectives import training_loss
 from rlhfjax.training.update import gradients
+from rlhfjax.types import PromptBatch
 
 
 def model(capacity_factor=None):
@@ -154,3 +157,23 @@ def test_no_device_computes_what_others_do(name):
     share = compiled(case).cost_analysis()["flops"] / alone
     devices, (*_, axis) = int(np.prod(case.mesh)), case.mesh
     assert share < 3.0 / (devices * axis)
+
+
+def test_sampling_sends_tokens_where_one_device_does():
+    # routes and responses of eight devices, prompts of several lengths, in the layout for sampling
+    one = LanguageModel(MODELS["dropless"].config, routed=True)
+    params, length = params_of(one), 5
+    tokens = np.asarray(token_batch(8, length).tokens)
+    mask = np.arange(length)[None, :] >= np.arange(8)[:, None] % 4
+    prompts = PromptBatch(tokens, mask, np.arange(8, dtype=np.int32))
+    sampling = SamplingParams(6, stop_id=3, pad_id=0)
+
+    def run(params, prompts, key):
+        return generate(one, params, prompts, key, sampling)
+
+    wanted = jax.jit(run)(params, prompts, jax.random.key(1))
+    mesh = make_mesh(1, 2, 1, 1, 4)
+    placed = jax.device_put(params, state_shardings(mesh, params)), place_batch(mesh, prompts)
+    got = jax.jit(sampling_on(mesh, run))(*placed, jax.random.key(1))
+    np.testing.assert_array_equal(got.response, wanted.response)
+    np.testing.assert_array_equal(np.sort(got.routes), np.sort(wanted.routes))
