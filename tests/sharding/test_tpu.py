@@ -1,6 +1,7 @@
 """Programs for TPUs, compiled where there is none: libtpu knows the chips. Without it these are skipped."""
 
 import importlib.util
+import re
 from functools import partial
 
 import jax
@@ -10,17 +11,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.hlo import Program
 from rlhfjax.config import schema
+from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.layout import laid_out_by
 from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.attention import Scoring, attend
 from rlhfjax.models.experts import dropless, route
 from rlhfjax.sharding import make_mesh, state_shardings
 from rlhfjax.sharding.activations import layout_of
+from rlhfjax.sharding.sampling import sampling_layout, sampling_on
 from rlhfjax.stages.objectives import training_loss
 from rlhfjax.target import building_for, target_of
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.update import offline_step
-from rlhfjax.types import TokenBatch, TrainState
+from rlhfjax.types import PromptBatch, TokenBatch, TrainState
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'rlhfjax[tpu]'"
@@ -132,3 +135,33 @@ def test_each_device_computes_its_own_experts(mesh, way):
     share = rows * length * per_token // 4
     needed = 2 * share * width * inner * (3 + 2 + 6)
     assert needed < Program(compiled.as_text()).walked().total_flops() < 1.3 * needed
+
+
+def outside_fusions(text):
+    """The lines of computations that are no fusion's."""
+    fused = False
+    for line in text.splitlines():
+        if line.endswith("{"):
+            fused = "fused_computation" in line.split("(")[0]
+        if not fused:
+            yield line
+
+
+def test_a_rollout_copies_no_layer_of_its_cache_and_moves_no_weight(mesh):
+    shape = {"vocab_size": 512, "layers": 3, "width": 512, "heads": 4, "kv_heads": 2, "head_dim": 128, "context": 1024}
+    model = LanguageModel(decoder_config("llama", **shape, dtype="bfloat16"))
+    sampling = SamplingParams(max_new_tokens=128, stop_id=1, pad_id=0)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    with building_for(target_of(mesh)):
+        params, devices = jax.eval_shape(model.init, jax.random.key(0)), sampling_layout(mesh)
+        weights = jax.eval_shape(sampling_on(mesh, model.arrange), params)
+        lies = devices.weight_shardings(weights)
+        weights = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), weights, lies)
+        ids, marks = (jax.ShapeDtypeStruct((16, 128), dtype, sharding=rows) for dtype in (jnp.int32, jnp.bool_))
+        prompts = PromptBatch(ids, marks, jax.ShapeDtypeStruct((16,), jnp.int32, sharding=rows))
+        run = jax.jit(sampling_on(mesh, lambda *of: generate(model, *of, sampling)))
+        text = run.lower(weights, prompts, jax.eval_shape(lambda: jax.random.key(0))).compile().as_text()
+    assert KERNEL in text  # splash attention reads the prompts
+    assert "all-gather" not in text
+    # A layer's slots of the rows and the head of a device are read inside the products, never written elsewhere.
+    assert not re.search(r"= bf16\[8,(1,)?256,128\]\S* (fusion|copy|dynamic-slice)\(", "\n".join(outside_fusions(text)))
