@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax import layout
+from rlhfjax.functional.chunks import chunked, over_chunks
 from rlhfjax.functional.logits import LEAST_TEMPERATURE
 
 _LEAST = -1e30
@@ -102,14 +103,19 @@ def vocabulary_hits(
             hidden, tokens, mask = part
             return total + (mask & (words.likeliest(_logits(static, table, hidden)) == tokens)).sum(), ()
 
-        parts, used, _ = _chunked(static, table, *rows)
-        return (_over_chunks(some, jnp.int32(0), parts, used)[0].astype(jnp.float32),)
+        parts, used, _ = chunked(_at_a_time(static, table), *rows)
+        return (over_chunks(some, jnp.int32(0), parts, used)[0].astype(jnp.float32),)
 
     return _by_device(static, program, ("number",), table, hidden, tokens, mask)[0]
 
 
 def _static(table: Array, tied: bool, softcap: float | None, chunk: int) -> _Static:
     return _Static(table.shape[0 if tied else 1], tied, softcap, chunk)
+
+
+def _at_a_time(static: _Static, table: Array) -> int:
+    """Tokens of a chunk; a device that has a part of the words takes more of them."""
+    return static.chunk * max(static.words // table.shape[static.axis], 1)
 
 
 def _by_device(static: _Static, program: Any, outs: tuple[str, ...], table: Array, *rows: Array) -> tuple:
@@ -139,7 +145,7 @@ class _AllWords:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _log_probs(static, table, hidden, tokens, mask):
     def program(words, table, *rows):
-        parts, used, back = _chunked(static, table, *rows)
+        parts, used, back = chunked(_at_a_time(static, table), *rows)
 
         def some(_, part):
             hidden, tokens, mask = part
@@ -152,7 +158,7 @@ def _log_probs(static, table, hidden, tokens, mask):
             log_prob, mean = at - jnp.log(sums), inner / sums
             return None, (jnp.where(mask, log_prob, 0.0), jnp.where(mask, jnp.log(sums) - mean, 0.0))
 
-        return tuple(back(x) for x in _over_chunks(some, None, parts, used)[1])
+        return tuple(back(x) for x in over_chunks(some, None, parts, used)[1])
 
     return _by_device(static, program, ("rows", "rows"), table, hidden, tokens, mask)
 
@@ -163,7 +169,7 @@ def _log_probs_forward(static, table, hidden, tokens, mask):
 
 def _log_probs_backward(static, residuals, gs):
     def program(words, table, *rows):
-        parts, used, back = _chunked(static, table, *rows)
+        parts, used, back = chunked(_at_a_time(static, table), *rows)
 
         def some(of_table, part):
             hidden, tokens, mask, g, g_entropy = part
@@ -178,7 +184,7 @@ def _log_probs_backward(static, residuals, gs):
                 of_logits = of_logits - jnp.where(mask, g_entropy, 0.0)[..., None] * p * (log_p + entropy)
             return _pull(static, words, table, hidden, raw, of_logits / static.temperature, of_table)
 
-        of_table, of_hidden = _over_chunks(some, _no_gradient(static, table), parts, used)
+        of_table, of_hidden = over_chunks(some, _no_gradient(static, table), parts, used)
         return _of_table(static, of_table), back(of_hidden)
 
     table, *rows = residuals
@@ -196,15 +202,15 @@ def _cross_entropy(static, table, hidden, tokens, mask):
             hidden, tokens, mask = part
             return total + _losses(static, words, _logits(static, table, hidden), tokens, mask)[0].sum(), ()
 
-        parts, used, _ = _chunked(static, table, *rows)
-        return (_over_chunks(some, jnp.float32(0.0), parts, used)[0],)
+        parts, used, _ = chunked(_at_a_time(static, table), *rows)
+        return (over_chunks(some, jnp.float32(0.0), parts, used)[0],)
 
     return _by_device(static, program, ("number",), table, hidden, tokens, mask)[0]
 
 
 def _cross_entropy_forward(static, table, hidden, tokens, mask):
     def program(words, table, *rows):
-        parts, used, back = _chunked(static, table, *rows)
+        parts, used, back = chunked(_at_a_time(static, table), *rows)
 
         def some(carry, part):
             (total, of_table), (hidden, tokens, mask) = carry, part
@@ -217,7 +223,7 @@ def _cross_entropy_forward(static, table, hidden, tokens, mask):
             return (total + losses.sum(), of_table), of_hidden
 
         nothing = jnp.float32(0.0), _no_gradient(static, table)
-        (total, of_table), of_hidden = _over_chunks(some, nothing, parts, used)
+        (total, of_table), of_hidden = over_chunks(some, nothing, parts, used)
         return total, _of_table(static, of_table), back(of_hidden)
 
     total, of_table, of_hidden = _by_device(static, program, ("number", "table", "rows"), table, hidden, tokens, mask)
@@ -302,47 +308,3 @@ def _is_token(words, logits, tokens):
 def _at(words, logits, tokens):
     """The logit of the token, 0 where another device has it."""
     return jnp.where(_is_token(words, logits, tokens), logits, 0.0).sum(axis=-1)
-
-
-def _over_chunks(some, carry, parts, used):
-    """`some(carry, part)` on the first `used` chunks: the last carry, and what it gave for each chunk, else 0."""
-    first = jax.tree.map(lambda x: x[0], parts)
-    _, shapes = jax.eval_shape(some, carry, first)
-    count = parts[1].shape[0]
-    outs = jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), shapes)
-
-    def body(i, state):
-        carry, outs = state
-        carry, out = some(carry, jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), parts))
-        return carry, jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0), outs, out)
-
-    return jax.lax.fori_loop(0, used, body, (carry, outs))
-
-
-def _chunked(static, table, hidden, tokens, mask, *more):
-    """(hidden, tokens, mask, *more) with an axis of chunks in front, how many hold targets, and the way back.
-
-    Hidden states that predict no target are 0: of what they held nothing reaches a sum, as 0 · infinity would. A device
-    that has a part of the words takes more tokens at a time.
-    """
-    hidden = jnp.where(mask[..., None], hidden, jnp.zeros((), hidden.dtype))
-    arrays, (batch, length) = (hidden, tokens, mask, *more), tokens.shape
-    total = tokens.size
-    count = -(-total // (static.chunk * max(static.words // table.shape[static.axis], 1)))
-    size = -(-total // count)
-    order = jnp.argsort(~mask.reshape(-1), stable=True)  # targets first, in their order
-    place = jnp.argsort(order)  # the inverse: where each token went
-    parts = tuple(_split(x.reshape(1, total, *x.shape[2:])[:, order], count, size) for x in arrays)
-    used = -(-mask.sum(dtype=jnp.int32) // size)
-    return parts, used, lambda x: _joined(x, total)[0, place].reshape(batch, length, *x.shape[3:])
-
-
-def _split(x, count, size):
-    """[B, T, …] to [count, B, size, …]."""
-    x = jnp.pad(x, ((0, 0), (0, count * size - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
-
-
-def _joined(x, length):
-    """[count, B, size, …] to [B, length, …]."""
-    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
