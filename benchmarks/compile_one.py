@@ -36,7 +36,7 @@ def compiled(case: dict[str, Any]) -> tuple[Any, dict[str, float]]:
 
     chips = topologies.get_topology_desc(case["topology"], "tpu", **topology(case)).devices
     run = run_of(case)
-    mesh = make_mesh(**run.mesh.model_dump(), devices=chips)
+    mesh = make_mesh(**run.mesh.axes, slices=run.mesh.slices, devices=chips)
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms widen bfloat16 by themselves
         began = time.monotonic(), time.process_time()
         words = run.tokenizer.vocab_size

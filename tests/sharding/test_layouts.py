@@ -41,7 +41,7 @@ def programs(mesh, stage):
     run = schema.Run.model_validate(
         {"name": "small", "mesh": MESHES[mesh], "model": shape, "tokenizer": tokenizer, "stages": stages}
     )
-    devices = make_mesh(**run.mesh.model_dump())
+    devices = make_mesh(**run.mesh.axes)
     return build(run, stage, devices, target_of(devices), Vocabulary(WORDS))
 
 
