@@ -74,9 +74,12 @@ class Loop:
             yield from loop.every(times)
 
     def of_turns(self, count: int, times: float = 1.0) -> Iterator[tuple["Loop", float]]:
-        """The outermost loops of so many turns, as those over layers, and how often each begins."""
+        """The outermost loops of so many turns, as those over layers, and how often each begins.
+
+        One less counts too: XLA may write out the first turn or the last.
+        """
         for loop in self.loops:
-            if loop.trips == count:
+            if count - 1 <= loop.trips <= count:
                 yield loop, times * self.trips
             else:
                 yield from loop.of_turns(count, times * self.trips)
