@@ -11,6 +11,7 @@ from rlhfjax.errors import ConfigError
 
 Sizes = Mapping[str, int]
 _SHOWN = 3
+_MOST = 2**16  # devices for which meshes are looked for
 
 
 def mesh_shape(mesh: Axes, devices: int, key: str = "mesh") -> dict[str, int]:
@@ -143,6 +144,8 @@ def _others(run: Run, mesh: Axes, devices: int, key: str, stages: list[str], hel
         far = {axis: abs(math.log(sizes[axis] / size)) for axis, size in asked.items()}
         return sum(value > 0 for value in far.values()), sum(far.values())
 
+    if devices > _MOST:
+        return ""
     for count in (count for count in range(devices, 0, -1) if devices % count == 0):
         fit = [sizes for sizes in _meshes(count, mesh.slices) if not any(_on_mesh(run, sizes, key, stages, held))]
         if fit:
