@@ -30,7 +30,7 @@ from rlhfjax.stages.packed_rows import ranking_packer
 from rlhfjax.stages.ppo import ppo_objective
 from rlhfjax.stages.rewards import Judges
 from rlhfjax.training.optimizer import make_optimizer
-from rlhfjax.training.state import init_state, place
+from rlhfjax.training.state import born, init_state
 from rlhfjax.training.update import Pack
 from rlhfjax.types import Params, PromptBatch, RankedBatch, Rollout, TokenBatch, TrainState
 
@@ -46,7 +46,7 @@ def model_of(work: Work) -> LanguageModel:
 
 def fresh(mesh: jax.sharding.Mesh, model: LanguageModel, seed: int) -> Params:
     """Random parameters on the mesh."""
-    return place(mesh, _init(model, jax.random.key(seed)))
+    return born(mesh, partial(_init, model), jax.random.key(seed))
 
 
 _init = jax.jit(LanguageModel.init, static_argnums=0)
@@ -68,7 +68,7 @@ def ending(params: Params, mean: float) -> Params:
 def policy_of(work: Work, mesh: jax.sharding.Mesh, model: LanguageModel) -> Params:
     """Fresh parameters; where responses are ragged, of a policy that ends them by chance."""
     params = fresh(mesh, model, work["seed"])
-    return place(mesh, ending(params, work["mean"])) if work["mean"] else params
+    return born(mesh, lambda params: ending(params, work["mean"]), params) if work["mean"] else params
 
 
 def random_tokens(work: Work, step: int, *shape: int) -> np.ndarray:

@@ -300,7 +300,7 @@ def test_8_advantages_are_whitened_over_all_devices(run):
 def test_each_step_is_compiled_once(run):
     # meant to catch a state that leaves the update in another layout than it came in
     steps = run.steps
-    compiled = (steps.rollout.func, steps.score.func, steps.estimate, steps.update.func)
+    compiled = [getattr(step, "func", step) for step in (steps.rollout, steps.score, steps.estimate, steps.update)]
     # 0 where programs of other tests have driven it out of the cache that all share
     assert all(step._cache_size() <= 1 for step in compiled)
 

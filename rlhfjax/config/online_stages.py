@@ -57,10 +57,7 @@ class Ptx(Section):
 class Online(Section):
     """What they have in common: prompts, how responses are drawn and scored, the KL penalty, the pretraining mix.
 
-    The score of a response is the weighted sum of `rewards`; the default is the reward model of this recipe. `routing`
-    is of a policy with experts: `measured` keeps which of them each token was sent to while it was sampled, 2 bytes for
-    each layer and expert of a token, and counts those that scoring sends elsewhere, for one more pass; `replayed` also
-    sends them there again in scoring and in the update.
+    The score of a response is the weighted sum of `rewards`; the default is the reward model of this recipe.
     """
 
     data: Sources
@@ -72,7 +69,6 @@ class Online(Section):
     kl: Kl = Kl()
     optimizer: Optimizer
     ptx: Ptx | None = None
-    routing: Literal["own", "measured", "replayed"] = "own"
 
     @property
     def responses(self) -> int:
@@ -98,8 +94,10 @@ class Online(Section):
                 f"sampling: top_k {s.top_k}, top_p {s.top_p:g} and min_p {s.min_p:g} must be off (0, 1 and 0): log-"
                 "probabilities, ratio, KL and entropy are of the policy, and filters would sample from another one"
             )
-        if self.routing != "own" and s.speculate != "none":
-            raise ValueError(f"routing {self.routing}: not beside sampling.speculate {s.speculate}; remove one of them")
+        if (routing := self.batch.routing) != "own" and s.speculate != "none":
+            raise ValueError(
+                f"batch.routing {routing}: not beside sampling.speculate {s.speculate}; remove one of them"
+            )
         if self.ptx:
             rollouts = self.batch.minibatch or self.batch.size
             if (rollouts * self.ptx.ratio) % 1:

@@ -208,7 +208,12 @@ class RankedBatch(Section):
 
 
 class RolloutBatch(Section):
-    """Rollouts of an iteration and how the update walks over them."""
+    """Rollouts of an iteration and how the update walks over them.
+
+    `routing` is of a policy with experts: `measured` keeps which of them each token was sent to while it was sampled, 2
+    bytes for each layer and expert of a token, and counts those that scoring sends elsewhere, for one more pass;
+    `replayed` also sends them there again in scoring and in the update.
+    """
 
     size: Count
     minibatch: Count | None = None
@@ -218,6 +223,7 @@ class RolloutBatch(Section):
     overlong: Literal["error", "drop"] = "error"
     refused: Literal["error", "drop"] = "error"
     chat_template_kwargs: dict[str, Any] = {}
+    routing: Literal["own", "measured", "replayed"] = "own"
 
     @model_validator(mode="after")
     def _divides(self):

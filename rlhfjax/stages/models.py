@@ -82,7 +82,9 @@ def sampler_of(model: SequenceModel, sampling: schema.Sampling, routed: bool = F
     Raises ConfigError when it lacks heads for as many draft tokens, or experts.
     """
     if routed and not (isinstance(model, LanguageModel) and model.config.experts):
-        raise ConfigError("routing: measured and replayed are for mixtures of experts, got another model; remove it")
+        raise ConfigError(
+            "batch.routing: measured and replayed are for mixtures of experts, got another model; remove it"
+        )
     if isinstance(model, LanguageModel):
         if sampling.speculate == "heads" and model.config.mtp_heads < sampling.speculate_tokens:
             raise ConfigError(

@@ -120,13 +120,13 @@ def build(
         def of_rows(rows: TokenBatch) -> tuple[Any, ...]:
             others = rows.unrouted()
             reference = online.log_probs({"policy": frozen["reference"]}, others)[0]
-            own, _, values = online.predict(params, rows if c.routing == "replayed" else others)
+            own, _, values = online.predict(params, rows if c.batch.routing == "replayed" else others)
             moved = rerouted(learner.policy, params["policy"], rows)
             return own, reference, values, moved, *learner.judges.by_token(frozen["rewards"], others)
 
         own, reference, values, moved, *scores = on_packed(part, rollout, of_rows, **packed)
         log_probs = own if c.sampling.old_log_probs == "recompute" else rollout.sampled_log_probs
-        rollout = replace(rollout, rerouted=moved, routes=rollout.routes if c.routing == "replayed" else None)
+        rollout = replace(rollout, rerouted=moved, routes=rollout.routes if c.batch.routing == "replayed" else None)
         judged = learner.judges.scored(rollout, scores)
         return judged.scored(log_probs, reference, values, judged.scores)
 
@@ -161,7 +161,7 @@ def sampling_steps(
     The training state keeps its parameters, so nothing can be donated.
     """
     base, rows = split(learner.params)[0] or {}, batch_sharding(mesh)
-    sampler = sampler_of(learner.policy, c.sampling, c.routing != "own")
+    sampler = sampler_of(learner.policy, c.sampling, c.batch.routing != "own")
 
     def draw(policy: Any, prompts: PromptBatch, key: jax.Array) -> Rollout:
         return sampling_on(mesh, generate)(sampler, policy, prompts, key, sampling, samples=learner.online.group)

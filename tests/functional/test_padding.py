@@ -61,7 +61,8 @@ CASES = {
         [(3, 4, 5)],
     ),
 }
-NO_NUMBERS = {"last_token_mask", "length_mask", "ranked_pairs", "vocabulary_hits"}  # integers alone, or no gradient
+# Integers alone, no gradient, or (`chunked`) part of another.
+NO_NUMBERS = {"last_token_mask", "length_mask", "ranked_pairs", "vocabulary_hits", "chunked"}
 
 
 def test_every_function_with_a_mask_is_here():

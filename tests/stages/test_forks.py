@@ -50,7 +50,10 @@ def both(environment, tmp_path, monkeypatch):
         (tmp_path / "shows.py").write_text(program, encoding="utf-8")
         forked = server.start("shows", *args, environment=variables)
         words = [sys.executable, "-m", "shows", *args]
+        # Where the tests run in the background, a shell has it ignored, and what they start inherits that.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         started = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
+        signal.signal(signal.SIGINT, before)
         return (*forked.communicate(), forked.returncode), (started.stdout, started.stderr, started.returncode)
 
     return ran

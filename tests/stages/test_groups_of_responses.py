@@ -144,7 +144,9 @@ def test_the_numbers_are_those_of_one_device(request, meshed, stage):
     names += ["loss/ptx", "grad/policy_norm", "grad/ptx_to_ppo_norm_ratio"]
     many, one = meshed[stage][1] / stage, request.getfixturevalue({"grpo": "adapted", "rloo": "both"}[stage]) / stage
     for row, expected in zip(*(rows_of(place / "metrics.jsonl") for place in (many, one)), strict=True):
-        assert {name: row[name] for name in names} == pytest.approx({name: expected[name] for name in names}, abs=1e-4)
+        # Where the gradient is next to 0, the ratio to its norm is large: float32 has 7 digits of it.
+        wanted = {name: expected[name] for name in names}
+        assert {name: row[name] for name in names} == pytest.approx(wanted, abs=1e-4, rel=1e-6)
     got, wanted = (saved(place / "checkpoints" / str(STEPS)) for place in (many, one))
     for name in (name for name in wanted if name.startswith("policy")):
         np.testing.assert_allclose(got[name], wanted[name], atol=1e-4, err_msg=name)

@@ -16,9 +16,8 @@ DATA = [{"source": "unused.jsonl"}]
 def run(routing, family="mixtral", **sampling):
     stage = {"data": DATA, "steps": 10, "optimizer": {"lr": 1e-3}}
     ppo = {
-        "batch": {"size": 4, "prompt_length": 8},
+        "batch": {"size": 4, "prompt_length": 8, "routing": routing},
         "sampling": {"max_new_tokens": 6} | sampling,
-        "routing": routing,
     }
     reward = {"batch": {"size": 4, "length": 16, "candidates": 2}, "normalize": {"on": "none"}}
     shape = {"family": family, "layers": 2, "width": 16, "heads": 4, "context": 32}
