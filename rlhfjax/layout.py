@@ -46,6 +46,10 @@ class Layout(Protocol):
         """
         ...
 
+    def parameters(self, tree: Any) -> Any:
+        """A tree named as parameters are, as gradients, where these lie."""
+        ...
+
     def embedded(self, table: Any, tokens: jax.Array, dtype: Any) -> jax.Array:
         """table[tokens] in that type: [V, D] and [B, T] to [B, T, D]."""
         ...
@@ -103,3 +107,9 @@ def lay(name: str, x: jax.Array) -> jax.Array:
     """`x` laid out as activations of this name are."""
     layout = current()
     return x if layout is None else layout.lay(name, x)
+
+
+def as_parameters(tree: Any) -> Any:
+    """Gradients where the parameters lie."""
+    layout = current()
+    return tree if layout is None else layout.parameters(tree)

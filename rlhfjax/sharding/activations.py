@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax.sharding.experts import by_experts
 from rlhfjax.sharding.per_device import by_heads, by_rows_and_heads
-from rlhfjax.sharding.rules import ACTIVATIONS, MESH_AXES, dividing, path_name, sampled_axes
+from rlhfjax.sharding.rules import ACTIVATIONS, MESH_AXES, dividing, path_name, sampled_axes, state_shardings
 from rlhfjax.sharding.vocabulary import PartOfWords, embedded, over_words
 
 
@@ -38,6 +38,9 @@ class MeshLayout:
 
     def attention(self, program: Callable[..., Any], kernel: bool) -> Callable[..., Any]:
         return by_rows_and_heads(self.mesh, program) if kernel else by_heads(self.mesh, program)
+
+    def parameters(self, tree: Any) -> Any:
+        return jax.lax.with_sharding_constraint(tree, state_shardings(self.mesh, tree))
 
     def embedded(self, table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
         return embedded(self.mesh, table, tokens, dtype)

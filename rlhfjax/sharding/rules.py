@@ -68,7 +68,6 @@ ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
     "residual": ("batch", "token", "residual"),  # what layers hand on and remat keeps
     "inputs": ("batch", "token", None),  # what the products of a layer read
     "heads": ("batch", "token", "heads", None),
-    "mlp": ("batch", "token", "mlp"),
     "logits": ("batch", "vocab"),
     "whole_logits": ("spread", None),
     # Of a sampler: what there is of each row, the cache of a layer, of the stack of layers, of an encoder–decoder.

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from rlhfjax.algorithms import Objective
 from rlhfjax.algorithms.objective import Gradients, Mix, MixedBatch, online_part
+from rlhfjax.layout import as_parameters
 from rlhfjax.training.averaging import Average, moved_average
 from rlhfjax.types import Params, Skipped, TrainState
 
@@ -41,7 +42,8 @@ def gradients(
 
     def part_gradients(part, key):
         (loss, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(params, part, weight, key)
-        return grads, metrics | {"loss/total": loss}
+        # Moments lie apart over `data`; no product of the backward pass is to follow them there.
+        return as_parameters(grads), metrics | {"loss/total": loss}
 
     if pack is None and parts == 1:
         return part_gradients(batch, key)
