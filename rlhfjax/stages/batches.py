@@ -5,7 +5,7 @@ from typing import Any
 
 from rlhfjax.config import schema
 from rlhfjax.config.recipe import FACTS
-from rlhfjax.data.pipeline import Batches
+from rlhfjax.data.by_step import Batches
 from rlhfjax.stages.job import Job
 
 

@@ -3,7 +3,7 @@
 import jax
 
 from rlhfjax.config import schema
-from rlhfjax.data.pipeline import Batches
+from rlhfjax.data.by_step import Batches
 from rlhfjax.stages.batches import held_out, longest, open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from rlhfjax.config.recipe import FACTS, compared, stages_of
-from rlhfjax.data.pipeline import Batches
+from rlhfjax.data.by_step import Batches
 from rlhfjax.evaluation.report.page import write_report
 from rlhfjax.evaluation.report.run_data import read_run
 from rlhfjax.evaluation.results import Evaluation, PolicyRow, WinRow

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhfjax import faults
 from rlhfjax.algorithms import Objective, restrict
-from rlhfjax.data.pipeline import Batches
+from rlhfjax.data.by_step import Batches
 from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.lora import join, split
 from rlhfjax.sharding import state_shardings

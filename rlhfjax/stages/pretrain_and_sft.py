@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 
 from rlhfjax.config import schema
-from rlhfjax.data.pipeline import Batches
+from rlhfjax.data.by_step import Batches
 from rlhfjax.models.lora import split
 from rlhfjax.stages.batches import held_out
 from rlhfjax.stages.job import Job

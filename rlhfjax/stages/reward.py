@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhfjax.config import schema
 from rlhfjax.data.batches import right_padded
-from rlhfjax.data.pipeline import Batches
+from rlhfjax.data.by_step import Batches
 from rlhfjax.host import processes
 from rlhfjax.models import SequenceModel
 from rlhfjax.models.heads import init_head, rescale_head, with_head

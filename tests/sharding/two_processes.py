@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 
-from rlhfjax.data.pipeline import Batches
+from rlhfjax.data.by_step import Batches
 from rlhfjax.errors import ConfigError, DataError, RlhfjaxError
 from rlhfjax.host import processes
 from rlhfjax.host.processes import Place, agree, by_first, fetch, is_first, started

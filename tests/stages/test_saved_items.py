@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from rlhfjax.config import load_config
-from rlhfjax.data.pipeline import Batches
+from rlhfjax.data.by_step import Batches
 from rlhfjax.runs.checks import execute
 from rlhfjax.sharding import make_mesh
 from rlhfjax.stages import learning, offline, online

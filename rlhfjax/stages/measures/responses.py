@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rlhfjax.algorithms.likelihood import token_log_probs, token_scores
 from rlhfjax.algorithms.packing import on_packed
 from rlhfjax.config import schema
-from rlhfjax.data.pipeline import Batches
+from rlhfjax.data.by_step import Batches
 from rlhfjax.evaluation.judges import Judge
 from rlhfjax.evaluation.results import PolicyRow, Response, Sample
 from rlhfjax.evaluation.rows import policy_row

@@ -12,7 +12,8 @@ from rlhfjax.algorithms.dpo import Dpo
 from rlhfjax.algorithms.language_modelling import predicted
 from rlhfjax.algorithms.reward_modelling import RewardModelling
 from rlhfjax.config import schema
-from rlhfjax.data.pipeline import Batches, Reader
+from rlhfjax.data.by_step import Batches
+from rlhfjax.data.pipeline import Reader
 from rlhfjax.models import SequenceModel
 from rlhfjax.sharding import place_share
 from rlhfjax.sharding.sampling import sampling_on
