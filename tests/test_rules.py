@@ -100,7 +100,7 @@ def record(directory, config, style, mesh) -> Recorded:
         return made
 
     class Writer(MetricsWriter):
-        def write(self, step, values):
+        def write(self, step, values, taken=None):
             metrics.append(super().write(step, values))
             return metrics[-1]
 

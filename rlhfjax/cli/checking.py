@@ -13,6 +13,8 @@ from rlhfjax.integrity import MANIFEST, check
 from rlhfjax.places import expanded
 from rlhfjax.terminal import printable, say
 
+_SIGNS = ("ledger.jsonl", "*/ledger.jsonl", "complete.json", "*/complete.json")  # of what stages leave behind
+
 NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Read checkpoints and data without comparing them with their digests.")
 ]
@@ -26,6 +28,8 @@ def verify(
 ) -> None:
     """Compare files with the digests that were written beside them. Exit code 4 names each that differs.
 
+    Of runs and stages the ledgers are checked, too: that every row of an epoch was read once, and at which step.
+
     \b
     Example:
       rlhfjax verify runs/quickstart
@@ -33,7 +37,9 @@ def verify(
     bad = 0
     for path in paths:
         found = list(_directories(path, data_dir))
-        if not found:
+        ledgers = _ledgers(expanded(path))
+        bad += sum(map(_is_wrong, ledgers))
+        if not found and not ledgers:
             raise ConfigError(
                 f"{path}: expected a checkpoint, stage, run, export or prepared dataset, got nothing with a "
                 f"{MANIFEST}; what an older version wrote has none"
@@ -55,6 +61,27 @@ def _differences(directory: Path) -> int:
     if not checked.differences:
         typer.echo(printable(f"{directory}: {checked.files} files, {checked.bytes:,} bytes, all as written"))
     return len(checked.differences)
+
+
+def _ledgers(root: Path) -> list[Path]:
+    """The stages whose ledgers there are to check."""
+    if not root.is_dir() or not any(any(root.glob(name)) for name in _SIGNS):
+        return []
+    from rlhfjax.runs.ledger import stages_with_ledgers
+
+    return stages_with_ledgers(root)
+
+
+def _is_wrong(stage: Path) -> bool:
+    """Say what a ledger says, or what is wrong with it."""
+    from rlhfjax.runs.ledger import require_right
+
+    try:
+        typer.echo(printable(require_right(stage)))
+    except IntegrityError as error:
+        typer.echo(printable(str(error)))
+        return True
+    return False
 
 
 def _directories(path: str, data_dir: Path | None) -> Iterator[Path]:

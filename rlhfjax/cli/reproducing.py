@@ -6,6 +6,11 @@ from typing import Annotated
 import typer
 
 from rlhfjax.cli.datasets import directory
+from rlhfjax.cli.launching import Coordinator, NumProcesses, ProcessId, among_processes, one_of_several
+from rlhfjax.launch.process_group import Restarts, supervise
+from rlhfjax.terminal import say
+
+_GRACE = 10.0  # seconds that the others have to end when one has failed
 
 
 def reproduce(
@@ -19,17 +24,35 @@ def reproduce(
     only_check: Annotated[
         bool, typer.Option("--only-check", help="Only see whether it can be reproduced here; run nothing.")
     ] = False,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
 ) -> None:
     """Run a finished run again, and compare every step and the last checkpoints to the last bit.
 
     Refuses, with one line a difference, where code, packages, flags, devices or data are not those of the run. Exits
-    with 4 then, and where the runs differ.
+    with 4 then, and where the runs differ. A run of several processes runs again in as many on this machine, or in
+    those that this is one of.
 
     \b
     Examples:
       rlhfjax reproduce runs/quickstart --only-check
       rlhfjax reproduce runs/quickstart
     """
-    from rlhfjax.runs.reproduce import reproduce
+    from rlhfjax.host.determinism import use_determinism
+    from rlhfjax.runs.layouts import launched_here
+    from rlhfjax.runs.reproduce import finished, reproduce, require_new
 
-    reproduce(run_dir, target or run_dir.with_name(f"{run_dir.resolve().name}-reproduced"), only_check)
+    target = target or run_dir.with_name(f"{run_dir.resolve().name}-reproduced")
+    run, attempts = finished(run_dir)
+    among = (coordinator, num_processes, process_id)
+    if not one_of_several(*among):
+        if not only_check:
+            require_new(target)
+        use_determinism(run.reliability.determinism)
+        if layout := launched_here(run_dir, attempts):
+            say(f"{run_dir} ran in {layout}: started here")
+            words = ["reproduce", str(run_dir), "--run-dir", str(target), *(["--only-check"] if only_check else [])]
+            raise typer.Exit(supervise(words, layout.processes, layout.devices, Restarts(0, 0, None), _GRACE, say))
+    with among_processes(run.reliability, *among):
+        reproduce(run_dir, target, only_check)

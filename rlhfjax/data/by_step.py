@@ -7,13 +7,15 @@ from typing import Any
 import grain
 import numpy as np
 
+from rlhfjax.data.numbering import Listed, numbers_of
+
 
 @dataclass(frozen=True)
 class Batches:
     """Infinite batches of `size` rows by step, of which `local` are made here (None: all).
 
     `dataset` gives rows by their place in the order; `rows` is how many one epoch has. Of comparisons none is longer
-    than `longest` tokens in a packed row, its prompt counted once.
+    than `longest` tokens in a packed row, its prompt counted once. `listed` are the sources whose rows have numbers.
     """
 
     dataset: Any
@@ -22,6 +24,11 @@ class Batches:
     size: int
     local: Any = None
     longest: int = 0
+    listed: Sequence[Listed] = ()
+
+    def numbers(self, first: int, count: int) -> np.ndarray:
+        """The rows at so many places of the order from `first` on, counted through the sources that are `listed`."""
+        raise NotImplementedError("places alone are known")
 
     def __getitem__(self, step: int) -> Any:
         return self.make(**_Steps(self.dataset, self.size, self.local)[step])
@@ -45,10 +52,17 @@ class Batches:
 
 @dataclass(frozen=True)
 class PromptBatches(Batches):
-    """Batches of prompts whose records can be had: `origins` has the place of each in one of the `sources`."""
+    """Batches of prompts whose records can be had: `origins` has the place of each in one of the `sources`.
+
+    These are `listed`.
+    """
 
     origins: Any = None
     sources: Sequence[Any] = ()
+
+    def numbers(self, first: int, count: int) -> np.ndarray:
+        """The rows at so many places of the order from `first` on, counted through all the sources."""
+        return numbers_of(self.origins, self.listed, first, count)
 
     def records(self, step: int) -> list[dict[str, Any]]:
         """The records of a batch's prompts, row by row as `self[step]` has them: all fields, as their files name them.
@@ -62,19 +76,6 @@ class PromptBatches(Batches):
             for row, record in zip(rows, source.__getitems__(places["row"][rows].tolist()), strict=True):
                 found[row] = record.get("extra", {}) | {name: record[name] for name in record if name != "extra"}
         return found
-
-
-class Origins:
-    """Beside the prompts of one source: its number, and the row that each of them has in it."""
-
-    def __init__(self, number: int, keep: np.ndarray):
-        self._number, self._keep = number, keep
-
-    def __len__(self) -> int:
-        return len(self._keep)
-
-    def __getitem__(self, i: Any) -> dict[str, np.ndarray]:
-        return {"source": np.asarray(self._number), "row": np.asarray(self._keep[i])}
 
 
 class _Steps:

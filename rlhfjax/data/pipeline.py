@@ -15,8 +15,9 @@ import numpy as np
 from rlhfjax import types
 from rlhfjax.config.schema import Batch, Data, PretrainingMix, RankedBatch, RolloutBatch
 from rlhfjax.data import batches, token_rows
-from rlhfjax.data.by_step import Batches, Origins, Placed, PromptBatches
+from rlhfjax.data.by_step import Batches, Placed, PromptBatches
 from rlhfjax.data.datasets import RandomAccess, open_source
+from rlhfjax.data.numbering import Listed, Origins
 from rlhfjax.errors import DataError
 from rlhfjax.text.chat import Untrained, encode_demonstration
 from rlhfjax.text.loading import AnyTokenizer
@@ -136,7 +137,9 @@ class Reader:
         # Of the same lengths and seed, and so in the same order.
         places: Sequence[Any] = [Origins(number, each.keep) for number, each in enumerate(items)]
         origins = self._batches(places, weights, batch.size, types.PromptBatch, shuffle).dataset
-        how = made.make, made.rows, made.size, made.local, made.longest
+        each = zip(data, sources, items, strict=True)
+        listed = [Listed(entry.name, len(source), item.keep) for entry, source, item in each]
+        how = made.make, made.rows, made.size, made.local, made.longest, listed
         return PromptBatches(Placed(made.dataset), *how, origins=origins, sources=sources)
 
     def _prompt_source(self, entry: Data, batch: RolloutBatch) -> tuple[batches.PromptItems, Any]:

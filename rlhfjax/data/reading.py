@@ -91,6 +91,11 @@ class DataFile:
                 "choose another kind or layout"
             )
 
+    def places(self) -> Iterator[str]:
+        """The place of the row that each record is made of, in the order of `records`. Raises DataError."""
+        for where, obj in self.layout.gathered(rows_of(self.path, self.found, self.reading.sample_by)):
+            yield from (where for _ in self._made(where, obj))
+
     def _made(self, where: str, obj: Any) -> list[Record]:
         if isinstance(obj, DataError):
             raise obj

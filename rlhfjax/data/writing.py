@@ -32,7 +32,10 @@ _SMALL = 1 << 16  # bytes; what describes a dataset is read whole whenever it is
 
 
 class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A TFDS builder of canonical records of one kind, with a manifest of kind, counts and digests beside them."""
+    """A TFDS builder of canonical records of one kind.
+
+    Beside them are a manifest of kind, counts and digests, and the digests of single records.
+    """
 
     VERSION: ClassVar = tfds.core.Version(VERSION)
     made_from: dict[str, str]  # SHA-256 of what the records were read from
@@ -60,17 +63,24 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, split: str, start: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[Any]:
         digest, count, messages = hashlib.sha256(), 0, 0
-        for count, record in enumerate(start(), 1):
-            line = dumps(record, sort_keys=True, separators=(",", ":"))
-            digest.update(line.encode() + b"\n")
-            messages += "messages" in record
-            yield count - 1, encode(self.kind, record)
+        with (Path(self.data_dir) / digests_file(split)).open("wb") as rows:
+            for count, record in enumerate(start(), 1):
+                line = dumps(record, sort_keys=True, separators=(",", ":")).encode()
+                digest.update(line + b"\n")
+                rows.write(hashlib.blake2b(line, digest_size=8).digest())
+                messages += "messages" in record
+                yield count - 1, encode(self.kind, record)
         self._digests[split], self._counts[split], self._messages[split] = digest.hexdigest(), count, messages
 
     def _post_download_and_prepare_hook(self) -> None:
         manifest = {"kind": self.kind, "counts": self._counts, "sha256": self._digests, "made_from": self.made_from}
         manifest |= {"messages": self._messages, "notes": self.notes()}
         (Path(self.data_dir) / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def digests_file(split: str) -> str:
+    """The name of the file with eight bytes of BLAKE2b of each record of a split, by which a changed one is found."""
+    return f"rows-{split}.digests"
 
 
 def write_builder(builder: RecordBuilder) -> None:

@@ -26,6 +26,8 @@ def _differences(one: Path, other: Path) -> Iterator[str]:
     digest = "tokenizer.model.sha256" if (one / "tokenizer.model.sha256").exists() else "tokenizer.sha256"
     if _text(one / digest) != _text(other / digest):
         yield f"{digest}: expected {_text(one / digest)!r}, got {_text(other / digest)!r}"
+    if (one / "ledger.jsonl").exists():  # an older version kept none
+        yield from _rows(one / "ledger.jsonl", other / "ledger.jsonl", "ledger ")
     yield from _rows(one / "metrics.jsonl", other / "metrics.jsonl", "")
     yield from _rows(one / "samples.jsonl", other / "samples.jsonl", "sample ")
     yield from _leaves(one / "checkpoints", other / "checkpoints")

@@ -21,7 +21,7 @@ def other_conditions(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         *_devices(then, now),
         *_target(then.get("target", {}), now.get("target", {})),
         *(_each("chat settings of", then["chat"], now["chat"]) if "chat" in then and "chat" in now else ()),
-        *_digests("data", then.get("data", {}), now.get("data", {})),
+        *_digests("data", then.get("data", {}), now.get("data", {}), now.get("changed_rows", {})),
         *_digests("", then.get("started_from", {}), now.get("started_from", {})),
         *_code_of_rewards(then, now),
     ]
@@ -87,11 +87,17 @@ def _each(what: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterato
         yield from _value(f"{what} {name}", then.get(name), now.get(name))
 
 
-def _digests(what: str, then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
-    """Of what both know: a source that cannot be read is said by whoever tried, one that was added by the keys."""
+def _digests(
+    what: str, then: Mapping[str, str], now: Mapping[str, str], changes: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Of what both know: a source that cannot be read is said by whoever tried, one that was added by the keys.
+
+    `changes` say of some of them what is another.
+    """
     for name in sorted(then.keys() & now.keys()):
         if then[name] != now[name]:
-            yield f"{what} {name}: expected SHA-256 {then[name][:12]}…, got {now[name][:12]}…".strip()
+            said = f": {changes[name]}" if changes and name in changes else ""
+            yield f"{what} {name}: expected SHA-256 {then[name][:12]}…, got {now[name][:12]}…{said}".strip()
 
 
 def _value(name: str, then: Any, now: Any) -> Iterator[str]:

@@ -116,7 +116,8 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
     # jax and the models are imported here, so that a finished run answers at once.
     from rlhfjax.host.compile_cache import use_compile_cache
     from rlhfjax.host.memory import run_in_caller
-    from rlhfjax.runs.checks import agree_on_data, agree_on_tokenizer, check_data, execute, make_jobs, origins
+    from rlhfjax.runs.checks import agree_on_data, agree_on_tokenizer, check_data, entries, execute, make_jobs, origins
+    from rlhfjax.runs.kept_rows import keep_rows
     from rlhfjax.runs.parents import parents, tokenizer_facts
     from rlhfjax.runs.sizes import agree_on_sizes, next_target
     from rlhfjax.runs.sources import refuse_other_inputs
@@ -132,6 +133,7 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
     agree_on_sizes(target)
     refuse_other_inputs(run, run_dir, stages[0], manifest.before, begins)
     manifest.note(**begins, target=target.facts())
+    _by_first(lambda: keep_rows(run_dir, entries(run), jobs[0].data_dir, begins["data"], report), "rows")
     if change := other_layout(manifest.before, manifest.line):
         report(f"{jobs[0].stage}: continues {change}; from here on results match within rounding, not bitwise")
     for job in jobs:

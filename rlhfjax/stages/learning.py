@@ -18,6 +18,7 @@ from rlhfjax.stages.compilation import Ahead
 from rlhfjax.stages.job import Job
 from rlhfjax.training.checkpoint import Checkpoints, meta_of
 from rlhfjax.training.guards import Guard, Memory, RollBack, good_before, memory_of, with_rollbacks
+from rlhfjax.training.ledger import Order
 from rlhfjax.training.loop import Beside, Counts
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.optimizer import learning_rate
@@ -108,19 +109,22 @@ class Learning(Generic[State]):
             first_step=None if ahead.facts else ahead.first_step,
         )
 
-    def run(self, train: Callable[[State], State], finish: Callable[[State], Facts]) -> Facts:
-        """`finish` of what `train` makes of the state. A stage that is asked to stop ends the save that is under way.
+    def run(self, train: Callable[[State], State], finish: Callable[[State], Facts], order: Order) -> Facts:
+        """`finish` of what `train` makes of the state; the stage reads rows in an `order`, of which it keeps a ledger.
+
+        A stage that is asked to stop ends the save that is under way.
 
         Raises ConfigError where metrics cannot be written, and what the loop raises.
         """
-        self.writer = MetricsWriter(self._job.dir, self._stored.step(self.state), self._job.run.logging.tensorboard)
+        board = self._job.run.logging.tensorboard
+        self.writer = MetricsWriter(self._job.dir, self._stored.step(self.state), board, order=order)
         self.watch = self._job.watch()
         with held(), closing(self.checkpoints), closing(self.writer), closing(self.watch):
             return finish(with_rollbacks(train, self.state, self._back))
 
     def facts(self) -> Facts:
         """What there is to say of the way: how long a stop would have taken, rows not written, what guards did."""
-        return self.watch.facts() | self.writer.gaps() | self.guard.memory.told()
+        return self.watch.facts() | self.writer.facts() | self.guard.memory.told()
 
     def _back(self, rollback: RollBack) -> State:
         """The state of the newest checkpoint that was good, or of the start of the stage where there is none.

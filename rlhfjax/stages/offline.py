@@ -21,6 +21,7 @@ from rlhfjax.stages.learning import Facts, Learning, Stored, meta_for, rate_of
 from rlhfjax.stages.measures.validation import Meter
 from rlhfjax.training.averaging import Average, handed_on
 from rlhfjax.training.flops import OfflineFlops, forward_flops, seen_by
+from rlhfjax.training.ledger import Taken
 from rlhfjax.training.offline import train_offline
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.state import init_state, init_state_shapes
@@ -102,7 +103,7 @@ def learn_offline(job: Job, learner: OfflineLearner) -> Facts:
             beside=learning.beside(ahead, rate_of(c.optimizer, steps, learner.model), learner.shown, learner.flops),
             measure=measure,
             keep=keep,
-            rows=lambda step: (step - 1 + first) * c.batch.size + np.arange(c.batch.size),
+            taken=lambda step: Taken((step - 1 + first) * c.batch.size, c.batch.size),
         )
 
     def finish(state: TrainState) -> Facts:
@@ -116,7 +117,7 @@ def learn_offline(job: Job, learner: OfflineLearner) -> Facts:
         learning.save(replace(state, **finished), facts, score)
         return facts | {"step": learning.checkpoints.best() if select != "last" else steps}
 
-    return learning.run(train, finish)
+    return learning.run(train, finish, opened["train"])
 
 
 def _learning(job: Job, learner: OfflineLearner, optimizer: Any, select: str) -> Learning[TrainState]:

@@ -28,6 +28,7 @@ from rlhfjax.stages.online_programs import (
 )
 from rlhfjax.stages.rewards import HostRewards, Judges
 from rlhfjax.training.flops import OnlineFlops, attended, forward_flops
+from rlhfjax.training.ledger import Taken
 from rlhfjax.training.online import train_online
 from rlhfjax.training.state import abstract
 from rlhfjax.types import OnlineState, Params, Rollout, TokenBatch, TrainState
@@ -58,14 +59,16 @@ def learn_online(job: Job, learner_of: Callable[[], OnlineLearner]) -> Facts:
     def keep(state: OnlineState, iteration: int, stop: bool) -> Callable[[], None] | None:
         return (lambda: learning.save(state)) if stop or iteration % job.run.checkpoints.every == 0 else None
 
-    def sampled(iteration: int, rollout: Rollout) -> None:
+    def sampled(iteration: int, rollout: Rollout) -> Taken:
         prompts.note(learning, iteration)
         if iteration % job.run.logging.samples_every == 0 or iteration == 1:
             learning.writer.write_samples(iteration, sample_rows(job, learner.judges, rollout))
+        return prompts.taken()
 
     def train(state: OnlineState) -> OnlineState:
         place = learning.place(state)
-        prompts.place, prompts.iterations = place + learning.guard.memory.drawn, int(state.iteration)
+        prompts.place = prompts.begin = place + learning.guard.memory.drawn
+        prompts.iterations = int(state.iteration)
         return train_online(
             steps,
             state,
@@ -85,21 +88,24 @@ def learn_online(job: Job, learner_of: Callable[[], OnlineLearner]) -> Facts:
         facts = {"step": c.steps, "episodes": c.steps * c.batch.size, "kl_coef": float(state.kl_coef)}
         return facts | ahead.facts | learning.facts()
 
-    prompts, records = _Prompts(), opened["train"].records
+    prompts, records = _Prompts(opened["train"].size), opened["train"].records
     with closing(HostRewards(learner.judges, records, job.tokenizer, job.mesh, job.report)) as host:
         if host.asked:
             steps = replace(steps, judge=lambda rollout: host.begin(prompts.iterations + 1, prompts.place - 1, rollout))
-        return learning.run(train, finish)
+        return learning.run(train, finish, opened["train"])
 
 
 @dataclass
 class _Prompts:
-    """Where the stage is in its prompts: the next batch. Dynamic sampling takes more than one for an iteration.
+    """Where the stage is in its prompts: the next batch, of `size`. Dynamic sampling takes more than one for an
+    iteration.
 
-    `iterations` counts those whose batches have all been taken.
+    `iterations` counts those whose batches have all been taken, `begin` is the first batch of the next one.
     """
 
+    size: int
     place: int = 0
+    begin: int = 0
     iterations: int = 0
 
     def counted(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -112,6 +118,11 @@ class _Prompts:
         self.iterations = iteration
         memory = learning.guard.memory
         learning.guard.memory = replace(memory, drawn=self.place - iteration - memory.left_out)
+
+    def taken(self) -> Taken:
+        """What the iteration that ends here read."""
+        first, self.begin = self.begin, self.place
+        return Taken(first * self.size, (self.place - first) * self.size)
 
 
 def _started(job: Job, learner_of: Callable[[], OnlineLearner]) -> tuple[OnlineLearner, Learning[OnlineState]]:

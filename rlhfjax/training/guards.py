@@ -18,6 +18,7 @@ import numpy as np
 
 from rlhfjax.config.upkeep import Guards
 from rlhfjax.errors import Diverged
+from rlhfjax.training.ledger import Taken
 from rlhfjax.training.metrics import MetricsWriter, ProgressLine
 
 LOSS = "loss/total"
@@ -177,9 +178,14 @@ class Guard:
         self._path, self._warned = directory / FILE, set()
 
     def written(
-        self, writer: MetricsWriter, say: Callable[[str], None], step: int, metrics: Mapping[str, Any], ids: Any
+        self,
+        writer: MetricsWriter,
+        say: Callable[[str], None],
+        step: int,
+        metrics: Mapping[str, Any],
+        taken: Taken | None,
     ) -> dict[str, float]:
-        """Write the row of a step, then act on what is wrong with it; `ids` are the numbers of the rows it read.
+        """Write the row of a step, which read what was `taken`, then act on what is wrong with it.
 
         Raises Diverged, or RollBack.
         """
@@ -187,9 +193,9 @@ class Guard:
         found = judge(self.settings, self.memory, step, row)
         self.memory = remember(self.settings, self.memory, row, found)
         counts = {"guard/divergences": self.memory.divergences, "guard/rollbacks": self.memory.rollbacks}
-        shown = writer.write(step, row | counts)
+        shown = writer.write(step, row | counts, taken)
         if found or row.get("guard/skipped_updates"):
-            self._act(say, step, row, found, _fetched(ids))
+            self._act(say, step, row, found, taken.places if taken else [])
         return shown
 
     def _act(self, say: Callable[[str], None], step: int, row: Row, found: list[Finding], ids: list[int]) -> None:
@@ -237,21 +243,18 @@ class Guard:
 
 
 def write_row(
-    guard: Guard | None, writer: MetricsWriter, progress: ProgressLine, step: int, row: Mapping[str, Any], ids: Any
+    guard: Guard | None,
+    writer: MetricsWriter,
+    progress: ProgressLine,
+    step: int,
+    row: Mapping[str, Any],
+    taken: Taken | None,
 ) -> dict[str, float]:
     """Write the metrics of a step, past the guard where there is one; the progress line ends where the loop does."""
     if guard is None:
-        return writer.write(step, row)
+        return writer.write(step, row, taken)
     try:
-        return guard.written(writer, progress.note, step, row, ids)
+        return guard.written(writer, progress.note, step, row, taken)
     except (Diverged, RollBack):
         progress.close()
         raise
-
-
-def _fetched(ids: Any) -> list[int]:
-    if isinstance(ids, jax.Array) and not ids.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        ids = multihost_utils.process_allgather(ids, tiled=True)  # every process finds the same, and comes here
-    return [] if ids is None else np.asarray(ids).astype(int).tolist()

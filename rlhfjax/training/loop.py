@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhfjax.training.flops import machine_peak
 from rlhfjax.training.guards import Guard, write_row
+from rlhfjax.training.ledger import Taken
 from rlhfjax.training.metrics import MetricsWriter, ProgressLine, labelled
 from rlhfjax.training.profiling import Trace
 from rlhfjax.training.supervision import Watch
@@ -67,16 +68,16 @@ class Log:
         metrics: Metrics,
         seconds: float,
         rates: Callable[[Counts], dict[str, float]],
-        ids: Any = None,
+        taken: Taken | None = None,
     ) -> None:
-        """The row of a step that took `seconds`; `rates` are worked out from its counts, `ids` number what it read."""
-        self._pending = step, metrics, seconds, rates, ids
+        """The row of a step that took `seconds` and read what was `taken`; `rates` are worked out from its counts."""
+        self._pending = step, metrics, seconds, rates, taken
 
     def write(self) -> None:
         """The row that waits, if there is one. Raises Diverged or RollBack where the guard says so."""
         if self._pending is None:
             return
-        (step, metrics, seconds, rates, ids), self._pending = self._pending, None
+        (step, metrics, seconds, rates, taken), self._pending = self._pending, None
         counts = {name: float(metrics[name]) for name in metrics if name in _COUNTED or name.startswith("work/")}
         row = {name: value for name, value in metrics.items() if name not in ("tokens", "updates")}
         row = {name: value for name, value in row.items() if not name.startswith("work/")}
@@ -85,7 +86,7 @@ class Log:
         row |= rates(counts)
         if self._beside.flops and "work/pairs" in counts:
             row["perf/mfu"] = self._beside.flops(counts) / (seconds * machine_peak())
-        self._latest |= write_row(self._beside.guard, self._beside.writer, self._progress, step, row, ids)
+        self._latest |= write_row(self._beside.guard, self._beside.writer, self._progress, step, row, taken)
 
     def show(self, step: int) -> None:
         """The progress line after a step."""

@@ -15,11 +15,14 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.plain_json import dumps, number
+from rlhfjax.training.ledger import Ledger, Order, Taken
 from rlhfjax.training.sinks import Board, Report, Sink, to_stderr
 
 
 class MetricsWriter:
     """Appends one JSON object a step to DIRECTORY/metrics.jsonl; numbers on the device are fetched here.
+
+    With an `order` a ledger stands beside it, of what each step read (`rlhfjax.training.ledger`).
 
     Opening it drops what an interrupted run wrote after `start_step`, so that no step appears twice, and reports steps
     that are missing. What cannot be written later waits in memory (`rlhfjax.training.sinks`), and training goes on.
@@ -27,8 +30,15 @@ class MetricsWriter:
     files cannot be written to begin with.
     """
 
-    def __init__(self, directory: Path, start_step: int, tensorboard: bool = True, report: Report = to_stderr):
-        self.directory, self._tensorboard, self._report = directory, tensorboard, report
+    def __init__(
+        self,
+        directory: Path,
+        start_step: int,
+        tensorboard: bool = True,
+        report: Report = to_stderr,
+        order: Order | None = None,
+    ):
+        self.directory, self._tensorboard, self._report, self._order = directory, tensorboard, report, order
         self._open(start_step)
 
     def _open(self, start_step: int) -> None:
@@ -42,6 +52,7 @@ class MetricsWriter:
                 _keep_until(samples, start_step, writes)
             places = (path, samples) if writes else (Path(os.devnull), Path(os.devnull))
             self._file, self._samples = (Sink(place, report) for place in places)
+            self._ledger = Ledger(directory, start_step, self._order, report) if self._order and writes else None
             self._board = Board(directory / "tensorboard", start_step, report) if self._tensorboard and writes else None
         except OSError as error:
             raise ConfigError(f"{error.filename or directory}: cannot be written: {error.strerror}") from None
@@ -57,8 +68,10 @@ class MetricsWriter:
         self.close()
         self._open(step)
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Write the metrics of one step; returns them as floats."""
+    def write(self, step: int, metrics: Mapping[str, Any], taken: Taken | None = None) -> dict[str, float]:
+        """Write the metrics of one step, and what it read; returns them as floats."""
+        if self._ledger and taken:
+            self._ledger.write(step, taken)
         row = {name: float(np.asarray(value)) for name, value in metrics.items()}
         self._file.append(_line({"step": step} | row))
         if self._board:
@@ -74,11 +87,16 @@ class MetricsWriter:
     def gaps(self) -> dict[str, Any]:
         """For what a stage says of itself: how many rows of which file could not be written; nothing if all were."""
         waiting = {"metrics.jsonl": self._file.flush(), "samples.jsonl": self._samples.flush()}
+        waiting |= {"ledger.jsonl": self._ledger.flush()} if self._ledger else {}
         lost = {name: count for name, count in waiting.items() if count}
         return {"rows_not_written": lost} if lost else {}
 
+    def facts(self) -> dict[str, Any]:
+        """For what a stage says of itself at its end: the gaps, and the digest of the ledger."""
+        return self.gaps() | (self._ledger.facts() if self._ledger else {})
+
     def close(self) -> None:
-        for sink in (self._file, self._samples, self._board):
+        for sink in (self._file, self._samples, self._board, self._ledger):
             if sink:
                 sink.close()
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhfjax import faults
 from rlhfjax.host import stopping
+from rlhfjax.training.ledger import Taken
 from rlhfjax.training.loop import Beside, Counts, Log
 from rlhfjax.types import TrainState
 
@@ -26,12 +27,12 @@ def train_offline(
     beside: Beside,
     measure: Callable[[TrainState, int], dict[str, float]],
     keep: Callable[[TrainState, int, dict[str, float], bool], Callable[[], None] | None],
-    rows: Callable[[int], Any] = lambda step: None,
+    taken: Callable[[int], Taken | None] = lambda step: None,
 ) -> TrainState:
     """Run `step_fn` from the state's step to `steps`.
 
     `measure` validates when it is time; `keep` gives what saves the state when that is due, or when its last argument
-    says that there was a request to stop, which ends the loop after that step. `rows` numbers the rows that a step
+    says that there was a request to stop, which ends the loop after that step. `taken` says what a step
     reads. Raises what it was asked to stop with.
     """
     start, watch, trace, stop = int(state.step), beside.watch, beside.trace, False
@@ -49,7 +50,7 @@ def train_offline(
         measured = measure(state, step)
         watch.end()
         stop = watch.asked()
-        log.later(step, {"updates": step - 1} | metrics | measured, seconds, partial(_rates, seconds), rows(step))
+        log.later(step, {"updates": step - 1} | metrics | measured, seconds, partial(_rates, seconds), taken(step))
         if save := keep(state, step, measured, stop):
             watch.begin("save", step)
             log.write()  # a run that is killed after the save has the row

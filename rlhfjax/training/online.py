@@ -10,6 +10,7 @@ import jax
 from rlhfjax import faults
 from rlhfjax.errors import RewardError, Stopped
 from rlhfjax.host import stopping
+from rlhfjax.training.ledger import Taken
 from rlhfjax.training.loop import Beside, Counts, Log, Metrics
 from rlhfjax.training.profiling import Clock
 from rlhfjax.types import Experience, OnlineState, Params, PromptBatch, Rollout
@@ -65,15 +66,15 @@ def train_online(
     iterations: int,
     key: jax.Array,
     beside: Beside,
-    sampled: Callable[[int, Rollout], None],
+    sampled: Callable[[int, Rollout], Taken | None],
     keep: Callable[[OnlineState, int, bool], Callable[[], None] | None],
 ) -> OnlineState:
     """Sample, score, estimate, update, from the iteration after the last saved one to `iterations`.
 
-    `sampled` is shown every rollout; `keep` gives what saves the state when that is due, or when its last argument says
-    that it must be, because of a request to stop. Such a request ends an iteration before its update, which does not
-    wait for the device, or after it; the state of the last whole iteration is saved. Raises what it was asked to stop
-    with.
+    `sampled` is shown every rollout, and says which prompts the iteration read; `keep` gives what saves the state when
+    that is due, or when its last argument says that it must be, because of a request to stop. Such a request ends an
+    iteration before its update, which does not wait for the device, or after it; the state of the last whole iteration
+    is saved. Raises what it was asked to stop with.
     """
     start = saved = int(state.iteration)
     log, watch, stop = Log(beside, start, iterations), beside.watch, False
@@ -89,16 +90,16 @@ def train_online(
                 if iteration - 1 > saved and (save := keep(state, iteration - 1, True)):
                     save()
                 raise
-            rollout, experience, metrics, ids = collected
+            rollout, experience, metrics = collected
             extra = next(pretraining)
             watch.begin("update", iteration)
             with clock("update"):
                 state, update_metrics = steps.update(state, experience, extra, metrics, update_key)
                 log.write()  # the row of the iteration before, while the device updates
-                sampled(iteration, rollout)
+                taken = sampled(iteration, rollout)
                 jax.block_until_ready(state)
         metrics |= update_metrics | clock.metrics() | {"episode": iteration * steps.episodes}
-        log.later(iteration, metrics, metrics["timing/step_s"], partial(_rates, metrics), ids)
+        log.later(iteration, metrics, metrics["timing/step_s"], partial(_rates, metrics), taken)
         log.step_done(iteration)
         watch.end()
         stop = watch.asked()
@@ -140,12 +141,12 @@ class _Timed:
 
 def _collect(
     steps: OnlineSteps, state: OnlineState, frozen: Any, prompts: Iterator[Any], key: jax.Array, timed: _Timed
-) -> tuple[Rollout, Experience, Metrics, Any]:
-    """What an iteration learns from, and the numbers of its prompts."""
+) -> tuple[Rollout, Experience, Metrics]:
+    """What an iteration learns from."""
     params = state.train.params
     counted: Metrics = {}  # over all rollouts of the iteration
 
-    def draw(key: jax.Array) -> tuple[Rollout, Any]:
+    def draw(key: jax.Array) -> Rollout:
         batch = next(prompts)
         # Only a rollout reads what it reads: nothing but the parameters is there when the device scores.
         with timed.clock("reshard"):
@@ -160,14 +161,14 @@ def _collect(
                 timed.beside.watch.until(asked.done)
                 scored, counts = asked.put(scored)
             counted.update({name: counted.get(name, 0.0) + count for name, count in counts.items()})
-        return scored, getattr(batch, "uid", None)
+        return scored
 
-    rollout, ids = draw(key)
+    rollout = draw(key)
     if steps.refill:
-        rollout, drawn = _refilled(steps.refill, rollout, lambda turn: draw(jax.random.fold_in(key, turn))[0])
+        rollout, drawn = _refilled(steps.refill, rollout, lambda turn: draw(jax.random.fold_in(key, turn)))
         counted["objective/draws"] = drawn
     experience, metrics = timed("estimate", steps.estimate, rollout, state.kl_coef, unit=False)
-    return rollout, timed.poisoned("update", experience, "advantages"), metrics | counted, ids
+    return rollout, timed.poisoned("update", experience, "advantages"), metrics | counted
 
 
 def _refilled(refill: Refill, rollout: Rollout, draw: Callable[[int], Rollout]) -> tuple[Rollout, int]:

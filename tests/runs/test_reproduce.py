@@ -21,6 +21,8 @@ from rlhfjax.host import environment
 from rlhfjax.integrity import MANIFEST
 from rlhfjax.runs.comparison import first_differences
 from rlhfjax.runs.conditions import other_conditions
+from rlhfjax.runs.kept_rows import path_of
+from rlhfjax.runs.layouts import layout_of
 from rlhfjax.runs.manifest import describe, ended_as, read_attempts
 from rlhfjax.runs.reproduce import conditions, reproduce
 from rlhfjax.target import Target, target_of
@@ -117,6 +119,7 @@ NOW = {
     "started_from": {"model.checkpoint": "1" * 64},
     "chat": {"date": "2026-01-31", "sft": {"enable_thinking": False}},
     "target": {"platform": "cpu", "slots": 32, "blocks": 2},
+    "rewards": {"grpo": {"letters": {"kind": "function", "sha256": {"mine.py": "3" * 64}}}},
 }
 
 
@@ -144,6 +147,10 @@ NOW = {
             ("started_from", "model.checkpoint"), "2" * 64,
             "model.checkpoint: expected SHA-256 222222222222…, got 111111111111…",
         ),
+        (
+            ("rewards", "grpo", "letters", "sha256", "mine.py"), "4" * 64,
+            "rewards of grpo: mine.py: expected SHA-256 444444444444…, got 333333333333…",
+        ),
         (("code",), {"sha256": "b", "files": {"api.py": "0", "old.py": "1", "types.py": "2"}},
          "code of rlhfjax: api.py, old.py changed"),
     ],
@@ -156,6 +163,20 @@ def test_one_thing_that_changed_is_one_line(place, value, expected):
         at = at[part]
     at[place[-1]] = value
     assert other_conditions(then, NOW) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([{"devices": ["cpu"] * 4, "process": [0, 2], "backend": "cpu"}], "2 processes with 2 x cpu each"),
+        ([{"devices": ["cpu"] * 8, "process": [0, 1], "backend": "cpu"}], "1 process with 8 x cpu"),
+        ([{"devices": ["cpu"] * 3, "process": [0, 2], "backend": "cpu"}], "None"),
+        ([{"devices": ["cpu"], "process": [0, 1], "stages": ["sft"]},
+          {"devices": ["cpu"] * 2, "process": [0, 2], "stages": []}], "1 process with 1 x cpu"),
+    ],
+)  # fmt: skip
+def test_the_layout_is_that_of_the_last_attempt_that_trained(lines, expected):
+    assert str(layout_of(lines)) == expected
 
 
 def test_what_changes_no_number_is_not_held_against_it():
@@ -206,6 +227,13 @@ def test_the_first_step_that_differs_is_named(finished, other):
     assert first_differences(finished, other, list(STAGES)) == [
         f"ppo step 3: objective/kl expected {before!r}, got {after!r}"
     ]
+
+
+def test_what_was_read_comes_before_what_came_of_it(finished, other):
+    """With other prompts everything is another: that is the cause."""
+    edit(other / "ppo" / "ledger.jsonl", 2, lambda line: line["rows"].reverse())
+    edit(other / "ppo" / "metrics.jsonl", 2, lambda row: row.update({"objective/kl": 9.0}))
+    assert first_differences(finished, other, list(STAGES)) == ["ppo ledger step 2: rows"]
 
 
 @pytest.mark.parametrize(
@@ -275,9 +303,74 @@ def test_two_processes_give_the_same_bits_and_a_byte_is_noticed(short, environme
 
 
 @pytest.fixture
+def moved(finished, config, files, tmp_path):
+    """Copies of the finished run, its files and its prepared data, that a test may change: the run and the files."""
+    shutil.copytree(files, tmp_path / "files", ignore=shutil.ignore_patterns(".incomplete-*", ".lock"))
+    shutil.copytree(finished, tmp_path / "run")
+    for path in (tmp_path / "run" / name for name in ("config.yaml", "manifest.jsonl", "ppo/ledger.jsonl")):
+        path.write_text(path.read_text(encoding="utf-8").replace(str(files), str(tmp_path / "files")), encoding="utf-8")
+    for entry in [f"{name}.jsonl@train" for name in ("documents", "demonstrations", "comparisons", "prompts")]:
+        old, new = (path_of(tmp_path / "run", f"{place}/{entry}") for place in (files, tmp_path / "files"))
+        old.rename(new)
+    return tmp_path / "run", tmp_path / "files"
+
+
+def changed_lines(run_dir, monkeypatch):
+    """What has changed here, by the run's directory; devices are not looked at."""
+    run, attempts = load_config(run_dir / "config.yaml"), read_attempts(run_dir)
+    as_it_was(attempts, monkeypatch)
+    return conditions(run, attempts, run_dir)
+
+
+def replaced(path, number, text):
+    """Write another text to a line of a file, from 0 on; None takes the line away."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[number : number + 1] = [] if text is None else [text]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def test_a_row_that_changed_is_named_with_the_step_that_read_it(moved, monkeypatch):
+    run_dir, files = moved
+    assert changed_lines(run_dir, monkeypatch) == []
+    [row] = rows_of(run_dir / "ppo" / "ledger.jsonl")[2]["rows"][:1]
+    path = files / "prompts.jsonl"
+    replaced(path, row, json.dumps({"prompt": "another film"}))
+    [line] = changed_lines(run_dir, monkeypatch)
+    assert line.startswith(f"data {path}@train: expected SHA-256 ")
+    assert line.endswith(f": row {row} ({path}:{row + 1}) is another; ppo read it first at step 2")
+    replaced(path, 29, None)
+    [line] = changed_lines(run_dir, monkeypatch)
+    assert f"row {row} ({path}:{row + 1}) is another; 30 rows then, 29 now" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda path: replaced(path, 39, None), "row 39 is not there any more; 40 rows then, 39 now"),
+        (lambda path: replaced(path, 39, path.read_text().splitlines()[39] + '\n{"prompt": "a", "completion": "b"}'),
+         "row 40 ({path}:41) is new; 40 rows then, 41 now"),
+        (lambda path: [replaced(path, row, '{"prompt": "a", "completion": "b"}') for row in (3, 5, 8)],
+         "row 3 ({path}:4) is another, and 2 more"),
+    ],
+)  # fmt: skip
+def test_rows_that_came_and_went(moved, monkeypatch, change, expected):
+    run_dir, files = moved
+    path = files / "demonstrations.jsonl"
+    change(path)
+    [line] = changed_lines(run_dir, monkeypatch)
+    assert line.endswith(expected.replace("{path}", str(path)))
+
+
+@pytest.fixture
 def here(finished, monkeypatch):
     """Conditions of the finished run that are as they were but for what a test changes; devices are not looked at."""
     run, attempts = load_config(finished / "config.yaml"), read_attempts(finished)
+    as_it_was(attempts, monkeypatch)
+    return run, attempts
+
+
+def as_it_was(attempts, monkeypatch):
+    """Devices, mesh and flags are those of the last attempt."""
     then = {name: attempts[-1][name] for name in ("devices", "mesh", "flags", "settings", "process")}
 
     def now(run):
@@ -286,7 +379,6 @@ def here(finished, monkeypatch):
     monkeypatch.setattr("rlhfjax.runs.reproduce.describe", now)
     monkeypatch.setattr("rlhfjax.runs.inputs.meshes_now", lambda run: {"mesh": then["mesh"]})
     monkeypatch.setattr("rlhfjax.runs.inputs.first_target", lambda run, mesh: Target(**attempts[-1]["target"]))
-    return run, attempts
 
 
 def test_nothing_has_changed_here(here):

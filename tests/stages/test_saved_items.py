@@ -203,7 +203,9 @@ def other_keys(patch):
 
 
 def rows_from(patch, shift):
-    patch.setattr(learning, "MetricsWriter", lambda where, start, *more: MetricsWriter(where, start + shift, *more))
+    patch.setattr(
+        learning, "MetricsWriter", lambda at, start, *more, **also: MetricsWriter(at, start + shift, *more, **also)
+    )
 
 
 @pytest.mark.parametrize(

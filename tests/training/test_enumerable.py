@@ -94,7 +94,7 @@ def train(directory, **settings):
     steps, rows = make_steps(rewards, optimizer, **settings), []
     writer = MetricsWriter(directory, 0, tensorboard=False)
     write = writer.write
-    writer.write = lambda step, metrics: rows.append(write(step, metrics)) or rows[-1]
+    writer.write = lambda step, metrics, taken=None: rows.append(write(step, metrics)) or rows[-1]
     state = train_online(
         steps,
         state,

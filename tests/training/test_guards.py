@@ -17,6 +17,7 @@ from rlhfjax.algorithms import Objective
 from rlhfjax.config.upkeep import Guards
 from rlhfjax.errors import Diverged
 from rlhfjax.training.guards import Guard, Memory, RollBack, good_before, judge, memory_of, remember, with_rollbacks
+from rlhfjax.training.ledger import Taken
 from rlhfjax.training.loop import Beside
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.offline import train_offline
@@ -179,7 +180,7 @@ class Run:
                 beside=Beside("sft", writer, lambda step: step, guard=guard),
                 measure=lambda state, step: {},
                 keep=keep,
-                rows=lambda step: range(10 * step, 10 * step + 2),
+                taken=lambda step: Taken(10 * step, 2),
             )
 
         def back(rollback):
