@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: quickstart test test-short test-newer faults slow lint lock clean
+.PHONY: quickstart test test-short test-newer faults slow compiled lint lock clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/rlhfjax data prepare movies
@@ -38,6 +38,10 @@ faults: $(VENV)/.installed-test
 # Whole recipes and models that learn: what `make test` has in small.
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m slow
+
+# Programs for TPUs, one after the other, each in minutes; TPU_PYTHON is one with `pip install -e '.[tpu]'`, 3.12 or newer.
+compiled: $(VENV)/.installed-test
+	RLHFJAX_TPU_PYTHON="$(TPU_PYTHON)" $(BIN)/python -m pytest -p no:xdist -m compiled tests/test_compiled.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -68,11 +68,22 @@ def described(program: Any, layers: int) -> dict[str, Any]:
         "temporaries_gib": memory.temp_size_in_bytes / GIB,
         "peak_gib": getattr(memory, "peak_memory_in_bytes", 0) / GIB,
         "product_flops": walked.total_flops(),
+        "cached_flops": walked.total_cached_flops(),
         **{f"outside_{how}_gib": sums[f"all_{how}_gib"] - sums[f"inside_{how}_gib"] for how in ("result", "ring")},
         **{name: size for name, size in sums.items() if name.startswith("inside")},
+        "between_gib": {what: size / GIB for what, size in walked.total_between().items()},
         "by_kind_gib": {kind: size / GIB for kind, size in walked.by_kind().items()},
         "most_gib": most(walked),
     }
+
+
+def musts(case: dict[str, Any]) -> dict[str, float]:
+    """What the program has to send and to compute at least, where shapes alone say it."""
+    from benchmarks.bounds import must_compute, must_send
+
+    flops = must_compute(case)
+    sent = {f"must_{place}_gib": size / GIB for place, size in (must_send(case) or {}).items()}
+    return sent | ({"must_product_flops": flops} if flops else {})
 
 
 def most(walked: Any) -> list[list[Any]]:
@@ -91,7 +102,7 @@ def main(words: list[str]) -> int:
     if case.get("text"):
         with open(case["text"], "w", encoding="utf-8") as file:
             file.write(program.as_text())
-    print(json.dumps(described(program, layers_of(case)) | seconds))
+    print(json.dumps(described(program, layers_of(case)) | seconds | musts(case)))
     return 0
 
 

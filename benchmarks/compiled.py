@@ -26,6 +26,7 @@ UNITS = {
     "temporaries_gib": "GiB",
     "peak_gib": "GiB",
     "product_flops": "FLOPs",
+    "cached_flops": "FLOPs",
     "inside_ring_gib": "GiB",
     "inside_result_gib": "GiB",
     "outside_ring_gib": "GiB",
@@ -34,6 +35,8 @@ UNITS = {
     "compile_s": "s",
     "compile_cpu_s": "s",
 }
+# What a program has to send and to compute by shapes alone, where `benchmarks.bounds` says it.
+MUSTS = {"must_inside_gib": "GiB", "must_outside_gib": "GiB", "must_product_flops": "FLOPs"}
 SHOWN = (
     "temporaries_gib",
     "product_flops",
@@ -64,7 +67,8 @@ def compiled(case: Case, python: str = sys.executable, module: str = "benchmarks
 def rows_of(case: Case, system: str, found: dict[str, Any]) -> list[Row]:
     """The figures of a program as rows of a result file."""
     rows = [row(case.name, system, name, round(found[name], 4), unit) for name, unit in UNITS.items()]
-    return rows + [row(case.name, system, name, found[name], "GiB") for name in ("by_kind_gib", "most_gib")]
+    rows += [row(case.name, system, name, found[name], "GiB") for name in ("between_gib", "by_kind_gib", "most_gib")]
+    return rows + [row(case.name, system, name, round(found[name], 4), MUSTS[name]) for name in MUSTS if name in found]
 
 
 def measured(case: Case, system: str, **how: str) -> list[Row]:

@@ -12,15 +12,25 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 
-_WIDTHS = {"pred": 1, "s4": 1, "u4": 1, "bf16": 2, "token": 0, "opaque": 0}
-_ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[suf]\d+(?:e\d+m\d+\w*)?|c\d+)\[([\d,]*)\]")
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+from benchmarks.hlo_text import (
+    HEAD,
+    LINE,
+    Instruction,
+    Window,
+    attribute,
+    bytes_of,
+    devices_together,
+    instruction,
+    places,
+)
+
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|called_computations)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)")
 _BRANCHES = re.compile(r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%[\w.\-]+))")
 _GROUPED = re.compile(r"gmm\)+/pallas_call")
+# Products of queries with the cache of a sampler, which meet the keys of all heads (`models/stacked_cache.py`).
+_CACHED = re.compile(r"/bh[cs],bsc->bh[cs]/")
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 KINDS = {
     "all-gather": "all_gather",
     "all-reduce": "all_reduce",
@@ -30,18 +40,6 @@ KINDS = {
     "ragged-all-to-all": "all_to_all",
     "collective-broadcast": "permute",
 }
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One line: `shapes` are the arrays of its result, `rest` what follows the name of the operation."""
-
-    name: str
-    opcode: str
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    operands: tuple[str, ...]
-    rest: str
-    root: bool
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,10 @@ class Loop:
 
     name: str
     trips: int = 1
+    source: str = ""  # the path of operations that it comes from
     flops: float = 0.0
+    cached_flops: float = 0.0  # of attention in a sampler, not among `flops`
+    between: dict[str, float] = field(default_factory=dict)  # bytes that go to other slices, by what for
     collectives: list[Collective] = field(default_factory=list)
     loops: list["Loop"] = field(default_factory=list)
 
@@ -76,16 +77,27 @@ class Loop:
     def of_turns(self, count: int, times: float = 1.0) -> Iterator[tuple["Loop", float]]:
         """The outermost loops of so many turns, as those over layers, and how often each begins.
 
-        One less counts too: XLA may write out the first turn or the last.
+        One less counts too: XLA may write out the first turn or the last. No loop over layers is inside `shard_map`,
+        where a loop over tokens may have as many turns.
         """
         for loop in self.loops:
-            if count - 1 <= loop.trips <= count:
+            if count - 1 <= loop.trips <= count and "shard_map" not in loop.source:
                 yield loop, times * self.trips
             else:
                 yield from loop.of_turns(count, times * self.trips)
 
     def total_flops(self) -> float:
         return sum(loop.flops * times for loop, times in self.every())
+
+    def total_cached_flops(self) -> float:
+        return sum(loop.cached_flops * times for loop, times in self.every())
+
+    def total_between(self) -> dict[str, float]:
+        """Bytes that a device sends to other slices, through hosts and their network: no ring has them."""
+        sums: Counter[str] = Counter()
+        for loop, times in self.every():
+            sums.update({what: size * times for what, size in loop.between.items()})
+        return dict(sums)
 
     def total_bytes(self, how: str = "ring") -> float:
         """Bytes of all collectives, `ring` or `result`."""
@@ -106,12 +118,12 @@ class Program:
         self.computations: dict[str, list[Instruction]] = {}
         current: list[Instruction] | None = None
         for line in text.splitlines():
-            if head := _HEAD.match(line):
+            if head := HEAD.match(line):
                 current = self.computations.setdefault(head[2], [])
                 if head[1]:
                     self.entry = head[2]
-            elif current is not None and (found := _LINE.match(line)):
-                current.append(_instruction(found))
+            elif current is not None and (found := LINE.match(line)):
+                current.append(instruction(found))
 
     @cached_property
     def _shapes(self) -> dict[str, tuple]:
@@ -130,12 +142,20 @@ class Program:
     def _walk(self, computation: str, loop: Loop) -> None:
         for one in self.computations.get(computation, ()):
             if one.opcode == "while":
-                inner = Loop(_attribute(one.rest, "body"), self.trip_count(one))
+                path = re.search(r'op_name="([^"]*)"', one.rest)
+                inner = Loop(attribute(one.rest, "body"), self.trip_count(one), path[1] if path else "")
                 self._walk(inner.name, inner)
                 loop.loops.append(inner)
                 continue
             if one.opcode in ("dot", "convolution"):
-                loop.flops += self._dot(one) if one.opcode == "dot" else self._convolution(one)
+                flops = self._dot(one) if one.opcode == "dot" else self._convolution(one)
+                if _CACHED.search(one.rest):
+                    loop.cached_flops += flops
+                else:
+                    loop.flops += flops
+            if one.opcode == "send" and (what := _BETWEEN.search(one.rest)):
+                kind = what[1].lower()
+                loop.between[kind] = loop.between.get(kind, 0.0) + bytes_of(one.shapes[:1])
             if one.opcode == "custom-call" and _GROUPED.search(one.rest):
                 loop.flops += self._grouped(one)
             if collective := self._collective(one, computation):
@@ -157,8 +177,8 @@ class Program:
         """From `known_trip_count`, the constant that the index is compared with, or the parts that it goes over."""
         if known := re.search(r'known_trip_count[^}]*?"?n"?:"?(\d+)', loop.rest):
             return int(known[1])
-        body = _attribute(loop.rest, "body")
-        for test in self.computations[_attribute(loop.rest, "condition")]:
+        body = attribute(loop.rest, "body")
+        for test in self.computations[attribute(loop.rest, "condition")]:
             if test.opcode == "compare" and "direction=LT" in test.rest and len(test.operands) == 2:
                 end, index = self._constant(test.operands[1]), self._index(test.operands[0])
                 if end is None:
@@ -167,7 +187,7 @@ class Program:
                     start = self._initial(loop, index) or 0
                     return max(1, math.ceil((end - start) / self._step(body, index)))
         # Experts take another pass only for what is over, where routers are uneven.
-        return 1 if "experts" in loop.rest else self._parts_read(body)
+        return 1 if "experts" in loop.rest.lower() else self._parts_read(body)
 
     def _parts_read(self, body: str) -> int:
         """How many parts the arrays have of which a turn reads or writes one: a loop that data ends goes so far."""
@@ -186,7 +206,7 @@ class Program:
         for one in self.computations.get(computation, ()):
             yield one
             if one.opcode == "fusion":
-                yield from self._within(_attribute(one.rest, "calls"))
+                yield from self._within(attribute(one.rest, "calls"))
 
     def _initial(self, loop: Instruction, index: int | None) -> int | None:
         """The number with which an element of a loop's state begins, or what it is at most."""
@@ -220,7 +240,7 @@ class Program:
         one = self._source(name)
         if one is None or one.opcode != "get-tuple-element":
             return None
-        return int(_attribute(one.rest, "index"))
+        return int(attribute(one.rest, "index"))
 
     def _dot(self, one: Instruction) -> float:
         left = self._shapes[one.operands[0]][0][1]
@@ -240,11 +260,11 @@ class Program:
         labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
         assert labels, one.rest
         left, right = (self._shapes[name][0][1] for name in one.operands[:2])
-        out, window = one.shapes[0][1], _window(one.rest)
+        out, window = one.shapes[0][1], Window(one.rest)
         valid = 1
         for axis in range(len(labels[1]) - 2):
             sizes = left[labels[1].index(str(axis))], right[labels[2].index(str(axis))], out[labels[3].index(str(axis))]
-            valid *= _valid(*sizes, window, axis)
+            valid *= places(*sizes, window, axis)
         batch = left[labels[1].index("b")] / window.groups("batch_group_count", one.rest)
         return 2.0 * batch * right[labels[2].index("i")] * right[labels[2].index("o")] * valid
 
@@ -259,76 +279,7 @@ class Program:
             kind = "reduce_scatter"
         elif kind == "reduce_scatter":
             shapes = tuple(shape for name in one.operands for shape in self._shapes.get(name, ()))
-        result, n = _bytes(shapes), _group(one.rest)
+        result, n = bytes_of(shapes), devices_together(one.rest)
         shares = {"all_reduce": 2 * (n - 1) / n, "permute": 1.0}
         shown = ", ".join(f"{kind}[{','.join(map(str, sizes))}]" for kind, sizes in shapes[:3])
         return Collective(one.name, kind, shown, result, result * shares.get(kind, (n - 1) / n))
-
-
-class _window:
-    """The `window={…}` of a convolution."""
-
-    def __init__(self, rest: str):
-        found = re.search(r"window=\{([^}]*)\}", rest)
-        self._parts = dict(part.split("=", 1) for part in found[1].split()) if found else {}
-
-    def of(self, name: str, axis: int, default: str) -> str:
-        return self._parts[name].split("x")[axis] if name in self._parts else default
-
-    def groups(self, name: str, rest: str) -> int:
-        found = re.search(rf"{name}=(\d+)", rest)
-        return int(found[1]) if found else 1
-
-
-def _valid(size: int, kernel: int, out: int, window: _window, axis: int) -> int:
-    """Pairs of a place of the kernel and one of the result that meet an element of the input."""
-    stride, low = int(window.of("stride", axis, "1")), int(window.of("pad", axis, "0_0").split("_")[0])
-    spread, apart = int(window.of("lhs_dilate", axis, "1")), int(window.of("rhs_dilate", axis, "1"))
-    most, count = (size - 1) * spread, 0
-    for k in range(kernel):
-        for o in range(out) if kernel > 1 else (0,):
-            place = o * stride - low + k * apart
-            count += 0 <= place <= most and place % spread == 0
-    return count if kernel > 1 else out
-
-
-def _instruction(found: re.Match) -> Instruction:
-    text = found[3]
-    if text.startswith("("):  # a tuple's shape
-        depths = accumulate((char == "(") - (char == ")") for char in text)
-        end = next(place for place, depth in enumerate(depths) if not depth)
-        shape, rest = text[: end + 1], text[end + 2 :]
-    else:
-        shape, _, rest = text.partition(" ")
-    opcode = re.match(r"[\w\-]*", rest)[0]  # pyright: ignore[reportOptionalSubscript]
-    inside = rest[len(opcode) + 1 :].partition(")")[0]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    arrays = tuple((kind, tuple(int(n) for n in sizes.split(",") if n)) for kind, sizes in _ARRAY.findall(shape))
-    return Instruction(found[2], opcode, arrays, operands, rest, bool(found[1]))
-
-
-def _attribute(rest: str, name: str) -> str:
-    found = re.search(rf"\b{name}=%?([\w.\-]+)", rest)
-    return found[1] if found else ""
-
-
-def _bytes(shapes: tuple) -> float:
-    total = 0.0
-    for kind, sizes in shapes:
-        digits = re.search(r"\d+", kind)
-        width = _WIDTHS.get(kind) if kind in _WIDTHS else int(digits[0]) / 8 if digits else 4
-        total += math.prod(sizes) * (width or 0)
-    return total
-
-
-def _group(rest: str) -> int:
-    """How many devices take part together."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
-        sizes = dict(part.split("=") for part in found[1].split(","))
-        parts = (axis.partition(":(") for axis in found[2].split(","))  # 'fsdp':(2)4 is a part of 4 of that axis
-        return math.prod(int(part.partition(")")[2] if part else sizes[name]) for name, _, part in parts)
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
-        return int(found[2])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return found[1].count(",") + 1
-    return 2

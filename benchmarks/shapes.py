@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-LLAMA = {"family": "llama", "context": 8192, "remat": "full", "architecture": {"tied": False}}
+LLAMA = {"family": "llama", "context": 8192, "architecture": {"tied": False}}
 MODELS: dict[str, dict[str, Any]] = {
     "llama3_8b": LLAMA | {"layers": 32, "width": 4096, "heads": 32, "kv_heads": 8, "mlp_width": 14336},
     "llama3_70b": LLAMA | {"layers": 80, "width": 8192, "heads": 64, "kv_heads": 8, "mlp_width": 28672},
@@ -15,7 +15,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "kv_heads": 4,
         "mlp_width": 768,
         "context": 8192,
-        "remat": "full",
         "architecture": {"head_dim": 128, "experts": {"count": 128, "per_token": 8}},
     },
 }
@@ -35,6 +34,8 @@ class Case:
     batch: int
     length: int = 4096  # of rows; of prompts and of responses where the stage samples
     slices: int = 1
+    remat: str = "full"
+    precision: str = "full"  # of sampling
     layers: int | None = None  # of the model's, where fewer say it as well
     text: str | None = None  # a file for the compiled text
 
@@ -47,12 +48,15 @@ EIGHT, SEVENTY = {"fsdp": 16, "tensor": 4}, {"fsdp": 64, "tensor": 8}
 SLICES, EXPERTS = {"slices": 2, "data": 2, "fsdp": 16, "tensor": 8}, {"fsdp": 16, "expert": 4}
 CASES = (
     Case("sft/8b", "llama3_8b", "sft", "step", V5P, EIGHT, 128),
+    Case("sft/8b/halves", "llama3_8b", "sft", "step", V5P, EIGHT, 128, remat="halves"),
     Case("sft/8b/fsdp", "llama3_8b", "sft", "step", V5P, {"fsdp": 64}, 128),
     Case("sft/70b", "llama3_70b", "sft", "step", V5P512, SEVENTY, 256),
+    Case("sft/70b/halves", "llama3_70b", "sft", "step", V5P512, SEVENTY, 256, remat="halves"),
     *(
         Case(f"ppo/8b/{program}", "llama3_8b", "ppo", program, V5P, EIGHT, 512, 1024)
         for program in ("reshard", "rollout", "score", "update")
     ),
+    Case("ppo/8b/rollout/int8", "llama3_8b", "ppo", "rollout", V5P, EIGHT, 512, 1024, precision="int8_weights"),
     Case("ppo/70b/rollout", "llama3_70b", "ppo", "rollout", V5P512, SEVENTY, 512, 1024),
     Case("ppo/70b/update", "llama3_70b", "ppo", "update", V5P512, SEVENTY, 512, 1024),
     Case("sft/70b/slices", "llama3_70b", "sft", "step", "v5p:4x4x8", SLICES, 256, slices=2),
@@ -61,7 +65,10 @@ CASES = (
     Case("sft/8b/tpu7x", "llama3_8b", "sft", "step", "tpu7x:4x4x4", {"fsdp": 32, "tensor": 4}, 128),
     Case("sft/8b/128k", "llama3_8b", "sft", "step", V5P, {"fsdp": 8, "sequence": 8}, 8, 131072),
     Case("sft/30b_a3b", "qwen3_30b_a3b", "sft", "step", V5P, EXPERTS, 128),
-    Case("ppo/30b_a3b/rollout", "qwen3_30b_a3b", "ppo", "rollout", V5P, EXPERTS, 512, 1024),
+    *(
+        Case(f"ppo/30b_a3b/{program}", "qwen3_30b_a3b", "ppo", program, V5P, EXPERTS, 512, 1024)
+        for program in ("rollout", "update")
+    ),
 )
 
 
@@ -90,7 +97,7 @@ def run_of(case: dict[str, Any]) -> Any:
     data = [{"source": "unused.jsonl"}]
     shape, length = MODELS[case["model"]], case["length"]
     optimizer = {"lr": 1e-5, "clip_norm": 1.0}
-    shape = shape | {"context": max(shape["context"], length), "layers": layers_of(case)}
+    shape = shape | {"remat": case["remat"], "context": max(shape["context"], length), "layers": layers_of(case)}
     batch, fixed = {"size": case["batch"], "length": length}, {"data": data, "steps": 10, "optimizer": optimizer}
     stages: dict[str, Any] = {"sft": fixed | {"batch": batch}}
     if case["stage"] != "sft":
@@ -98,7 +105,7 @@ def run_of(case: dict[str, Any]) -> Any:
         stages["reward"] = fixed | {"batch": comparisons, "normalize": {"on": "none"}}
         stages["ppo"] = fixed | {
             "batch": {"size": case["batch"], "prompt_length": length},
-            "sampling": {"max_new_tokens": length},
+            "sampling": {"max_new_tokens": length, "precision": case["precision"]},
             "ptx": {"data": data, "coef": 1.0, "length": 2 * length},
         }
     words = {"kind": "bpe", "vocab_size": WORDS[case["model"]], "data": data}

@@ -84,6 +84,44 @@ def test_a_loop_that_data_ends_counts_all_parts():
     assert Program(text).walked().total_flops() == 7 * 2 * 16**3
 
 
+# As libtpu writes a sampler's experts, attention through its cache, and a sum over slices that hosts carry.
+SAMPLER = """HloModule jit_draw
+
+%again (s: (s32[], s32[], f32[32,4,6])) -> (s32[], s32[], f32[32,4,6]) {
+  %s = (s32[], s32[], f32[32,4,6]) parameter(0)
+  %x = f32[32,4,6] get-tuple-element(%s), index=2
+  %one = f32[1,4,6] dynamic-slice(%x), dynamic_slice_sizes={1,4,6}
+  %made = f32[4,4] dot(%one, %one), lhs_contracting_dims={0,2}, rhs_contracting_dims={0,2}
+  ROOT %out = (s32[], s32[], f32[32,4,6]) tuple(%s)
+}
+
+%over (t: (s32[], s32[], f32[32,4,6])) -> pred[] {
+  %t = (s32[], s32[], f32[32,4,6]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %n = s32[] get-tuple-element(%t), index=1
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: (s32[], s32[], f32[32,4,6]), q: f32[8,3,5], k: f32[8,7,5]) -> f32[8,3,7] {
+  %x.1 = (s32[], s32[], f32[32,4,6]) parameter(0)
+  %q = f32[8,3,5] parameter(1)
+  %k = f32[8,7,5] parameter(2)
+  %w = (s32[], s32[], f32[32,4,6]) while(%x.1), condition=%over, body=%again, metadata={op_name="Experts/while"}
+  %t.1 = token[] after-all()
+  %sent = (f32[8,3], u32[], token[]) send(%q, %t.1), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %scores = f32[8,3,7] dot(%q, %k), lhs_contracting_dims={2}, metadata={op_name="draw/bhc,bsc->bhs/dot"}
+}
+"""
+
+
+def test_another_pass_over_experts_is_none_and_attention_is_apart():
+    top = Program(SAMPLER).walked()
+    assert top.total_flops() == 2 * 4 * 4 * 6  # the first pass; the arrays have 32 parts
+    assert top.total_cached_flops() == 2 * 8 * 3 * 7 * 5
+    assert top.total_between() == {"all_reduce": 8 * 3 * 4}
+    assert top.total_bytes() == 0
+
+
 @pytest.mark.parametrize(
     ("collective", "kind", "result", "ring"),
     [

@@ -132,7 +132,7 @@ class Model(Section):
     kv_heads: Count | None = None
     mlp_width: Count | None = None
     context: Count = 512
-    remat: Literal["none", "full", "dots", "attention", "offload"] = "none"
+    remat: Literal["none", "full", "halves", "dots", "attention", "offload"] = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     architecture: Architecture = Architecture()
     lora: Lora | None = None

@@ -91,7 +91,7 @@ class DecoderConfig:
     family: str = "llama"
     init_std: float = 0.02
     lora_alpha: float = 16.0  # adapters are scaled by lora_alpha / rank
-    remat: str = "none"  # none | full | dots | attention | offload
+    remat: str = "none"  # none | full | halves | dots | attention | offload
     attention: str = "auto"  # auto | xla | blocked | cudnn | splash: what computes it, `rlhfjax.models.attention`
     dtype: str = "float32"  # of the computation; parameters, logits and softmax are float32
 

@@ -16,11 +16,13 @@ from rlhfjax.models.attention import takes_prefixes
 from rlhfjax.models.cache import Cache, empty_cache
 from rlhfjax.models.configuration import DecoderConfig
 from rlhfjax.models.decoder import Decoder
+from rlhfjax.models.frozen import in_compute_type
 from rlhfjax.models.heads import apply_head, init_head, with_head
 from rlhfjax.models.lora import merge
 from rlhfjax.models.multi_token import ahead, init_heads
 from rlhfjax.models.quantized import is_quantized, quantize
 from rlhfjax.models.sampling_weights import Weights, arrange, stacks_layers
+from rlhfjax.target import current
 from rlhfjax.types import Params, Routing, TokenBatch
 
 
@@ -136,14 +138,24 @@ class LanguageModel:
         rngs = None if key is None else {"dropout": key}
         decoder = Decoder(self.config, dropout if key is not None else 0.0)
         hidden, sown = decoder.apply(
-            {"params": params}, tokens, positions, segments, method="hidden", rngs=rngs, mutable=["routing"]
+            {"params": self._read(params)}, tokens, positions, segments, method="hidden", rngs=rngs, mutable=["routing"]
         )
         return hidden, sown["routing"]["blocks"]["experts"]["of"]  # pyright: ignore[reportReturnType]
 
     def _apply(self, method: str, params: Params, *args: Any, dropout: float = 0.0, rngs: Any = None) -> Any:
         # Capacity is for training: what a model says of a token must not depend on how long or full its row is.
         config = replace(self.config, capacity_factor=None)
-        return Decoder(config, dropout).apply({"params": params}, *args, method=method, rngs=rngs)
+        return Decoder(config, dropout).apply({"params": self._read(params)}, *args, method=method, rngs=rngs)
+
+    def _read(self, params: Params) -> Params:
+        """Parameters as the loop over layers reads them.
+
+        XLA casts matrices before that loop on a TPU, and not in it. Where that is said, their gradients, which are
+        products of that type, are stacked in it as well: half the memory, and the same numbers.
+        """
+        if current().platform != "tpu":
+            return params
+        return params | {"blocks": in_compute_type(self.config, params["blocks"])}
 
     def unembed(self, params: Params | Weights, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Hidden states to float32 logits."""

@@ -16,7 +16,7 @@ from rlhfjax.models.configuration import DecoderConfig
 from rlhfjax.models.experts import Experts
 from rlhfjax.models.products import dot_general
 from rlhfjax.models.quantized import int8_dot
-from rlhfjax.models.remat import again, keep
+from rlhfjax.models.remat import again, halfway, keep
 from rlhfjax.models.rotary import Turn, rotate
 
 
@@ -114,6 +114,7 @@ def _linear(
     axis: int | tuple[int, ...] = -1,
     std: float | None = None,
     bias: bool = False,
+    kernel_first: bool = False,
 ):
     return Linear(
         features,
@@ -121,7 +122,7 @@ def _linear(
         use_bias=config.biases or bias,
         dtype=config.compute_dtype,
         kernel_init=nn.initializers.normal(std or config.init_std),
-        dot_general=dot_general,
+        dot_general=partial(dot_general, kernel_first=True) if kernel_first else dot_general,
         lora_alpha=config.lora_alpha,
         name=name,
     )
@@ -185,7 +186,7 @@ class FeedForward(nn.Module):
             hidden = again(PLAIN[c.activation])(hidden)
         else:
             hidden = again(GATED[c.activation])(_linear(c, c.mlp_width, "gate")(x), hidden)
-        return _linear(c, c.width, "down", std=c.init_std / (2 * c.layers) ** 0.5)(hidden)
+        return _linear(c, c.width, "down", std=c.init_std / (2 * c.layers) ** 0.5, kernel_first=True)(hidden)
 
 
 class Block(nn.Module):
@@ -211,7 +212,7 @@ class Block(nn.Module):
 
         attended = read_by(Attention(c, name="attention"), x, "attention_norm", sight, kind)
         before, attended = sight.wanted(x), added(attended, "attention_post_norm")
-        x = lay("residual", normed(before + attended, "attention_norm", "post"))
+        x = halfway(lay("residual", normed(before + attended, "attention_norm", "post")))
         read = before if c.parallel else x
         if c.experts:
             fed = read_by(Experts(c, name="experts"), read, "mlp_norm", sight.wanted(sight.segments > 0), kind.routes)

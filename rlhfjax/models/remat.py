@@ -6,10 +6,12 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 PRODUCT = "product"  # what a linear layer gives, which a rule of its own for gradients hides from jax
-_KEPT = "attention"
+_KEPT, _HALFWAY = "attention", "halfway"
 
 POLICIES: dict[str, Any] = {
     "full": None,  # nothing but the layer's input
+    # And what comes after attention, which on several devices of `tensor` takes a sum over them to find again.
+    "halves": jax.checkpoint_policies.save_only_these_names(_HALFWAY),
     "dots": jax.checkpoint_policies.save_from_both_policies(  # products with weights
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(PRODUCT),
@@ -30,6 +32,11 @@ def keep(*arrays: Any) -> Any:
     """The same arrays, marked as what the policies `attention` and `offload` keep."""
     kept = tuple(checkpoint_name(array, _KEPT) for array in arrays)
     return kept[0] if len(kept) == 1 else kept
+
+
+def halfway(x: Any) -> Any:
+    """The residual stream between attention and the feed-forward block, marked as what the policy `halves` keeps."""
+    return checkpoint_name(x, _HALFWAY)
 
 
 def again(function: Any) -> Any:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.models.attention import attention_mask
 from rlhfjax.models.layers import Linear
-from rlhfjax.models.remat import POLICIES, keep
+from rlhfjax.models.remat import POLICIES, halfway, keep
 
 FAMILY = "transformer_2017"
 
@@ -31,7 +31,7 @@ class EncoderDecoderConfig:
     context: int
     start_id: int
     norm_eps: float = 1e-5
-    remat: str = "none"  # none | full | dots | attention | offload
+    remat: str = "none"  # none | full | halves | dots | attention | offload
     lora_alpha: float = 16.0
     dtype: str = "float32"  # of the computation; parameters, logits and softmax are float32
     family: str = FAMILY
@@ -119,6 +119,7 @@ class EncoderBlock(nn.Module):
         c = self.config
         attention = MultiHeadAttention(c, name="attention")
         x = _add_and_norm(c, self.dropout, "attention_norm", x, attention(x, *attention.keys_values(x), mask))
+        x = halfway(x)
         return _add_and_norm(c, self.dropout, "mlp_norm", x, FeedForward(c, name="mlp")(x)), None
 
 
@@ -145,9 +146,9 @@ class DecoderBlock(nn.Module):
                 kept.at[rows, index].set(new[:, 0], mode="drop", unique_indices=True)
                 for kept, new in zip(cache, (keys, values), strict=False)
             )
-        x = _add_and_norm(c, self.dropout, "attention_norm", x, attention(x, keys, values, mask))
+        x = halfway(_add_and_norm(c, self.dropout, "attention_norm", x, attention(x, keys, values, mask)))
         crossed = cross_attention(x, crossed_keys, crossed_values, memory_mask)
-        x = _add_and_norm(c, self.dropout, "cross_attention_norm", x, crossed)
+        x = halfway(_add_and_norm(c, self.dropout, "cross_attention_norm", x, crossed))
         x = _add_and_norm(c, self.dropout, "mlp_norm", x, FeedForward(c, name="mlp")(x))
         return x, None if cache is None else (keys, values, crossed_keys, crossed_values)
 

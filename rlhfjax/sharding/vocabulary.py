@@ -60,7 +60,10 @@ def over_words(
     def local(table: Array, *rows: Array) -> tuple:
         whole = jax.lax.all_gather(table, width, axis=other, tiled=True) if width else table
         made = program(PartOfWords(count, size, padding > 0), whole, *rows)
-        return tuple(summed(kind, x) for kind, x in zip(outs, made, strict=True))
+        # The sum of a table's gradient is float32 and as large as all words of a device: it is reduced before the
+        # backward pass that reads the rows begins, and not kept until that ends. And libtpu's pass that moves sums out
+        # of a loop over parts ends with an error at these (0.0.52).
+        return jax.lax.optimization_barrier(tuple(summed(kind, x) for kind, x in zip(outs, made, strict=True)))
 
     def summed(kind: str, x: Array) -> Array:
         if kind == "rows":
@@ -74,8 +77,7 @@ def over_words(
             elif width:
                 part = x.shape[other] // mesh.shape[width]
                 x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(width) * part, part, other)
-        # libtpu's pass that moves sums out of a loop over parts ends with an error at these (0.0.52).
-        return jax.lax.optimization_barrier(jax.lax.psum(x, axes) if axes else x)
+        return jax.lax.psum(x, axes) if axes else x
 
     made = jax.shard_map(
         local,

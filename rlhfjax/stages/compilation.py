@@ -19,14 +19,30 @@ from rlhfjax.target import Target, building_for, current, machine
 from rlhfjax.training.online import OnlineSteps
 from rlhfjax.xla_flags import refused
 
+# Of MaxText's tuned configurations of TPUs (benchmarks/xla_flags_library.py); docs/pods.md has what they change.
+_ON_TPUS = {
+    # No products in windows (`DISABLE_COLLECTIVE_MATMUL`): under each, the inputs of a layer travel once more, of which
+    # several products read one.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    # Gradients are scattered, where else they would be summed everywhere and then cut: when a device's part of their
+    # last axis is as narrow as a tile (`LAYOUT_FOR_ALL_REDUCE_SCATTER`).
+    "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
+    "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
+    "xla_tpu_assign_all_reduce_scatter_layout": "true",
+}
+
 
 def training_options(target: Target | None = None) -> dict[str, str] | None:
     """Compiler options of a target's programs that run whole models over whole batches (None: of the current one's).
 
     On GPUs they are not recorded as CUDA graphs: cuDNN's attention inside a recorded loop ended with a launch failure
-    (jax 0.11.2, H100), and such programs do not wait for launches. An XLA without that option has none of them.
+    (jax 0.11.2, H100), and such programs do not wait for launches. An XLA without that option has none of them. On TPUs
+    they say how products and collectives are put together.
     """
-    if (target or current()).platform != "gpu" or refused(["--xla_gpu_enable_command_buffer="]):
+    platform = (target or current()).platform
+    if platform == "tpu":
+        return dict(_ON_TPUS)
+    if platform != "gpu" or refused(["--xla_gpu_enable_command_buffer="]):
         return None
     return {"xla_gpu_enable_command_buffer": ""}
 

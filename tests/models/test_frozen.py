@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import params_of, tiny
+from tiny import params_of, random_tokens, tiny
 
 from rlhfjax.models.frozen import in_compute_type
 from rlhfjax.models.lora import init_lora, join
+from rlhfjax.target import building_for, machine
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 9)), jnp.int32)
 STYLES = {
@@ -51,3 +52,27 @@ def test_shapes_are_cast_as_arrays_are():
     shapes = in_compute_type(model.config, jax.eval_shape(lambda: params))
     arrays = in_compute_type(model.config, params)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), arrays)
+
+
+def test_on_tpus_gradients_of_layers_are_stacked_as_products_make_them():
+    whole, tokens, ones = (
+        tiny(layers=3, attention="xla", remat="full"),
+        random_tokens(2, 8),
+        jnp.ones((2, 8), jnp.int32),
+    )
+    params, model = params_of(whole), replace(whole, config=replace(whole.config, dtype="bfloat16"))
+    target = replace(machine(), platform="tpu", unrolled_layers=0)
+
+    def gradient(params):
+        return jax.grad(lambda p: jnp.square(model.hidden(p, tokens, ones, ones).astype(jnp.float32)).sum())(params)
+
+    def made(target):
+        with building_for(target), jax.numpy_dtype_promotion("standard"):
+            traced = jax.jit(gradient).trace(params)
+            backward = [one for one in traced.jaxpr.jaxpr.eqns if one.primitive.name == "scan"][-1]
+            stacks = [out.aval for out in backward.outvars if out.aval.shape[:1] == (3,) and out.aval.ndim > 2]
+            return {one.dtype.name for one in stacks}, traced.lower().compile()(params)
+
+    (kernels, grads), (others, plain) = made(target), made(replace(target, platform="cpu"))
+    assert (kernels, others) == ({"bfloat16"}, {"float32"})
+    jax.tree.map(np.testing.assert_array_equal, grads, plain)
