@@ -49,15 +49,18 @@ class Checked:
     differences: tuple[Difference, ...]
 
 
-def write_manifest(directory: Path, **facts: Any) -> None:
+def write_manifest(directory: Path, *, known: Mapping[str, Mapping[str, Any]] | None = None, **facts: Any) -> None:
     """Write the manifest of all that is in `directory`, with `facts` beside it; everything is on the disk afterwards.
 
     Files and folders are synced first, then the manifest is written under another name, synced and renamed, so that
-    one that is there is whole.
+    one that is there is whole. The entries of files in `known` are taken as given: whoever wrote these hashed and
+    synced them.
     """
-    files = {name: {"size": 0, "sha256": ""} for name in _names(directory)}
+    given = known or {}
+    files: dict[str, Mapping[str, Any]] = {name: given.get(name, {}) for name in _names(directory)}
+    new = [name for name, entry in files.items() if not entry]
     with ThreadPoolExecutor(_WORKERS) as pool:
-        for name, entry in zip(files, pool.map(lambda name: _synced_entry(directory / name), files), strict=True):
+        for name, entry in zip(new, pool.map(lambda name: _synced_entry(directory / name), new), strict=True):
             files[name] = entry
     for folder in {path.parent for path in map(directory.joinpath, files)} - {directory}:
         sync(folder)

@@ -90,6 +90,12 @@ def calls(monkeypatch):
         what_was_made=lambda *_: ["9 in \x1b[1mtrain"],
     )
 
+    module("data.tokens.plan", Rows=record("Rows", "ROWS"), kind_of=lambda *_: "document")
+    prepared = {"prepare_tokens": record("prepare_tokens", "made/rows"), "what_was_made": lambda *_: ["9 rows"]}
+    module("data.tokens.preparing", **prepared)
+    monkeypatch.setattr("rlhfjax.cli.tokenising._tokenizer", lambda options: "TOKENIZER")
+    monkeypatch.setattr("rlhfjax.cli.datasets.show_rows", lambda *_: False)
+
     class Records(list):
         kind, notes = "prompt", ["train: a.json: layout \x1b[1malpaca"]
 
@@ -241,7 +247,7 @@ def test_an_interrupt_is_neat(calls, monkeypatch):
         (["generate", "x", "--prompt", "a", "--temperature", "hot"], "Invalid value for '--temperature'"),
         (["validate", "quickstart", "--devices", "0"], "Invalid value for '--devices'"),
         (["ls", "more"], "unexpected extra argument"),
-        (["data", "prepare"], "Missing argument 'NAME'\nsee: rlhfjax data prepare --help"),
+        (["data", "prepare"], "Missing argument 'NAME|SOURCE'\nsee: rlhfjax data prepare --help"),
         (["--nope"], "No such option: --nope"),
     ],
 )
@@ -411,6 +417,24 @@ def test_data_prepare_takes_files_of_several_splits(calls, tmp_path, monkeypatch
     assert (kind, name, where) == ("prompt", "mine", "DEFAULT")
     assert (keywords["reading"].map, keywords["reading"].sample_by) == ((("prompt", "a=b"),), "line")
     assert "gives a=b.jsonl twice" in error("data", "prepare", "m", "--kind", "prompt", *given[:2], *given[:2])
+
+
+def test_data_prepare_makes_rows_of_tokens(calls):
+    result = call("data", "prepare", "mine@test", "--tokenizer", "runs/x", "--length", 8, "--to", "d", "--processes", 3)
+    assert (result.stdout, result.stderr) == ("made/rows\n", "9 rows\n")
+    (_, made, chosen), (name, given, how) = calls
+    assert (made, chosen) == (("document", 8), {"packed": False})
+    assert (name, given) == ("prepare_tokens", ("mine", "ROWS", "TOKENIZER", "DEFAULT"))
+    assert (how["split"], how["to"], how["processes"]) == ("test", Path("d"), 3)
+    calls.clear()
+    both = "expected either --pack LENGTH or --length LENGTH"
+    assert both in error("data", "prepare", "a.jsonl", "--tokenizer", "t")
+    assert both in error("data", "prepare", "a.jsonl", "--tokenizer", "t", "--pack", 4, "--length", 4)
+    assert "--pack: expected --tokenizer DIR with it" in error("data", "prepare", "a.jsonl", "--pack", 4)
+    assert "expected SOURCE or SOURCE@SPLIT alone" in error(
+        "data", "prepare", "a", "--tokenizer", "t", "--pack", 4, "--split", "train=a.jsonl"
+    )
+    assert calls == []
 
 
 def test_data_prepare_says_what_is_missing(calls):

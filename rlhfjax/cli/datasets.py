@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,19 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from rlhfjax import config as configuration
+from rlhfjax.cli.options import with_options
+from rlhfjax.cli.tokenising import TokenOptions, directory, prepare_rows, show_rows
 from rlhfjax.config.recipe import stages_of
 from rlhfjax.errors import ConfigError
 from rlhfjax.terminal import printable, say
 
 OPTIONS = {"pretty_exceptions_enable": False, "rich_markup_mode": None, "add_completion": False}
 data = typer.Typer(no_args_is_help=True, help="Prepare datasets and look at them.", **OPTIONS)
-
-
-def directory(text: str) -> Path:
-    """A path that was given; nothing, as a variable that is not set gives, is not the current directory."""
-    if not text:
-        raise typer.BadParameter("expected a directory, got nothing; give its path (the one of this terminal is .)")
-    return Path(text)
 
 
 Overrides = Annotated[
@@ -42,11 +38,47 @@ SampleBy = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class ReadAs:
+    """How files are read."""
+
+    layout: Layout = None
+    mapping: Map = None
+    sample_by: SampleBy = "paragraph"
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What is left out of conversations."""
+
+    dialogue_filters: Annotated[
+        bool, typer.Option("--dialogue-filters", help="Drop exchanges that teach nothing; print how many and why.")
+    ] = False
+    blocklist: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Offensive words for the filters, one per line.")
+    ] = None
+
+    def check(self, kind: str | None) -> None:
+        """Raises ConfigError where they do not go together."""
+        if self.blocklist and not self.dialogue_filters:
+            raise ConfigError("--blocklist: expected --dialogue-filters with it")
+        if self.dialogue_filters and kind != "demonstration":
+            raise ConfigError(f"--dialogue-filters: expected --kind demonstration, got {kind or 'no kind'}")
+
+
 @data.command()
+@with_options
 def prepare(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="movies, chitchat, reversal, arithmetic, or your own name.")
+        str,
+        typer.Argument(
+            metavar="NAME|SOURCE",
+            help="movies, chitchat, reversal, arithmetic, or your own name; of tokens the source.",
+        ),
     ],
+    how: ReadAs,
+    filters: Filters,
+    tokens: TokenOptions,
     split: Annotated[
         list[str] | None,
         typer.Option(
@@ -54,15 +86,6 @@ def prepare(
         ),
     ] = None,
     kind: Annotated[str | None, typer.Option(metavar="KIND", help=f"What the files hold: {_KINDS}.")] = None,
-    layout: Layout = None,
-    mapping: Map = None,
-    sample_by: SampleBy = "paragraph",
-    dialogue_filters: Annotated[
-        bool, typer.Option("--dialogue-filters", help="Drop exchanges that teach nothing; print how many and why.")
-    ] = False,
-    blocklist: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Offensive words for the filters, one per line.")
-    ] = None,
     data_dir: DataDir = None,
     cache_dir: Annotated[
         Path | None,
@@ -71,18 +94,25 @@ def prepare(
 ) -> None:
     """Prepare the movies benchmark, the chitchat conversations, reversed strings, sums, or your own files.
 
+    With --tokenizer a file, folder or dataset becomes rows of tokens, once and for all: a run opens them at once,
+    however many they are. The same command goes on with a preparation that was stopped.
+
     \b
     Examples:
       rlhfjax data prepare movies
       rlhfjax data prepare my_chats --kind demonstration --split train=train.jsonl --split validation=val.jsonl
+      rlhfjax data prepare pretraining.jsonl --tokenizer runs/quickstart --pack 128 --processes 2
     """
-    if blocklist and not dialogue_filters:
-        raise ConfigError("--blocklist: expected --dialogue-filters with it")
-    if dialogue_filters and kind != "demonstration":
-        raise ConfigError(f"--dialogue-filters: expected --kind demonstration, got {kind or 'no kind'}")
-    if split or kind:
-        how = _reading(layout, mapping, sample_by)
-        _prepare_files(name, split or [], kind, data_dir, how, dialogue_filters, blocklist)
+    filters.check(kind)
+    reading = _reading(how.layout, how.mapping, how.sample_by)
+    if tokens.tokenizer:
+        if split or filters.dialogue_filters:
+            raise ConfigError("--tokenizer: expected SOURCE or SOURCE@SPLIT alone; prepare its records first")
+        prepare_rows(_source_and_split(name), kind, data_dir, reading, tokens)
+    elif given := tokens.given():
+        raise ConfigError(f"{given}: expected --tokenizer DIR with it, which makes rows of tokens")
+    elif split or kind:
+        _prepare_files(name, split or [], kind, data_dir, reading, filters.dialogue_filters, filters.blocklist)
     elif name in ("movies", "chitchat", "reversal", "arithmetic"):
         from rlhfjax.data.datasets import default_data_dir
         from rlhfjax.data.sets import arithmetic, benchmark, chitchat, movies, reversal
@@ -209,6 +239,8 @@ def _show_records(target: str, first: int, data_dir: Path | None, kind: str | No
     from rlhfjax.data.datasets import default_data_dir, open_source
 
     source, split = _source_and_split(target)
+    if show_rows(source, data_dir or default_data_dir(), first, count):
+        return
     records: Any = open_source(source, split, data_dir or default_data_dir(), kind, how)
     typer.echo(f"{source}@{split}: {len(records):,} records{records.kind and f', {records.kind}'}")
     for line in records.notes:

@@ -48,22 +48,28 @@ class PackedRows:
         return len(self.bins)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        out = {
-            "tokens": np.full(self.length, self.pad_id, np.int32),
-            "segments": np.zeros(self.length, np.int32),
-            "positions": np.zeros(self.length, np.int32),
-            "loss_mask": np.zeros(self.length, bool),
-        }
-        start = 0
-        for segment, row in enumerate(self.bins[index], 1):
-            tokens = self.rows.tokens[row]
-            span = slice(start, start + len(tokens))
-            out["tokens"][span] = tokens
-            out["segments"][span] = segment
-            out["positions"][span] = np.arange(len(tokens))
-            out["loss_mask"][span] = self.rows.targets[row]
-            start += len(tokens)
-        return out
+        each = [self.rows.tokens[row] for row in self.bins[index]]
+        targets = np.concatenate([self.rows.targets[row] for row in self.bins[index]])
+        lengths = np.asarray([len(tokens) for tokens in each])
+        return packed_row(np.concatenate(each), lengths, targets, self.length, self.pad_id)
+
+
+def packed_row(
+    tokens: np.ndarray, lengths: np.ndarray, targets: np.ndarray | bool, length: int, pad_id: int
+) -> dict[str, np.ndarray]:
+    """Segments 1, 2, … of `lengths`, whose tokens follow one another, as a row of `length` tokens."""
+    out = {
+        "tokens": np.full(length, pad_id, np.int32),
+        "segments": np.zeros(length, np.int32),
+        "positions": np.zeros(length, np.int32),
+        "loss_mask": np.zeros(length, bool),
+    }
+    held = slice(0, len(tokens))
+    out["tokens"][held] = tokens
+    out["segments"][held] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    out["positions"][held] = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    out["loss_mask"][held] = targets
+    return out
 
 
 class RankedItems:
@@ -77,25 +83,33 @@ class RankedItems:
         return len(self.rows.groups) - 1
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        out = {
-            "tokens": np.full((self.candidates, self.length), self.pad_id, np.int32),
-            "token_mask": np.zeros((self.candidates, self.length), bool),
-            "ranks": np.zeros(self.candidates, np.int32),
-            "mask": np.zeros(self.candidates, bool),
-            "prompt_lengths": np.asarray(self.rows.prompt_lengths[index], np.int32),
-        }
-        # An absent candidate keeps one unmasked token, so that every row has a last token to read a score at.
-        out["token_mask"][:, 0] = True
-        # Each candidate's row repeats the prompt, though `packed_ranking` reads it once: models that cannot share
-        # a prompt take these rows as they are, and rows of one shape need no second program for either.
         first, last = self.rows.groups[index], self.rows.groups[index + 1]
-        for slot, row in enumerate(range(first, last)):
-            tokens = self.rows.tokens[row]
-            out["tokens"][slot, : len(tokens)] = tokens
-            out["token_mask"][slot, : len(tokens)] = True
-            out["ranks"][slot] = self.rows.ranks[row]
-            out["mask"][slot] = True
-        return out
+        rows = [self.rows.tokens[row] for row in range(first, last)]
+        how = self.candidates, self.length, self.pad_id
+        return ranked_item(rows, self.rows.ranks[first:last], self.rows.prompt_lengths[index], *how)
+
+
+def ranked_item(
+    rows: Sequence[np.ndarray], ranks: np.ndarray, prompt_length: int, candidates: int, length: int, pad_id: int
+) -> dict[str, np.ndarray]:
+    """One comparison, each row its prompt and a response, padded to `candidates` of `length` tokens."""
+    out = {
+        "tokens": np.full((candidates, length), pad_id, np.int32),
+        "token_mask": np.zeros((candidates, length), bool),
+        "ranks": np.zeros(candidates, np.int32),
+        "mask": np.zeros(candidates, bool),
+        "prompt_lengths": np.asarray(prompt_length, np.int32),
+    }
+    # An absent candidate keeps one unmasked token, so that every row has a last token to read a score at.
+    out["token_mask"][:, 0] = True
+    # Each candidate's row repeats the prompt, though `packed_ranking` reads it once: models that cannot share
+    # a prompt take these rows as they are, and rows of one shape need no second program for either.
+    for slot, tokens in enumerate(rows):
+        out["tokens"][slot, : len(tokens)] = tokens
+        out["token_mask"][slot, : len(tokens)] = True
+        out["ranks"][slot] = ranks[slot]
+        out["mask"][slot] = True
+    return out
 
 
 class PromptItems:
@@ -108,12 +122,16 @@ class PromptItems:
         return len(self.keep)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        tokens = np.full(self.length, self.pad_id, np.int32)
-        mask = np.zeros(self.length, bool)
-        row = self.rows[self.keep[index]]
-        tokens[self.length - len(row) :] = row
-        mask[self.length - len(row) :] = True
-        return {"tokens": tokens, "mask": mask}
+        return prompt_item(self.rows[self.keep[index]], self.length, self.pad_id)
+
+
+def prompt_item(row: np.ndarray, length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """One prompt, left-padded to `length`."""
+    tokens = np.full(length, pad_id, np.int32)
+    mask = np.zeros(length, bool)
+    tokens[length - len(row) :] = row
+    mask[length - len(row) :] = True
+    return {"tokens": tokens, "mask": mask}
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,13 +11,13 @@ class Listed(NamedTuple):
 
     name: str
     count: int
-    kept: np.ndarray
+    kept: np.ndarray | range
 
 
 class Origins:
     """Beside the prompts of one source: its number, and the row that each of them has in it."""
 
-    def __init__(self, number: int, keep: np.ndarray):
+    def __init__(self, number: int, keep: np.ndarray | range):
         self._number, self._keep = number, keep
 
     def __len__(self) -> int:

@@ -16,8 +16,11 @@ from rlhfjax import types
 from rlhfjax.config.schema import Batch, Data, PretrainingMix, RankedBatch, RolloutBatch
 from rlhfjax.data import batches, token_rows
 from rlhfjax.data.by_step import Batches, Placed, PromptBatches
-from rlhfjax.data.datasets import RandomAccess, open_source
+from rlhfjax.data.datasets import RandomAccess
 from rlhfjax.data.numbering import Listed, Origins
+from rlhfjax.data.sources import open_either
+from rlhfjax.data.tokens import items as prepared
+from rlhfjax.data.tokens.opening import TokenShards, Use
 from rlhfjax.errors import DataError
 from rlhfjax.text.chat import Untrained, encode_demonstration
 from rlhfjax.text.loading import AnyTokenizer
@@ -25,7 +28,9 @@ from rlhfjax.text.loading import AnyTokenizer
 Report = Callable[[str], None]
 Pair = tuple[list[int], list[int]]  # prompt ids and response ids
 AnyBatch = Batch | RankedBatch | RolloutBatch
-Rows = batches.PackedRows | batches.RankedItems | batches.PromptItems
+Packed = batches.PackedRows | prepared.PackedShards
+Ranked = batches.RankedItems | prepared.RankedShards
+Prompts = batches.PromptItems | prepared.PromptShards
 _ROWS = 2**44
 
 
@@ -41,6 +46,7 @@ class Reader:
     seed: int
     report: Report = lambda text: None
     local: Callable[[int], Any] = lambda size: None  # which rows of a batch of so many this process makes
+    place: str = "RUN/tokenizer"  # where the tokenizer lies
     _rows: dict[Any, Any] = field(default_factory=dict)  # what was tokenised already, for all stages of a run
 
     def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
@@ -52,18 +58,24 @@ class Reader:
     def _rules(self, entry: Data, batch: AnyBatch, train_on: str = "last") -> token_rows.Rules:
         return token_rows.Rules(entry.name, batch.refused, self.report, train_on)
 
-    def open(self, data: Data, kind: str) -> RandomAccess:
-        """The records of one data entry of the configuration."""
-        return open_source(data.source, data.split, self.data_dir, kind, data.reading)
+    def open(self, data: Data, kind: str, **use: Any) -> RandomAccess | TokenShards:
+        """The records of one data entry of the configuration, or its rows of tokens, fit for this `use` of them."""
+        opened = open_either(data.source, data.split, self.data_dir, kind, data.reading)
+        if isinstance(opened, TokenShards):
+            opened.require(Use(data.name, self.tokenizer, self.place, **use))
+        return opened
 
     def documents(self, data: Sequence[Data], batch: Batch, shuffle: bool = True) -> Batches:
         """Packed documents, each source with its share of the rows."""
         sources = [self._document_source(entry, batch.length, True) for entry in data]
         return self._batches(sources, [entry.weight for entry in data], batch.size, types.TokenBatch, shuffle)
 
-    def _document_source(self, entry: Data, length: int, packed: bool) -> batches.PackedRows:
-        def make() -> batches.PackedRows:
-            rows = token_rows.document_rows(self.open(entry, "document"), self.tokenizer, length)
+    def _document_source(self, entry: Data, length: int, packed: bool) -> Packed:
+        def make() -> Packed:
+            source = self.open(entry, "document", length=length, setting="length", packed=packed)
+            if isinstance(source, TokenShards):
+                return prepared.PackedShards(source, length, self.tokenizer.pad_id)
+            rows = token_rows.document_rows(source, self.tokenizer, length)
             return batches.PackedRows(rows, length, packed=packed, pad_id=self.tokenizer.pad_id)
 
         return self._once(("documents", entry.name, length, packed), make)
@@ -84,10 +96,13 @@ class Reader:
         # An epoch is one pass over the demonstrations, whatever is mixed in.
         return replace(made, rows=round(own / (1 - mix.fraction)) if mix else own)
 
-    def _demonstration_source(self, entry: Data, batch: Batch, train_on: str) -> batches.PackedRows:
-        def make() -> batches.PackedRows:
-            rules = self._rules(entry, batch, train_on)
-            rows = token_rows.demonstration_rows(self.open(entry, "demonstration"), self.tokenizer, rules)
+    def _demonstration_source(self, entry: Data, batch: Batch, train_on: str) -> Packed:
+        def make() -> Packed:
+            use = {"packed": batch.pack, "train_on": train_on, "drops": _drops(batch)}
+            source = self.open(entry, "demonstration", length=batch.length, **use)
+            if isinstance(source, TokenShards):
+                return prepared.PackedShards(source, batch.length, self.tokenizer.pad_id)
+            rows = token_rows.demonstration_rows(source, self.tokenizer, self._rules(entry, batch, train_on))
             fits = token_rows.within(entry.name, rows.tokens.lengths, batch.length, batch.overlong, self.report)
             fits = fits[rows.tokens.lengths[fits] > 0]
             rows = token_rows.TokenRows(rows.tokens.select(fits), rows.targets.select(fits))
@@ -101,23 +116,22 @@ class Reader:
         made = self._batches(sources, [entry.weight for entry in data], batch.size, types.RankedBatch, shuffle)
         return replace(made, longest=max(source.longest for source in sources))
 
-    def _ranked_source(self, entry: Data, batch: RankedBatch) -> batches.RankedItems:
+    def _ranked_source(self, entry: Data, batch: RankedBatch) -> Ranked:
         return self._once(("comparisons", entry.name, repr(batch)), lambda: self._ranked_items(entry, batch))
 
-    def _ranked_items(self, entry: Data, batch: RankedBatch) -> batches.RankedItems:
-        rules = self._rules(entry, batch)
-        rows = token_rows.ranked_rows(self.open(entry, "comparison"), self.tokenizer, rules)
+    def _ranked_items(self, entry: Data, batch: RankedBatch) -> Ranked:
+        source = self.open(entry, "comparison", length=batch.length, drops=_drops(batch))
+        if isinstance(source, TokenShards):
+            _require_room(source.facts["counts"]["candidates"], batch, entry.name)
+            return prepared.RankedShards(source, batch.candidates, batch.length, self.tokenizer.pad_id)
+        rows = token_rows.ranked_rows(source, self.tokenizer, self._rules(entry, batch))
         if batch.overlong == "error":  # a comparison is as long as its longest response: the row to name
             longest = np.maximum.reduceat(rows.tokens.lengths, rows.groups[:-1])
             token_rows.within(entry.name, longest, batch.length, "error")
         fits = token_rows.within(f"{entry.name} responses", rows.tokens.lengths, batch.length, "drop", self.report)
         fits = fits[rows.tokens.lengths[fits] > 0]
         counts = np.bincount(np.searchsorted(rows.groups, fits, side="right") - 1)
-        if counts.max() > batch.candidates:
-            raise DataError(
-                f"{entry.name} row {counts.argmax()}: expected at most {batch.candidates} responses per comparison "
-                f"(batch.candidates), got {counts.max()}; raise batch.candidates"
-            )
+        _require_room(int(counts.max()), batch, f"{entry.name} row {counts.argmax()}")
         kept, count = rows.select(fits), int((rows.prompt_lengths > 0).sum())
         left_out = count - (len(kept.groups) - 1)
         if left_out == count:
@@ -142,11 +156,13 @@ class Reader:
         how = made.make, made.rows, made.size, made.local, made.longest, listed
         return PromptBatches(Placed(made.dataset), *how, origins=origins, sources=sources)
 
-    def _prompt_source(self, entry: Data, batch: RolloutBatch) -> tuple[batches.PromptItems, Any]:
-        def make() -> tuple[batches.PromptItems, Any]:
-            rules, limit, source = self._rules(entry, batch), batch.prompt_length, self.open(entry, "prompt")
-            rows = token_rows.prompt_rows(source, self.tokenizer, rules)
-            setting = "batch.prompt_length"
+    def _prompt_source(self, entry: Data, batch: RolloutBatch) -> tuple[Prompts, Any]:
+        def make() -> tuple[Prompts, Any]:
+            limit, setting = batch.prompt_length, "batch.prompt_length"
+            source = self.open(entry, "prompt", length=limit, setting=setting, drops=_drops(batch))
+            if isinstance(source, TokenShards):
+                return prepared.PromptShards(source, limit, self.tokenizer.pad_id), prepared.PromptRecords(source)
+            rows = token_rows.prompt_rows(source, self.tokenizer, self._rules(entry, batch))
             keep = token_rows.within(entry.name, rows.lengths, limit, batch.overlong, self.report, setting)
             keep = keep[rows.lengths[keep] > 0]
             return batches.PromptItems(rows, keep, batch.prompt_length, self.tokenizer.pad_id), source
@@ -186,6 +202,10 @@ class Reader:
 
     def _encoded(self, entry: Data, refused: str) -> Iterator[Pair]:
         source = self.open(entry, "demonstration")
+        if isinstance(source, TokenShards):
+            order: Any = grain.MapDataset.range(len(source)).seed(self.seed).shuffle()
+            yield from prepared.demonstrations(source, (order[i] for i in range(len(source))))
+            return
         for row in np.random.default_rng(self.seed).permutation(len(source)).tolist():
             try:
                 yield encode_demonstration(self.tokenizer, source[row])
@@ -201,16 +221,30 @@ class Reader:
 
     def _comparisons(self, entry: Data, batch: AnyBatch) -> list[token_rows.Ranked]:
         def make():
-            rules = self._rules(entry, batch)
-            return list(token_rows.comparisons(self.open(entry, "comparison"), self.tokenizer, rules))
+            source = self.open(entry, "comparison")
+            if isinstance(source, TokenShards):
+                return list(prepared.comparisons(source))
+            return list(token_rows.comparisons(source, self.tokenizer, self._rules(entry, batch)))
 
         return self._once(("comparison ids", entry.name, batch.refused), make)
 
     def _batches(
-        self, sources: Sequence[Rows], weights: Sequence[float], size: int, make: Callable[..., Any], shuffle: bool
+        self, sources: Sequence[Any], weights: Sequence[float], size: int, make: Callable[..., Any], shuffle: bool
     ) -> Batches:
         datasets = [grain.MapDataset.source(source).seed(self.seed) for source in sources]
         # Without end for any run; the length of a mixture of truly endless ones does not fit an index.
         datasets = [(data.shuffle() if shuffle else data).repeat(_ROWS // len(data) + 1) for data in datasets]
         mixed = grain.MapDataset.mix(datasets, weights) if len(datasets) > 1 else datasets[0]
         return Batches(mixed, make, sum(len(source) for source in sources), size, self.local(size))
+
+
+def _drops(batch: AnyBatch) -> tuple[str, ...]:
+    return tuple(f"--{name}" for name in ("overlong", "refused") if getattr(batch, name) == "drop")
+
+
+def _require_room(count: int, batch: RankedBatch, where: str) -> None:
+    if count > batch.candidates:
+        raise DataError(
+            f"{where}: expected at most {batch.candidates} responses per comparison (batch.candidates), got {count}; "
+            "raise batch.candidates"
+        )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfjax.data import layouts
-from rlhfjax.data.files import FileFormat, format_of, rows_of
+from rlhfjax.data.files import FileFormat, format_of, rows_between, rows_of
 from rlhfjax.data.records import Record, check_kind, parse_record
 from rlhfjax.errors import DataError
 from rlhfjax.record_kinds import Reading
@@ -65,13 +65,36 @@ class DataFile:
         """What the file is taken for, in one line."""
         return f"{self.found}, layout {self.layout.name}: {self.layout.explain(self.kind)}"
 
+    @property
+    def by_lines(self) -> bool:
+        """Whether its records can be read from any line on: plain JSON lines, of which none belongs to another."""
+        return (self.found.rows, self.found.compression) == ("lines", "") and not self.layout.gathers
+
     def records(self, tally: Tally) -> Iterator[Record]:
         """The canonical records, one at a time; `tally` counts along.
 
         Raises DataError for the first row that fits no record, with the number of all that do not; and for a file
         without any record.
         """
-        rows = iter(self.layout.gathered(rows_of(self.path, self.found, self.reading.sample_by)))
+        for _, record in self._placed(rows_of(self.path, self.found, self.reading.sample_by), tally):
+            yield record
+        if not tally.rows:
+            raise DataError(f"{self.path}: expected at least one {self.kind}, got an empty file")
+        if not tally.records:
+            raise DataError(
+                f"{self.path} ({self.words()}): expected at least one {self.kind}, got none in {tally.rows:,} rows; "
+                "choose another kind or layout"
+            )
+
+    def records_between(self, start: int, end: int, tally: Tally, before: int = 0) -> Iterator[tuple[str, Record]]:
+        """The records, with their places, of the lines that begin in the bytes start … end, if there are any.
+
+        `before` is how many lines there are before these. Raises DataError for the first row that fits no record.
+        """
+        yield from self._placed(rows_between(self.path, start, end, before), tally)
+
+    def _placed(self, rows: Iterator[tuple[str, Any]], tally: Tally) -> Iterator[tuple[str, Record]]:
+        rows = iter(self.layout.gathered(rows))
         for where, obj in rows:
             tally.rows += 1
             try:
@@ -82,14 +105,8 @@ class DataFile:
             tally.unread.update(unread)
             tally.records += len(made)
             tally.barren += not made
-            yield from made
-        if not tally.rows:
-            raise DataError(f"{self.path}: expected at least one {self.kind}, got an empty file")
-        if not tally.records:
-            raise DataError(
-                f"{self.path} ({self.words()}): expected at least one {self.kind}, got none in {tally.rows:,} rows; "
-                "choose another kind or layout"
-            )
+            for record in made:
+                yield where, record
 
     def places(self) -> Iterator[str]:
         """The place of the row that each record is made of, in the order of `records`. Raises DataError."""

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlhfjax.data.datasets import open_source
 from rlhfjax.data.files import find_files, is_data_path
 from rlhfjax.data.reading import RECOGNISE, Reading, data_file
+from rlhfjax.data.sources import open_either
 from rlhfjax.data.writing import digests_file
 from rlhfjax.errors import RlhfjaxError
 
@@ -33,11 +33,11 @@ class Rows(NamedTuple):
 def rows_of_source(
     source: str, split: str, data_dir: Path, kind: str | None, reading: Reading = RECOGNISE, block: int | None = None
 ) -> Rows | None:
-    """The rows of a source as it is now; of a part of a split, of the whole split. Raises DataError as `open_source`.
+    """The rows of a source as it is now; of a part of a split, of the whole split. Raises DataError as `open_either`.
 
     None where nobody took digests: of a dataset of another program or an older version, and of several splits at once.
     """
-    path = open_source(source, split, data_dir, kind, reading).folder / digests_file(split.partition("[")[0])
+    path = open_either(source, split, data_dir, kind, reading).folder / digests_file(split.partition("[")[0])
     if "+" in split or not path.is_file():
         return None
     digests = np.fromfile(path, "<u8")

@@ -106,17 +106,18 @@ def _records(source, begin: Callable[[list[dict]], None]) -> Iterable[dict]:
 
 def document_rows(source, tokenizer: AnyTokenizer, length: int) -> TokenRows:
     """BOS + text + EOS of every document, cut into windows of at most `length` tokens; every token is a target."""
-    tokens = Ragged.of(_windows(source, tokenizer, length))
+    chunks = (range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK))
+    each = (windows([record["text"] for record in source.__getitems__(chunk)], tokenizer, length) for chunk in chunks)
+    tokens = Ragged.of(itertools.chain.from_iterable(each))
     return TokenRows(tokens, Ragged(np.ones(len(tokens.values), bool), tokens.offsets))
 
 
-def _windows(source, tokenizer: AnyTokenizer, length: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(source), CHUNK):
-        texts = [record["text"] for record in source.__getitems__(range(start, min(start + CHUNK, len(source))))]
-        for ids in tokenizer.encode_batch(texts):
-            row = np.asarray([*beginning(tokenizer), *ids, tokenizer.eos_id], np.int32)
-            # A window overlaps its predecessor by one token, so that every token but the first is predicted once.
-            yield from (row[i : i + length] for i in range(0, max(len(row) - 1, 1), length - 1))
+def windows(texts: Sequence[str], tokenizer: AnyTokenizer, length: int) -> Iterator[np.ndarray]:
+    """BOS + text + EOS of each text, cut into windows of at most `length` tokens."""
+    for ids in tokenizer.encode_batch(texts):
+        row = np.asarray([*beginning(tokenizer), *ids, tokenizer.eos_id], np.int32)
+        # A window overlaps its predecessor by one token, so that every token but the first is predicted once.
+        yield from (row[i : i + length] for i in range(0, max(len(row) - 1, 1), length - 1))
 
 
 @dataclass(frozen=True)
@@ -165,15 +166,16 @@ def _written(
 
 def demonstration_rows(source, tokenizer: AnyTokenizer, rules: Rules) -> TokenRows:
     """Prompt and completion of every demonstration; targets are the completion (or all answers) and its EOS."""
-
-    def write(record: dict) -> tuple[list[int], list[bool]]:
-        if rules.train_on == "all" and "messages" in record:
-            return encode_all_turns(tokenizer, record)
-        prompt, response = encode_demonstration(tokenizer, record)
-        return prompt + response, [False] * len(prompt) + [True] * len(response)
-
-    made = list(_written(source, rules, write, ([], [])))
+    made = list(_written(source, rules, lambda record: demonstration(record, tokenizer, rules.train_on), ([], [])))
     return TokenRows(Ragged.of(ids for ids, _ in made), Ragged.of((mask for _, mask in made), bool))
+
+
+def demonstration(record: dict, tokenizer: AnyTokenizer, train_on: str) -> tuple[list[int], list[bool]]:
+    """Ids of a demonstration and whether each is a target: the last answer, or all. Raises DataError and Untrained."""
+    if train_on == "all" and "messages" in record:
+        return encode_all_turns(tokenizer, record)
+    prompt, response = encode_demonstration(tokenizer, record)
+    return prompt + response, [False] * len(prompt) + [True] * len(response)
 
 
 def prompt_rows(source, tokenizer: AnyTokenizer, rules: Rules) -> Ragged:
@@ -208,7 +210,7 @@ def ranked_rows(source, tokenizer: AnyTokenizer, rules: Rules) -> RankedRows:
     """
     rows, groups, ranks, lengths, equal = [], [0], [], [], 0
     for prompt, responses, given in comparisons(source, tokenizer, rules, empty=True):
-        one = _ranks_of_equals(responses, given)
+        one = ranks_of_equals(responses, given)
         equal += one != given
         rows.extend([*prompt, *response] for response in responses)
         ranks.extend(one)
@@ -219,7 +221,7 @@ def ranked_rows(source, tokenizer: AnyTokenizer, rules: Rules) -> RankedRows:
     return RankedRows(Ragged.of(rows), np.asarray(groups), np.asarray(ranks, np.int32), np.asarray(lengths, np.int32))
 
 
-def _ranks_of_equals(responses: Sequence[Sequence[int]], ranks: Sequence[int]) -> list[int]:
+def ranks_of_equals(responses: Sequence[Sequence[int]], ranks: Sequence[int]) -> list[int]:
     """The ranks, or where equal responses have several: ranks by the mean of those of each response, 1 the best."""
     given: dict[tuple[int, ...], list[int]] = {}
     for response, rank in zip(responses, ranks, strict=True):

@@ -24,7 +24,8 @@ from rlhfjax.config import (
 )
 from rlhfjax.config.recipe import FACTS, NAMES, TOKENIZER, Entry, entries_of, online
 from rlhfjax.config.rewards import RECIPE, on_device
-from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
+from rlhfjax.data.datasets import default_data_dir
+from rlhfjax.data.sources import fingerprint_of, open_either
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.evaluation.judges import require_judges
 from rlhfjax.host import processes
@@ -93,7 +94,7 @@ def origins(jobs: list[Job]) -> dict[str, Any]:
     steps = [int(path.name) for path in (first.dir / "checkpoints").glob("*") if path.name.isdigit()]
     return {
         "data": {
-            entry.name: fingerprint(entry.source, entry.split, first.data_dir, kind, entry.reading)
+            entry.name: fingerprint_of(entry.source, entry.split, first.data_dir, kind, entry.reading)
             for entry, kind in entries(run)
         },
         "rewards": rewards_of(run),
@@ -221,7 +222,7 @@ def _check_sources(run: Run, data_dir: Path, report: Callable[[str], None]) -> N
     said, forms = set(), {}
     for stage in NAMES:
         for entry, kind in entries_of(run, stage):
-            opened = open_source(entry.source, entry.split, data_dir, kind, entry.reading)
+            opened = open_either(entry.source, entry.split, data_dir, kind, entry.reading)
             lines = [line for line in opened.notes if (entry.source, line) not in said]
             said |= {(entry.source, line) for line in lines}
             for line in lines:

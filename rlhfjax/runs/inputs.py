@@ -5,8 +5,9 @@ from typing import Any
 
 from rlhfjax.config import Run
 from rlhfjax.config.recipe import TOKENIZER
-from rlhfjax.data.datasets import default_data_dir, fingerprint, open_source
+from rlhfjax.data.datasets import default_data_dir
 from rlhfjax.data.recount import changed_since_preparation
+from rlhfjax.data.sources import fingerprint_of, open_either
 from rlhfjax.errors import RlhfjaxError
 from rlhfjax.runs.checks import entries, given, mesh_of, meshes_now
 from rlhfjax.runs.sizes import first_target
@@ -39,8 +40,8 @@ def _data(run: Run, problems: list[str]) -> dict[str, str]:
         if name in found:
             continue
         try:
-            found[name] = fingerprint(entry.source, entry.split, data_dir, kind, entry.reading)
-            folder = open_source(entry.source, entry.split, data_dir, kind, entry.reading).folder
+            found[name] = fingerprint_of(entry.source, entry.split, data_dir, kind, entry.reading)
+            folder = open_either(entry.source, entry.split, data_dir, kind, entry.reading).folder
             problems += [f"data {name}: {line}" for line in changed_since_preparation(folder, entry.split)]
         except RlhfjaxError as error:
             problems.append(f"data {name}: {error}")

@@ -73,7 +73,8 @@ class Job:
         """What opens data; its tokenizer writes conversations with the chat settings of this stage."""
         if "reader" not in self.shared:
             tokenizer = load_tokenizer(self.run_dir / "tokenizer")
-            self.shared["reader"] = Reader(tokenizer, self.data_dir, self.run.seed, self.report)
+            place = str(self.run_dir / "tokenizer")
+            self.shared["reader"] = Reader(tokenizer, self.data_dir, self.run.seed, self.report, place=place)
         of_stage = self.shared.setdefault("readers", {})
         if self.stage not in of_stage:
             if "variables" not in self.shared:

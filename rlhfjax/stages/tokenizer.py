@@ -3,8 +3,10 @@
 import itertools
 
 from rlhfjax.config import Run
-from rlhfjax.data.datasets import open_source
-from rlhfjax.errors import ConfigError
+from rlhfjax.config.schema import Data
+from rlhfjax.data.datasets import RandomAccess
+from rlhfjax.data.sources import open_either
+from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.host import processes
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
@@ -42,7 +44,7 @@ def _tokenizer_of(job: Job) -> AnyTokenizer:
     c = job.run.tokenizer
     if given := given_tokenizer(job.run):
         return given
-    sources = [open_source(entry.source, entry.split, job.data_dir, "document", entry.reading) for entry in c.data]
+    sources = [_texts(job, entry) for entry in c.data]
     texts = []
     for entry, source, count in zip(
         c.data, sources, shares([len(source) for source in sources], c.documents), strict=True
@@ -54,6 +56,16 @@ def _tokenizer_of(job: Job) -> AnyTokenizer:
             )
         texts.append(record["text"] for record in itertools.islice(source, count))
     return Tokenizer.train(itertools.chain.from_iterable(texts), c.vocab_size, model_type=c.kind, seed=job.run.seed)
+
+
+def _texts(job: Job, entry: Data) -> RandomAccess:
+    opened = open_either(entry.source, entry.split, job.data_dir, "document", entry.reading)
+    if not isinstance(opened, RandomAccess):
+        raise DataError(
+            f"{entry.name}: expected texts to train a tokenizer on, got tokens of another; name the source that they "
+            f"were made of ({opened.facts['source']}), or give tokenizer.path"
+        )
+    return opened
 
 
 def shares(sizes: list[int], total: int) -> list[int]:

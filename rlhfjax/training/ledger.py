@@ -104,10 +104,12 @@ class Ledger:
             return {"ledger_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def ranges(rows: np.ndarray) -> list[list[int]]:
+def ranges(rows: np.ndarray | range) -> list[list[int]]:
     """Ascending rows as `[first, end]` of each run of them, the end not among them."""
     if not len(rows):
         return []
+    if isinstance(rows, range):
+        return [[rows.start, rows.stop]]
     starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)
     ends = np.append(starts[1:], len(rows)) - 1
     return [[int(rows[first]), int(rows[last]) + 1] for first, last in zip(starts, ends, strict=True)]

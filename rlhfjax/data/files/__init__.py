@@ -4,7 +4,7 @@ JSON (an array, one object, objects one after the other), JSON lines, CSV, TSV, 
 also as .gz or .zst. The first bytes decide what a file is; where they leave a choice, its suffix does.
 """
 
-from rlhfjax.data.files.formats import SUFFIXES, FileFormat, format_of, read_objects, rows_of
+from rlhfjax.data.files.formats import SUFFIXES, FileFormat, format_of, read_objects, rows_between, rows_of
 from rlhfjax.data.files.shards import Shards, find_files, is_data_path
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "format_of",
     "is_data_path",
     "read_objects",
+    "rows_between",
     "rows_of",
 ]

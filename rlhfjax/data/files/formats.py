@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfjax.data.files import opening
-from rlhfjax.data.files.json_values import BYTE_ORDER_MARK, StrictDecoder, read_lines, read_values
+from rlhfjax.data.files.json_values import BYTE_ORDER_MARK, StrictDecoder, read_lines, read_lines_between, read_values
 from rlhfjax.data.files.plain_text import read_text
 from rlhfjax.data.files.tables import delimiter_of, read_csv, read_parquet
 from rlhfjax.errors import DataError
@@ -107,6 +107,16 @@ def rows_of(path: Path, found: FileFormat, sample_by: str = "paragraph") -> Iter
             yield from read_csv(file, path, found.delimiter)
         else:
             yield from read_text(file, path, sample_by)
+
+
+def rows_between(path: Path, start: int, end: int, before: int = 0) -> Iterator[tuple[str, Any]]:
+    """`rows_of` of JSON lines that are not compressed, for those that begin in the bytes start … end.
+
+    The first of them is line `before` + 1.
+    """
+    opening.require_file(path)
+    with opening.readable(path), path.open("rb") as file:
+        yield from read_lines_between(file, path, start, end, before)
 
 
 def read_objects(path: str | Path, sample_by: str = "paragraph") -> Iterator[tuple[str, Any]]:

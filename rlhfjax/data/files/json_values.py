@@ -54,16 +54,35 @@ class StrictDecoder:
 
 def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
     """One value per line: (file:line, value), or the DataError for a line that is none; blank lines are skipped."""
+    yield from _values(byte_lines(file, path))
+
+
+def read_lines_between(file: BinaryIO, path: Path, start: int, end: int, before: int = 0) -> Iterator[tuple[str, Any]]:
+    """The same of the lines that begin in the bytes start … end, of which the first is line `before` + 1."""
+    if start:
+        file.seek(start - 1)
+        while (rest := file.readline(_CHUNK)) and not rest.endswith(b"\n"):
+            start += len(rest)
+        start += len(rest) - 1
+    yield from _values(byte_lines(file, path, start, end, before))
+
+
+def _values(lines: Iterator[tuple[str, bytes]]) -> Iterator[tuple[str, Any]]:
     decoder = StrictDecoder()
-    for where, line in byte_lines(file, path):
+    for where, line in lines:
         if line.strip():
             yield where, _decoded(decoder, line, where)
 
 
-def byte_lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, bytes]]:
-    """(file:line, line with its end), without a byte-order mark. Raises DataError for a line of more than 16 MiB."""
-    number, most = 0, opening.MAX_ROW_BYTES
-    while line := file.readline(most + 1):
+def byte_lines(
+    file: BinaryIO, path: Path, at: int = 0, end: float = math.inf, number: int = 0
+) -> Iterator[tuple[str, bytes]]:
+    """(file:line, line with its end), without a byte-order mark. Raises DataError for a line of more than 16 MiB.
+
+    The file stands at byte `at`, after `number` lines; no line begins at or after byte `end`.
+    """
+    most = opening.MAX_ROW_BYTES
+    while at < end and (line := file.readline(most + 1)):
         number += 1
         where = f"{path}:{number}"
         if len(line) > most:
@@ -71,7 +90,8 @@ def byte_lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, bytes]]:
                 f"{where}: expected lines of at most {most >> 20} MiB, got a longer one; "
                 "write one object per line, and split long documents"
             )
-        yield where, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+        yield where, line.removeprefix(BYTE_ORDER_MARK) if at == 0 else line
+        at += len(line)
 
 
 def text_of(line: bytes, where: str) -> str:

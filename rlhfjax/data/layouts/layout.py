@@ -47,6 +47,11 @@ class Layout:
     """Makes one row of what a file spreads over several; as they come, for nearly all layouts."""
 
     @property
+    def gathers(self) -> bool:
+        """Whether a row is made of several."""
+        return self.gathered is not _as_they_come
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The record kinds that it can give, the one it was made for first."""
         return tuple(self.ways)
