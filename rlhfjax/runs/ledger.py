@@ -116,7 +116,7 @@ class _Check:
             entry, (told_step, told) = next(self._entries, None), next(self._metrics, (None, None))
             if entry is None and told_step is None:
                 break
-            if step > self._bound and (entry is None or entry.content is None or told_step is None):
+            if step > self._bound and (entry is None or entry.content is None or entry.torn or told_step is None):
                 break  # killed in the middle of this step, or writing it just now
             content = self._of_step(step, entry, told_step)
             left_out = self._take(step, content)

@@ -86,6 +86,16 @@ def test_what_a_killed_process_wrote_after_its_last_checkpoint_goes(tmp_path):
     assert lines(tmp_path)[-1] == {"step": 3, "first": 4, "rows": [0, 2]}
 
 
+def test_half_a_line_goes(tmp_path):
+    """Also where the half could be read as a whole, and where no step is to be dropped."""
+    written(tmp_path, 0, [(1, 0, 2)])
+    whole = (tmp_path / FILE).read_bytes()
+    for half in (b'{"step":2,"fir', b'{"step":1,"first":0,"rows":[0,2]}'):
+        (tmp_path / FILE).write_bytes(whole + half)
+        written(tmp_path, 2, [])
+        assert (tmp_path / FILE).read_bytes() == whole
+
+
 def test_what_a_rollback_passes_over_stands_in_the_next_line(tmp_path):
     """Back from step 3 to step 1: the places of steps 2 and 3 are left out; once more, and those of the new 2, too."""
     written(tmp_path, 0, [(1, 0, 2), (2, 2, 2), (3, 4, 2)])
