@@ -78,7 +78,10 @@ def calls(monkeypatch):
     made_here = {"run_recipe": record("run_recipe"), "inspect_batch": record("inspect_batch", rows)}
     module("runs", **made_here)
     module("transfer", **vars(transfer))
-    module("runs.reproduce", reproduce=record("reproduce"))
+    run = types.SimpleNamespace(reliability=types.SimpleNamespace(determinism="fast"))
+    again = {"finished": lambda run_dir: (run, []), "require_new": lambda target: None}
+    module("runs.reproduce", reproduce=record("reproduce"), **again)
+    module("runs.layouts", launched_here=lambda run_dir, attempts: None)
     module("host.compile_cache", use_compile_cache=lambda *_, **__: False)
     module("host.memory", collect_seldom=lambda **_: False, keep_freed_memory_of=lambda *_, **__: False)
     module("data.sets.benchmark", prepare=record("prepare", lambda kind, where, cache, say: [Path(where) / kind.name]))
@@ -104,6 +107,7 @@ def calls(monkeypatch):
     module("host.environment", environment_report=record("environment_report", "python  3"))
     monkeypatch.setattr(rlhfjax, "load", record("load", Model()), raising=False)
     monkeypatch.setattr("rlhfjax.cli.launching.supervise", record("supervise", 0))
+    monkeypatch.setattr("rlhfjax.cli.reproducing.supervise", record("supervise", 0))
     monkeypatch.setattr("rlhfjax.cli.checking._directories", lambda *_: iter([Path("somewhere")]))
     monkeypatch.setattr("rlhfjax.cli.checking.check", record("check", Checked(2, 3, ())))
     return made
@@ -390,6 +394,16 @@ def test_reproduce_hands_over(calls):
     assert calls.pop() == ("reproduce", (Path("runs/a"), Path("b"), True), {})
     call("reproduce", "runs/a/")
     assert calls.pop() == ("reproduce", (Path("runs/a"), Path("runs/a-reproduced"), False), {})
+
+
+def test_reproduce_starts_as_many_processes_as_there_were(calls, monkeypatch):
+    layout = types.SimpleNamespace(processes=2, devices=4)
+    monkeypatch.setattr("rlhfjax.runs.layouts.launched_here", lambda run_dir, attempts: layout)
+    assert call("reproduce", "runs/a", "--only-check").exit_code == 0
+    [(name, (words, count, devices, restarts, *_), _)] = calls
+    assert (name, count, devices) == ("supervise", 2, 4)
+    assert words == ["reproduce", "runs/a", "--run-dir", "runs/a-reproduced", "--only-check"]
+    assert (restarts.preempted, restarts.failed) == (0, 0)
 
 
 def test_data_prepare(calls, tmp_path):

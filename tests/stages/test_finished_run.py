@@ -34,7 +34,8 @@ def metrics(finished):
 
 
 def test_the_directory_is_complete(finished):
-    assert {path.name for path in finished.iterdir()} == {"config.yaml", "manifest.jsonl", "report.html", *STAGES}
+    files = {"config.yaml", "manifest.jsonl", "report.html", "inputs"}
+    assert {path.name for path in finished.iterdir()} == {*files, *STAGES}
     for stage in STAGES:
         done = json.loads((finished / stage / "complete.json").read_text(encoding="utf-8"))
         assert done["stage"] == stage
@@ -42,7 +43,9 @@ def test_the_directory_is_complete(finished):
     for stage in TRAINED:
         steps = {path.name for path in (finished / stage / "checkpoints").iterdir()}
         assert steps == {str(STEPS - 1), str(STEPS)}  # the newest two, and no half-written one
-        assert {"metrics.jsonl", "samples.jsonl"} <= {path.name for path in (finished / stage).iterdir()}
+        assert {"metrics.jsonl", "samples.jsonl", "ledger.jsonl"} <= {
+            path.name for path in (finished / stage).iterdir()
+        }
         assert list((finished / stage / "tensorboard").glob("events.*"))
     assert (finished / "tokenizer" / "tokenizer.model").exists()
     assert (finished / "evaluate" / "evaluation.json").exists()

@@ -71,9 +71,15 @@ class Checkpoints:
 
     def forget_after(self, step: int) -> None:
         """Delete the steps after this one, which training goes back to."""
-        for later in self._steps():
-            if later > step:
-                processes.by_first(lambda gone=later: on_disk.remove(self.directory / str(gone)), f"forget {later}")
+
+        def forget() -> None:
+            for later in on_disk.steps_in(self.directory):
+                if later > step:
+                    on_disk.remove(self.directory / str(later))
+
+        self._steps()  # nothing is being saved any more
+        # In one turn: a process that comes late sees fewer steps than the first, and would take fewer turns than that.
+        processes.by_first(forget, f"forget after {step}")
 
     def save(
         self,
