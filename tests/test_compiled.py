@@ -93,13 +93,17 @@ def test_a_rollout_fits_and_computes_what_it_needs(name):
     assert found(name)["product_flops"] <= (1.3 if "30b" in name else 1.05) * needed(name)
 
 
-@pytest.mark.parametrize("name", ["ppo/8b/rollout", "ppo/70b/rollout"])
+@pytest.mark.parametrize("name", ["ppo/8b/rollout", "ppo/8b/rollout/int8", "ppo/70b/rollout"])
 def test_a_token_sends_sums_and_no_weight(name):
     case = BY_NAME[name].described()
     turns = layers_of(case) * case["length"]
     of_layers = [row for row in found(name)["most_gib"] if row[1] in (turns, turns - 1)]
     assert {row[2] for row in of_layers} == {"all_reduce"}
     assert sum(row[4] for row in of_layers) * 1024 <= 1  # MiB a token and layer
+
+
+def test_integers_halve_what_a_rollout_reads():
+    assert found("ppo/8b/rollout/int8")["arguments_gib"] <= 0.52 * found("ppo/8b/rollout")["arguments_gib"]
 
 
 @pytest.mark.parametrize(("name", "gib"), [("sft/30b_a3b", 95), ("sft/8b/v5e", 15.75), ("sft/8b/v6e", 31.25)])

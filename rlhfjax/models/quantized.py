@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
+from rlhfjax.target import current
 from rlhfjax.types import Params
 
 SCALE = "_scale"
@@ -82,13 +83,16 @@ def dequantize(params: Params) -> Params:
 def int8_dot(
     x: Float[Array, "*B"], kernel: Int8[Array, "*W"], scale: Float[Array, "*S"], inputs: int, dtype: Any
 ) -> Float[Array, "*C"]:
-    """x · (q s) = (x · q) s over the last `inputs` axes of x and the first of q; the sum is float32."""
+    """x · (q s) = (x · q) s over the last `inputs` axes of x and the first of q; the sum is float32.
+
+    What TPUs give of such a sum has the type of the computation, as without integers: several add up their parts of it,
+    and float32 would be twice the bytes.
+    """
     axes = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
-    out = jax.lax.dot_general(
-        x.astype(dtype), kernel.astype(dtype), (axes, ((), ())), preferred_element_type=jnp.float32
-    )
+    kind = dtype if current().platform == "tpu" else jnp.float32
+    out = jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), (axes, ((), ())), preferred_element_type=kind)
     outputs = scale.shape[inputs:]
-    return (out * scale.reshape((1,) * (out.ndim - len(outputs)) + outputs)).astype(dtype)
+    return (out.astype(jnp.float32) * scale.reshape((1,) * (out.ndim - len(outputs)) + outputs)).astype(dtype)
 
 
 class Int8Vectors(NamedTuple):

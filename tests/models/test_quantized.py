@@ -11,7 +11,8 @@ from tiny import params_of, random_tokens, tiny
 
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models.lora import init_lora, join, merge
-from rlhfjax.models.quantized import dequantize, is_quantized, quantize, quantize_array
+from rlhfjax.models.quantized import dequantize, int8_dot, is_quantized, quantize, quantize_array
+from rlhfjax.target import building_for, machine
 from rlhfjax.types import PromptBatch
 
 TOKENS = random_tokens(2, 6)
@@ -170,3 +171,17 @@ def test_sampling_at_int8_is_near_sampling_at_full_precision():
         gap = jnp.abs(drawn.sampled_log_probs - exact).mean()
         assert gap < most
         assert precision == "full" or gap > 1e-5
+
+
+def test_tpus_add_up_parts_of_a_product_in_the_type_of_the_computation():
+    # fails where several devices of `tensor` would send float32, twice what a product without integers sends
+    x, q, s = jnp.ones((2, 8), jnp.bfloat16), jnp.full((8, 3), 2, jnp.int8), jnp.full((1, 3), 0.5, jnp.float32)
+
+    def product(platform):
+        with building_for(replace(machine(), platform=platform)):
+            traced = jax.jit(lambda x: int8_dot(x, q, s, 1, jnp.bfloat16)).trace(x)
+            (dot,) = (one for one in traced.jaxpr.jaxpr.eqns if one.primitive.name == "dot_general")
+            np.testing.assert_array_equal(traced.lower().compile()(x).astype(jnp.float32), 8.0)
+            return dot.outvars[0].aval.dtype.name
+
+    assert (product("tpu"), product("cpu")) == ("bfloat16", "float32")
