@@ -138,7 +138,7 @@ class TokenShards:
         if template is None or not self.facts["counts"]["messages"]:
             return
         made, asked = dict(self.facts["chat"]), use.tokenizer.chat.to_json()
-        if "strftime_now" not in template.variables:
+        if "strftime_now" not in template.source:
             made["date"] = asked["date"] = None
         if made != asked:
             raise self._other(use, f"conversations written with {asked}", f"with {made}")
