@@ -15,7 +15,7 @@ from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.lora import join, split
 from rlhfjax.sharding import state_shardings
 from rlhfjax.stages.batches import held_out, open_batches
-from rlhfjax.stages.compilation import Ahead, training_options
+from rlhfjax.stages.compilation import Ahead, step_options
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts, Learning, Stored, meta_for, rate_of
 from rlhfjax.stages.measures.validation import Meter
@@ -150,7 +150,9 @@ def build(c: Any, mesh: jax.sharding.Mesh, learner: OfflineLearner, state: Train
     layout, flops = state_shardings(mesh, state), learner.flops
     parts, average = c.batch.size // (c.batch.micro or c.batch.size), average_of(c)
 
-    @partial(jax.jit, donate_argnums=1, out_shardings=(layout, None), compiler_options=training_options())
+    options = step_options(mesh, (learner.fixed, state.params))
+
+    @partial(jax.jit, donate_argnums=1, out_shardings=(layout, None), compiler_options=options)
     def step_fn(fixed: Params, state: TrainState, batch: Any, key: jax.Array, *poison: jax.Array):
         restricted = restrict(learner.objective, partial(join, fixed))
         how = parts, average, poison[0] if poison else None, learner.pack

@@ -19,7 +19,7 @@ from rlhfjax.models.frozen import in_compute_type
 from rlhfjax.models.lora import join, split
 from rlhfjax.sharding import batch_sharding, constrain_parts, replicated, state_shapes, state_shardings
 from rlhfjax.sharding.sampling import sampling_layout, sampling_on
-from rlhfjax.stages.compilation import training_options
+from rlhfjax.stages.compilation import step_options
 from rlhfjax.stages.models import rerouted, sampler_of
 from rlhfjax.stages.offline import average_of
 from rlhfjax.stages.packed_rows import responses_a_row, rows_at_a_time, token_shards
@@ -141,7 +141,7 @@ def build(
         train, metrics = online_update(restricted, learner.optimizer, state.train, experience, pretraining, key, *how)
         return OnlineState(train, next_kl_coef(c, state.kl_coef, measured), state.iteration + 1), metrics
 
-    options = training_options()
+    options = step_options(mesh, (base, state.train.params, learner.frozen))
     learn = jax.jit(update, donate_argnums=1, out_shardings=(layout, None), compiler_options=options)
     return OnlineSteps(
         **sampling_steps(c, mesh, learner, state, sampling),

@@ -1,13 +1,20 @@
 """Programs are compiled in threads for what they will be called with, and never twice."""
 
 from dataclasses import replace
+from math import prod
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from rlhfjax.stages.compilation import Ahead
-from rlhfjax.target import building_for, current, machine
+from rlhfjax.config import load_config
+from rlhfjax.sharding import make_mesh
+from rlhfjax.stages import compilation
+from rlhfjax.stages.building import Vocabulary, build
+from rlhfjax.stages.compilation import Ahead, step_options
+from rlhfjax.target import building_for, current, machine, target_of
 from rlhfjax.training.online import OnlineSteps
 from rlhfjax.types import OnlineState, TrainState
 
@@ -80,3 +87,34 @@ def test_each_step_of_an_iteration_is_made_for_what_the_one_before_gives(compile
     learned, measured = made.estimate(rollout, state.kl_coef)
     assert set(made.update(state, learned, ones, measured, key)[1]) == {"kl", "n"}
     assert compiled == []
+
+
+def mesh_of(**axes):
+    return make_mesh(**axes, devices=jax.devices()[: prod(axes.values())])
+
+
+def parameters(count):
+    return {"kernel": jax.ShapeDtypeStruct((count // 2, 2), jnp.float32)}
+
+
+def test_small_models_on_devices_that_a_cpu_pretends_to_have_are_compiled_quickly():
+    # fails when a single device, a model that takes its time or a process with one device gets worse programs, too
+    several = mesh_of(data=1, fsdp=8)
+    quick = step_options(several, parameters(1_000_000))
+    assert quick
+    assert quick["xla_backend_optimization_level"] == 0
+    assert step_options(several, (parameters(600_000), parameters(600_000))) is None
+    assert step_options(mesh_of(data=1), parameters(8)) is None
+    processes = [SimpleNamespace(platform="cpu", process_index=index) for index in range(2)]
+    assert step_options(SimpleNamespace(devices=np.array(processes)), parameters(8)) is None
+
+
+@pytest.mark.parametrize(("stage", "programs"), [("sft", ["step"]), ("ppo", ["score", "update"])])
+def test_steps_are_compiled_with_these_options(stage, programs, config, monkeypatch):
+    monkeypatch.setattr(compilation, "QUICK", {"xla_no_such_option": 1})
+    monkeypatch.setattr(compilation, "refused", lambda flags: [])
+    mesh = mesh_of(data=1, fsdp=2)
+    built = build(load_config(config), stage, mesh, target_of(mesh), Vocabulary(320))
+    for name in programs:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+            built[name].lower().compile()
