@@ -241,8 +241,7 @@ def four_prompts() -> PromptBatch:
     return PromptBatch(random_tokens(4, 5), left_mask([5, 3, 1, 4], 5), jnp.asarray([70, 3, 11, 4], jnp.int32))
 
 
-@pytest.mark.parametrize("style", ["gpt2", "llama-gqa", "mistral"])
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(("style", "temperature"), [("gpt2", 0.7), ("llama-gqa", 0.0), ("mistral", 0.7)])
 def test_decoders_answer_as_without(style, temperature):
     """Learned and rotary positions, a window, prompts of several lengths, both ways of guessing.
 

@@ -36,8 +36,6 @@ ON_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="done for CPU
 READERS = {
     "gpt2": ("gpt2", {}, 0.0),
     "post-norm": ("gpt2", {"norm_place": "post"}, 0.0),
-    "llama": ("llama-gqa", {}, 0.0),
-    "window": ("mistral", {}, 0.0),
     "window, then none": ("gemma3", {}, 0.0),
     "none, then window": ("gemma3", {"window_pattern": "GLL"}, 0.0),
     "soft caps": ("gemma2", {}, 0.0),

@@ -41,6 +41,9 @@ ALGORITHMS = {
     "ppo_ptx": ppo_objective(CONFIG, POLICY, SCALAR),
 }
 PPO_PTX = ALGORITHMS["ppo_ptx"]
+# Language modelling is a part of the mix, with a loss of its own in the metrics and a share of every gradient; what of
+# rankings lies apart are rows and tokens.
+RANKED = ("one, 8 parts", "fsdp 8", "data 2, sequence 2, tensor 2, 4 parts")
 LOSSES = {
     "language_modelling": ("loss/train",),
     "reward_modelling": ("train/rm/loss", "train/rm/accuracy"),
@@ -58,7 +61,6 @@ LOSSES = {
 MESHES = {
     "one": ((1, 1, 1, 1), 1),
     "one, 8 parts": ((1, 1, 1, 1), 8),
-    "data 8": ((8, 1, 1, 1), 1),
     "fsdp 8": ((1, 8, 1, 1), 1),
     "two slices of fsdp 4": ((2, 4, 1, 1), 1),
     "data 2, fsdp 2, tensor 2": ((2, 2, 1, 2), 1),
@@ -107,8 +109,9 @@ def reference():
 # meant to catch every part (or device) being normalised by its own count
 @pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
 def test_loss_and_gradient_do_not_depend_on_parts_or_mesh(mesh, reference):
-    got = all_gradients(*MESHES[mesh])
-    for name in ALGORITHMS:
+    asked = ("reward_modelling", "ppo_ptx") if mesh in RANKED else ("ppo_ptx",)
+    got = all_gradients(*MESHES[mesh], **{name: ALGORITHMS[name] for name in asked})
+    for name in asked:
         (grads, metrics), (wanted_grads, wanted) = got[name], reference[name]
         for metric in LOSSES[name]:
             np.testing.assert_allclose(

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -68,23 +69,34 @@ def drawn(model, mesh, sampling, samples=1, params=None):
     return jax.device_get(jax.jit(lambda *of: generate(model, *of, sampling, samples))(*arguments))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+DRAWS = {
+    "plain": ({}, 1),
+    "greedy": ({"temperature": 0.0}, 1),
+    "top k": ({"temperature": 0.7, "top_k": 20}, 1),
+    "likeliest": ({"top_log_probs": 2}, 1),
+    "slots": ({"slots": 4}, 1),
+    "samples": ({}, 3),
+    "guesses": ({"speculation": Speculation("ngram", 2)}, 1),
+}
+
+
+@cache
+def on_one_device(draws):
+    settings, samples = DRAWS[draws]
+    return drawn(tiny("llama-gqa", layers=2), None, replace(SAMPLING, **settings), samples)
+
+
+# How words are chosen depends on `tensor` alone, where rows lie on the mesh.
 @pytest.mark.parametrize(
-    ("settings", "samples"),
-    [
-        ({}, 1),
-        ({"temperature": 0.0}, 1),
-        ({"temperature": 0.7, "top_k": 20}, 1),
-        ({"top_log_probs": 2}, 1),
-        ({"slots": 4}, 1),
-        ({}, 3),
-        ({"speculation": Speculation("ngram", 2)}, 1),
-    ],
+    ("mesh", "draws"),
+    [("2 x 2 x 2", draws) for draws in DRAWS]
+    + [("fsdp 8", draws) for draws in ("slots", "samples")]
+    + [("sequence 4, tensor 2", draws) for draws in ("plain", "slots", "guesses")],
 )
-def test_the_tokens_are_those_of_one_device(mesh, settings, samples):
-    model, sampling = tiny("llama-gqa", layers=2), replace(SAMPLING, **settings)
-    wanted = drawn(model, None, sampling, samples)
-    made = drawn(model, make_mesh(**MESHES[mesh]), sampling, samples)
+def test_the_tokens_are_those_of_one_device(mesh, draws):
+    settings, samples = DRAWS[draws]
+    wanted = on_one_device(draws)
+    made = drawn(tiny("llama-gqa", layers=2), make_mesh(**MESHES[mesh]), replace(SAMPLING, **settings), samples)
     np.testing.assert_array_equal(made.response, wanted.response)
     np.testing.assert_array_equal(made.response_mask, wanted.response_mask)
     np.testing.assert_allclose(made.sampled_log_probs, wanted.sampled_log_probs, rtol=1e-4, atol=1e-5)

@@ -138,7 +138,8 @@ def test_the_stages_are_evaluated_and_in_the_report(both, given):
         assert f"Online training: {stage}" in report
 
 
-@pytest.mark.parametrize("stage", [pytest.param("grpo", marks=pytest.mark.slow), "rloo"])
+@pytest.mark.slow  # `sharding/test_groups.py` has their advantages, losses and gradients on meshes
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_numbers_are_those_of_one_device(request, meshed, stage):
     names = ["objective/scores", "objective/kl", "objective/length", "objective/groups_alike", "loss/policy_avg"]
     names += ["loss/ptx", "grad/policy_norm", "grad/ptx_to_ppo_norm_ratio"]
@@ -152,6 +153,7 @@ def test_the_numbers_are_those_of_one_device(request, meshed, stage):
         np.testing.assert_allclose(got[name], wanted[name], atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow  # `test_rewards_that_fail.py` goes on five times with RLOO on one device
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_that_stopped_ends_the_same(meshed, monkeypatch, tmp_path, stage):
     # fails for grpo when the batches of prompts that were drawn beyond the first are forgotten: seen

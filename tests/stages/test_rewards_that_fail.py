@@ -4,13 +4,15 @@ import json
 import shutil
 from functools import partial
 
+import jax
 import pytest
 from typer.testing import CliRunner
 
 from rlhfjax.cli import app
 from rlhfjax.config import load_config
 from rlhfjax.errors import DataError, Diverged, RewardError
-from rlhfjax.runs import run_recipe
+from rlhfjax.runs import checks, run_recipe
+from rlhfjax.sharding import make_mesh
 from rlhfjax.stages import online
 from stages.conftest import assert_same_bits, rows_of, saved
 from stages.once import once
@@ -62,7 +64,7 @@ def programs():
 
 @pytest.fixture(scope="module")
 def stage_in(files, finished, programs):
-    """Runs RLOO in a folder after the finished stages, once more if it is there: its directory.
+    """Runs RLOO on one device in a folder after the finished stages, once more if it is there: its directory.
 
     `todo` is what the function does in each of its calls, `term` more of what the configuration says of it.
     """
@@ -85,6 +87,7 @@ def stage_in(files, finished, programs):
                 shutil.copytree(finished / earlier, run_dir / earlier)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(online, "Ahead", once(programs))
+            patch.setattr(checks, "make_mesh", lambda *_, **__: make_mesh(devices=jax.devices()[:1]))
             run_recipe(load_config(folder / "run.yaml"), run_dir, only="rloo")
         return run_dir / "rloo"
 
