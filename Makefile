@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: quickstart test test-short test-newer faults slow compiled lint lock clean
+.PHONY: quickstart test test-short test-newer faults slow stores compiled lint lock clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/rlhfjax data prepare movies
@@ -34,6 +34,11 @@ test-newer: $(VENV)/.installed-test
 # Every fault: what `make test` leaves out because it waits for deadlines and heartbeats.
 faults: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m faults
+
+# Runs, data and exports in buckets, on stand-ins for them that nothing else needs.
+stores: $(VENV)/.installed-test
+	@$(PIP) install --editable '.[s3,gcs]' 'moto[server]>=5.1'
+	$(BIN)/python -m pytest -m 'faults or not faults' tests/stores tests/stages/test_killed_in_a_store.py
 
 # Whole recipes and models that learn: what `make test` has in small.
 slow: $(VENV)/.installed-test

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from rlhfjax import stores
 from rlhfjax.errors import RlhfjaxError
 from rlhfjax.host import stopping
 
@@ -34,7 +35,7 @@ def printable(text: str) -> str:
 
 def say(text: str) -> None:
     """Progress and notes, on stderr."""
-    typer.echo(printable(text), err=True)
+    typer.echo(printable(stores.named(text)), err=True)
 
 
 def take_any_text() -> None:
@@ -80,7 +81,7 @@ class Door(TyperGroup):
 
 def fail(message: str, code: int) -> int:
     """Says what went wrong; returns the exit code."""
-    typer.echo(f"error: {printable(message)}", err=True)
+    typer.echo(f"error: {printable(stores.named(message))}", err=True)
     return code
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rlhfjax import stores
 from rlhfjax.cli.datasets import DataDir
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.integrity import MANIFEST, check
@@ -37,7 +38,7 @@ def verify(
     bad = 0
     for path in paths:
         found = list(_directories(path, data_dir))
-        ledgers = _ledgers(expanded(path))
+        ledgers = _ledgers(expanded(stores.here(path)))
         bad += sum(map(_is_wrong, ledgers))
         if not found and not ledgers:
             raise ConfigError(
@@ -52,14 +53,16 @@ def verify(
 def _differences(directory: Path) -> int:
     """Say what was found in one directory; how many of its files differ."""
     try:
+        stores.need(directory)
         checked = check(directory)
     except IntegrityError as error:
-        typer.echo(printable(str(error)))
+        typer.echo(printable(stores.named(str(error))))
         return 1
     for difference in checked.differences:
-        typer.echo(printable(f"{directory}/{difference}"))
+        typer.echo(printable(stores.named(f"{directory}/{difference}")))
     if not checked.differences:
-        typer.echo(printable(f"{directory}: {checked.files} files, {checked.bytes:,} bytes, all as written"))
+        told = f"{directory}: {checked.files} files, {checked.bytes:,} bytes, all as written"
+        typer.echo(printable(stores.named(told)))
     return len(checked.differences)
 
 
@@ -77,16 +80,16 @@ def _is_wrong(stage: Path) -> bool:
     from rlhfjax.runs.ledger import require_right
 
     try:
-        typer.echo(printable(require_right(stage)))
+        typer.echo(printable(stores.named(require_right(stage))))
     except IntegrityError as error:
-        typer.echo(printable(str(error)))
+        typer.echo(printable(stores.named(str(error))))
         return True
     return False
 
 
 def _directories(path: str, data_dir: Path | None) -> Iterator[Path]:
     """What there is to compare: a directory itself, or those below it; a step without a manifest among them."""
-    root = expanded(path)
+    root = expanded(stores.here(path))
     if not root.is_dir():
         yield from _data_set(path, data_dir)
         return

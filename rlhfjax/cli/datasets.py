@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from rlhfjax import config as configuration
+from rlhfjax import stores
 from rlhfjax.cli.options import with_options
 from rlhfjax.cli.tokenising import TokenOptions, directory, prepare_rows, show_rows
 from rlhfjax.config.recipe import stages_of
@@ -230,7 +231,8 @@ def inspect(
     known_stage("STAGE", stage, loaded)
     from rlhfjax import runs
 
-    for row in runs.inspect_batch(loaded, stage, run_dir or Path("runs") / loaded.name, index, report=say):
+    place = stores.here(run_dir or Path("runs") / loaded.name)
+    for row in runs.inspect_batch(loaded, stage, place, index, report=say):
         typer.echo(printable(row))
     return None
 

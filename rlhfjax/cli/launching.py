@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from rlhfjax import config as configuration
+from rlhfjax import stores
 from rlhfjax.cli.datasets import OPTIONS
 from rlhfjax.errors import ConfigError, RlhfjaxError
 from rlhfjax.launch.process_group import LAUNCHER, Restarts, supervise
@@ -84,7 +85,7 @@ def run_dir_of(arguments: list[str]) -> Path | None:
         else:
             rest.append(word)
     if "--run-dir" in given:
-        return Path(given["--run-dir"])
+        return stores.place_of(Path(given["--run-dir"]))
     try:
         return Path("runs") / configuration.load_config(rest[0], rest[1:]).name
     except (RlhfjaxError, IndexError):

@@ -5,8 +5,10 @@ from typing import Annotated
 
 import typer
 
+from rlhfjax import stores
 from rlhfjax.cli.datasets import directory
 from rlhfjax.cli.launching import Coordinator, NumProcesses, ProcessId, among_processes, one_of_several
+from rlhfjax.errors import ConfigError
 from rlhfjax.launch.process_group import Restarts, supervise
 from rlhfjax.terminal import say
 
@@ -43,7 +45,11 @@ def reproduce(
     from rlhfjax.runs.layouts import launched_here
     from rlhfjax.runs.reproduce import finished, reproduce, require_new
 
-    target = target or run_dir.with_name(f"{run_dir.resolve().name}-reproduced")
+    if target and stores.is_url(target):
+        raise ConfigError(f"--run-dir {stores.address(target)}: a run is done again on a disk; give a directory")
+    beside = Path("runs", "beside") if stores.is_url(run_dir) else run_dir
+    given, run_dir = run_dir, stores.here(run_dir)
+    target = target or beside.with_name(f"{run_dir.resolve().name}-reproduced")
     run, attempts = finished(run_dir)
     among = (coordinator, num_processes, process_id)
     if not one_of_several(*among):
@@ -52,7 +58,7 @@ def reproduce(
         use_determinism(run.reliability.determinism)
         if layout := launched_here(run_dir, attempts):
             say(f"{run_dir} ran in {layout}: started here")
-            words = ["reproduce", str(run_dir), "--run-dir", str(target), *(["--only-check"] if only_check else [])]
+            words = ["reproduce", str(given), "--run-dir", str(target), *(["--only-check"] if only_check else [])]
             raise typer.Exit(supervise(words, layout.processes, layout.devices, Restarts(0, 0, None), _GRACE, say))
     with among_processes(run.reliability, *among):
         reproduce(run_dir, target, only_check)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from rlhfjax import stores
 from rlhfjax.cli.checking import NoVerify
 from rlhfjax.cli.datasets import directory
 from rlhfjax.errors import ConfigError
@@ -28,7 +29,9 @@ def import_(
     """
     from rlhfjax import transfer
 
-    transfer.import_model(source, target, dtype=dtype, force=force, report=say)
+    found = str(stores.here(source)) if stores.is_url(source) else source
+    with stores.delivered(target, force) as place:
+        transfer.import_model(found, place, dtype=dtype, force=force, report=say)
 
 
 def export(
@@ -66,15 +69,16 @@ def export(
     from rlhfjax import transfer
 
     settings = {"item": item, "dtype": dtype, "shard_size": transfer.parse_size(shard_size), "force": force}
-    with unverified(no_verify):
-        parity = transfer.export_checkpoint(checkpoint, target, **settings)
+    with unverified(no_verify), stores.delivered(target, force) as place:
+        parity = transfer.export_checkpoint(checkpoint, place, **settings)
     [difference] = (value for key, value in parity.items() if key.endswith("_difference"))
-    say(f"wrote {target} (read back, it differs by at most {difference:.2g})")
+    say(f"wrote {stores.address(target)} (read back, it differs by at most {difference:.2g})")
 
 
 def _export_adapters(checkpoint: str, target: Path, item: str | None, force: bool) -> None:
     from rlhfjax.interop.peft import export_adapters
     from rlhfjax.training.checkpoint import find_checkpoint, load_model
 
-    export_adapters(target, *load_model(find_checkpoint(checkpoint), item=item), force=force)
-    say(f"wrote {target} (adapters alone; their base is a model of its own)")
+    with stores.delivered(target, force) as place:
+        export_adapters(place, *load_model(find_checkpoint(checkpoint), item=item), force=force)
+    say(f"wrote {stores.address(target)} (adapters alone; their base is a model of its own)")

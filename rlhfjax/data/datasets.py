@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from rlhfjax import stores
 from rlhfjax.data.files import is_data_path
 from rlhfjax.data.preparing import prepare_source
 from rlhfjax.data.reading import RECOGNISE, Reading
@@ -154,7 +155,7 @@ def _locate(source: str, data_dir: Path, kind: str | None, reading: Reading) -> 
         parts = _SOURCE.fullmatch(source)
         if parts and (found := _version_folder(data_dir, **parts.groupdict())):
             return found
-        if not source or not os.path.isdir(expanded(source)):
+        if not source or not os.path.isdir(expanded(stores.fetched(source))):
             raise _missing(source, data_dir)
     return prepare_source(source, kind, data_dir, reading)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhfjax import stores
 from rlhfjax.config import Run, load_config, resolved, resolved_yaml
 from rlhfjax.config.recipe import FACTS, NAMES
 from rlhfjax.errors import ConfigError, IntegrityError
@@ -120,6 +121,7 @@ def _delete(folder: Path) -> None:
     if not os.path.lexists(folder):
         return
     try:
+        stores.remove(folder)
         (folder / COMPLETE).unlink(missing_ok=True)
         if not folder.is_symlink():
             shutil.rmtree(folder)

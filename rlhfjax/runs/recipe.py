@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rlhfjax import stores
 from rlhfjax.config import Run
 from rlhfjax.config.recipe import FACTS, TOKENIZER, stages_of
 from rlhfjax.errors import ConfigError
@@ -33,7 +34,7 @@ console = Console(stderr=True, highlight=False)
 def report(text: str) -> None:
     """One line of progress; of several processes the first says it."""
     if _speaks():
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(stores.named(text), markup=False, soft_wrap=True)
 
 
 def run_recipe(
@@ -60,6 +61,10 @@ def run_recipe(
         if several := _processes():
             stopping.pass_on()
             several.agree(facts_of(run, run_dir, only, start_from))
+        given, run_dir = run_dir, stores.place_of(run_dir)
+        if stores.is_url(given):
+            _by_first(lambda: held.enter_context(stores.working(given, report)), "store")
+            _share(given)
         _by_first(lambda: require_own(run_dir), "own")
         _by_first(lambda: held.enter_context(run_lock(run_dir, report)), "lock")
         _by_first(lambda: settle(run, run_dir, start_from, stages), "settle")
@@ -104,6 +109,15 @@ def _speaks() -> bool:
 def _by_first(what: Callable[[], None], name: str) -> None:
     several = _processes()
     several.by_first(what, name) if several else what()
+
+
+def _share(run_dir: Path) -> None:
+    """All processes of a run in an object store work in the directory that the first has filled."""
+    several = _processes()
+    if several:
+        several.agree({"the directory that all must share (RLHFJAX_SCRATCH)": stores.state_of(run_dir)})
+        if not several.is_first():
+            stores.sharing(run_dir)
 
 
 def is_complete(run_dir: Path, stage: str) -> bool:
@@ -167,7 +181,9 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
 
 def _mark(stage_dir: Path, facts: Mapping[str, Any]) -> None:
     with saved_or_stopped(stage_dir):
+        stores.send(stage_dir)
         write_json(stage_dir / COMPLETE, facts)
+        stores.finish(stage_dir)
 
 
 def _print_results(run_dir: Path) -> None:

@@ -58,11 +58,11 @@ def environment():
 
 @pytest.fixture(scope="session")
 def start(environment):
-    """Starts the command line in a process of its own, with a fault in it where one is named."""
+    """Starts the command line in a process of its own, with variables, and a fault in it where one is named."""
 
-    def started(*args, fault=None):
-        variables = {"RLHFJAX_FAULT": fault, "RLHFJAX_ALLOW_FAULTS": "1"} if fault else {}
-        return forked(*args, environment=environment | variables)
+    def started(*args, fault=None, variables=()):
+        faults = {"RLHFJAX_FAULT": fault, "RLHFJAX_ALLOW_FAULTS": "1"} if fault else {}
+        return forked(*args, environment=environment | faults | dict(variables))
 
     return started
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhfjax import stores
 from rlhfjax.data.files.formats import SUFFIXES
 from rlhfjax.data.files.opening import without_compression
 from rlhfjax.errors import DataError
@@ -66,6 +67,7 @@ def find_files(source: str | Path) -> Shards:
     Raises DataError where a folder or pattern has no file or more than 100,000, and where one of a row of shards is
     missing.
     """
+    source = stores.fetched(source)
     path = expanded(source)
     if _WILD.search(str(source)) and not _is_file(path):
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if _is_file(Path(name))]

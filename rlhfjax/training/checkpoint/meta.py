@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rlhfjax import stores
 from rlhfjax.config.recipe import STAGES
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.integrity import MANIFEST, read_manifest, verified_once, verifying
@@ -65,9 +66,9 @@ def find_checkpoint(path: str | Path) -> Path:
 
     Raises ConfigError when there is none, IntegrityError when a stage's last mark cannot be read.
     """
-    path = Path(path)
+    given, path = path, stores.here(path)
     if not path.is_dir():
-        raise ConfigError(f"checkpoint: expected a checkpoint, stage or run directory, got {path}, which is not there")
+        raise ConfigError(f"checkpoint: expected a checkpoint, stage or run directory, got {given}, which is not there")
     if (path / "meta").is_dir() or (path.name.isdigit() and path.parent.name == "checkpoints"):
         return path
     if (path / COMPLETE).exists() and (path / "checkpoints").is_dir():
@@ -107,15 +108,26 @@ def verified_step(step_dir: Path) -> None:
     Raises IntegrityError naming the files that differ. A step of format 1 has no manifest, which is said once; a later
     one without is damaged, since none is put in its place before its manifest is on the disk.
     """
+    stores.need(step_dir)
     if not verifying():
         return
     if (step_dir / MANIFEST).exists():
-        verified_once(step_dir, _remedy(step_dir))
+        _verified(step_dir)
     elif _meta(step_dir).get("format", 1) > 1:
         raise IntegrityError(f"{step_dir}: {MANIFEST} is missing; {_remedy(step_dir)}")
     elif step_dir not in _told:
         _told.add(step_dir)
         _log.warning("%s: no digest, since an older version wrote it; what it holds cannot be checked", step_dir)
+
+
+def _verified(step_dir: Path) -> None:
+    """A copy of what an object store has is fetched anew before it is called damaged."""
+    try:
+        verified_once(step_dir, _remedy(step_dir))
+    except IntegrityError:
+        if not stores.mend(step_dir):
+            raise
+        verified_once(step_dir, _remedy(step_dir))
 
 
 def stored_digests(step_dir: Path) -> dict[str, dict[str, str]]:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from rlhfjax import stores
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.integrity import read_manifest, sync, trusted, write_manifest
 
@@ -41,10 +42,12 @@ def put_in_place(part: Path, step_dir: Path, leaves: Mapping[str, Mapping[str, s
     sync(step_dir.parent)
     shutil.rmtree(before, ignore_errors=True)
     trusted(step_dir)
+    stores.publish_step(step_dir)
 
 
 def remove(step_dir: Path) -> None:
     """Delete a step; killed halfway, it is no step any more."""
+    stores.remove(step_dir)
     gone = _aside(step_dir, _REMOVED)
     os.rename(step_dir, gone)
     shutil.rmtree(gone, ignore_errors=True)
@@ -54,6 +57,7 @@ def set_aside(step_dir: Path) -> Path:
     """Take a damaged step out of the way, so that nothing reads it and it can be looked at."""
     aside = _aside(step_dir, DAMAGED)
     os.rename(step_dir, aside)
+    stores.set_damaged(step_dir)
     return aside
 
 

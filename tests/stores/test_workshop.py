@@ -1,0 +1,205 @@
+"""A run in a store, killed at every single operation: no torn step counts, and no row or file is mixed."""
+
+import hashlib
+import itertools
+import json
+import os
+
+import pytest
+
+from rlhfjax.integrity import check, write_manifest
+from rlhfjax.stores import layout
+from rlhfjax.stores.lease import Lease
+from rlhfjax.stores.workshop import Workshop
+from stores.stand_ins import Killed, MemoryStore
+
+
+def step_of(folder, number, text):
+    """A step as runs leave it: a large file, a small one, its meta, and the manifest."""
+    step = folder / "sft" / "checkpoints" / str(number)
+    (step / "policy" / "d").mkdir(parents=True)
+    (step / "meta").mkdir()
+    (step / "policy" / "d" / f"{text}{number}").write_bytes(text.encode() * 20_000)
+    (step / "policy" / "_METADATA").write_text(text)
+    (step / "meta" / "metadata").write_text(json.dumps({"format": 2, "step": number, "text": text}))
+    write_manifest(step)
+    return step
+
+
+def opened(objects, root, operations=None):
+    store = MemoryStore(objects, operations)
+    shop = Workshop(store, root, Lease(store))
+    shop.begin()
+    return shop
+
+
+def killed(shop):
+    """What a process leaves whose lock nobody gave back: the lock names a process that is no more."""
+    shop._lease._ended.set()
+    shop._lease._renewing.join()
+    shop.store.objects[f".lock/{shop._lease.number:08d}"] = json.dumps(shop._lease._me | {"pid": 2**22 + 1}).encode()
+
+
+def require_whole(objects):
+    """Every step that counts is whole, looked at object by object; their numbers."""
+    found = []
+    for step, held in layout.Contents.of({key: len(data) for key, data in objects.items()}).whole().items():
+        listed = json.loads(objects[f"{step}/MANIFEST.sha256.json"])["files"]
+        assert listed.keys() == held.keys() - {"MANIFEST.sha256.json"}
+        for name, entry in listed.items():
+            assert hashlib.sha256(objects[f"{step}/{name}"]).hexdigest() == entry["sha256"], f"{step}/{name}"
+        found.append(int(step.rpartition("/")[2]))
+    return sorted(found)
+
+
+def work(shop, text):
+    """A stage in miniature: rows and a step, twice, the first goes, then the mark. As the loop and the runner do it."""
+    stage = shop.root / "sft"
+    for number in (1, 2):
+        stage.mkdir(exist_ok=True)
+        with (stage / "metrics.jsonl").open("a") as rows:
+            rows.write(json.dumps({"step": number, "text": text}) + "\n")
+        if not (stage / "checkpoints" / str(number)).exists():
+            shop.publish_step(step_of(shop.root, number, text))
+    gone = stage / "checkpoints" / "1"
+    shop.remove(gone)
+    os.rename(gone, gone.with_name("1.removed"))
+    shop.send(stage)
+    (stage / "complete.json").write_text(json.dumps({"stage": "sft", "step": 2}))
+    shop.finish(stage)
+    shop.close()
+
+
+def steps_here(root):
+    return sorted(int(path.name) for path in (root / "sft" / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def test_a_run_killed_at_any_operation_is_whole_in_the_store_and_elsewhere(tmp_path):
+    for count in itertools.count(2):  # the first two take the lock
+        objects = {}
+        shop = opened(objects, tmp_path / f"{count}", count)
+        try:
+            work(shop, "a")
+            break
+        except Killed:
+            killed(shop)
+        whole = require_whole(objects)
+        assert whole in ([], [1], [1, 2], [2])
+        if "sft/complete.json" in objects:
+            assert 2 in whole
+        other = opened(objects, tmp_path / f"{count}-elsewhere")
+        assert steps_here(other.root) == whole
+        rows = other.root / "sft" / "metrics.jsonl"
+        known = [json.loads(line)["step"] for line in rows.read_text().splitlines()] if rows.exists() else []
+        assert known == list(range(1, len(known) + 1))
+        assert len(known) >= max(whole, default=0)
+        for number in whole:
+            other.need(rows.parent / "checkpoints" / str(number))
+            assert not check(rows.parent / "checkpoints" / str(number)).differences
+        assert not [key for key in objects if ("/1/" in key and 1 not in whole) or ("/2/" in key and 2 not in whole)]
+        killed(other)
+    assert count > 20
+    assert sorted(objects) == sorted(
+        ["sft/complete.json", "sft/metrics.jsonl", ".lock/00000001"]
+        + [f"sft/checkpoints/2/{name}" for name in ("MANIFEST.sha256.json", "meta/metadata", "policy/_METADATA")]
+        + ["sft/checkpoints/2/policy/d/a2"]
+    )
+    assert json.loads(objects[".lock/00000001"])["released"]
+
+
+def test_on_the_same_machine_nothing_is_lost_that_the_store_has_not(tmp_path):
+    objects = {}
+    shop = opened(objects, tmp_path / "here")
+    shop.publish_step(step_of(shop.root, 1, "a"))
+    step_of(shop.root, 2, "a")  # whole here, and killed before it was published
+    killed(shop)
+    again = opened(objects, tmp_path / "here")
+    assert steps_here(again.root) == [1, 2]
+    assert require_whole(objects) == [1, 2]
+    assert again.store.fetched == []  # nothing came over the network that was here
+    killed(again)
+
+
+def test_what_another_machine_did_since_counts(tmp_path):
+    objects = {}
+    here = opened(objects, tmp_path / "here")
+    here.publish_step(step_of(here.root, 1, "a"))
+    step_of(here.root, 2, "a")
+    killed(here)
+    there = opened(objects, tmp_path / "there")
+    assert steps_here(there.root) == [1]
+    there.publish_step(step_of(there.root, 2, "b"))
+    there.close()
+    again = opened(objects, tmp_path / "here")
+    meta = again.root / "sft" / "checkpoints" / "2" / "meta" / "metadata"
+    assert json.loads(meta.read_text())["text"] == "b"
+    assert not (again.root / "sft" / "checkpoints" / "2" / "policy" / "d" / "a2").exists()
+    again.need(meta.parent.parent)
+    assert not check(meta.parent.parent).differences
+    killed(again)
+
+
+def test_arrays_are_fetched_when_a_step_is_read_and_not_before(tmp_path):
+    objects = {}
+    shop = opened(objects, tmp_path / "here")
+    for number in (1, 2):
+        shop.publish_step(step_of(shop.root, number, "a"))
+    shop.close()
+    other = Workshop(MemoryStore(objects), tmp_path / "elsewhere")
+    other.begin()
+    assert not [key for key in other.store.fetched if "/policy/d/" in key]
+    other.need(tmp_path / "elsewhere" / "sft" / "checkpoints" / "2")
+    assert [key for key in other.store.fetched if "/policy/d/" in key] == ["sft/checkpoints/2/policy/d/a2"]
+
+
+def test_a_damaged_copy_is_fetched_anew_and_a_damaged_step_does_not_count(tmp_path):
+    objects = {}
+    shop = opened(objects, tmp_path / "here")
+    step = step_of(shop.root, 1, "a")
+    shop.publish_step(step)
+    (step / "policy" / "d" / "a1").write_bytes(b"b" * 20_000)
+    assert check(step).differences
+    assert shop.mend(step)
+    assert not check(step).differences
+    shop.set_damaged(step)
+    assert require_whole(objects) == []
+    killed(shop)
+    other = opened(objects, tmp_path / "elsewhere")
+    assert steps_here(other.root) == []
+    other.publish_step(step_of(other.root, 1, "c"))  # the step is made again
+    assert require_whole(objects) == [1]
+    assert not [key for key in objects if key.endswith(("/a1", "DAMAGED"))]
+    killed(other)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_rows_that_a_run_took_back_are_gone_and_those_before_are_sent_once(tmp_path, kept, in_place):
+    objects = {}
+    shop = opened(objects, tmp_path / "here")
+    rows = tmp_path / "here" / "sft" / "metrics.jsonl"
+    rows.parent.mkdir()
+    lines = [f'{{"step": {i}}}\n' for i in range(1, 4)]
+    for line in lines:
+        with rows.open("a") as file:
+            file.write(line)
+        shop.send(rows.parent)
+    assert sorted(len(data) for key, data in objects.items() if ".parts/" in key) == [len(lines[0])] * 3
+    part = rows if in_place else rows.with_suffix(".part")
+    part.write_text("".join(lines[:kept]) + '{"step": "anew"}\n')
+    part.replace(rows)
+    shop.send(rows.parent)
+    killed(shop)
+    other = opened(objects, tmp_path / "elsewhere")
+    assert (other.root / "sft" / "metrics.jsonl").read_text() == "".join(lines[:kept]) + '{"step": "anew"}\n'
+    killed(other)
+
+
+def test_a_stage_that_is_done_again_leaves_nothing_of_before(tmp_path):
+    objects = {}
+    shop = opened(objects, tmp_path / "here")
+    work(shop, "a")
+    shop = opened(objects, tmp_path / "here")
+    shop.remove(shop.root / "sft")
+    assert [key for key in objects if not key.startswith(".lock/")] == []
+    killed(shop)
