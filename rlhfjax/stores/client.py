@@ -5,6 +5,7 @@ has not, renaming and locks, stands in `rlhfjax.stores.workshop` and `rlhfjax.st
 """
 
 import importlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -85,6 +86,7 @@ class BucketStore:
         self.url, self._bucket = f"{scheme}://{bucket}/{prefix}".rstrip("/"), bucket
         self._root, self._scheme, self.patience = f"{bucket}/{prefix}".rstrip("/"), scheme, patience
         self._files = _file_system(scheme)
+        logging.getLogger("asyncio").addFilter(_not_of_lost_connections)
         self._tried(self._look)
 
     def read(self, key: str) -> bytes:
@@ -197,6 +199,12 @@ class BucketStore:
 def _passes(error: BaseException) -> bool:
     """Whether an error is of the network or of the store, and not of this program."""
     return isinstance(error, OSError | TimeoutError) or type(error).__module__.partition(".")[0] in _NETWORKS
+
+
+def _not_of_lost_connections(record: logging.LogRecord) -> bool:
+    """Of what else was under way on a connection that broke, asyncio would log a page each; it is all tried again."""
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or not _passes(error)
 
 
 def _file_system(scheme: str) -> Any:

@@ -58,7 +58,7 @@ class MemoryStore:
         return {key: len(data) for key, data in dict(self.objects).items() if key.startswith(below)}
 
     def delete(self, keys):
-        for key in list(keys):
+        for key in sorted(keys, reverse=True):  # in no order that helps
             self._change()
             self.objects.pop(key, None)
 

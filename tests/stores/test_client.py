@@ -82,7 +82,7 @@ def test_credentials_that_google_refuses_say_what_to_set(gcs, monkeypatch):
         BucketStore(f"gs://{BUCKET}/run")
 
 
-def test_lost_connections_are_made_again(s3, monkeypatch, tmp_path):
+def test_lost_connections_are_made_again(s3, monkeypatch, tmp_path, caplog):
     network = Network(s3)
     for name, value in variables(network.port, tmp_path).items():
         monkeypatch.setenv(name, value)
@@ -92,7 +92,13 @@ def test_lost_connections_are_made_again(s3, monkeypatch, tmp_path):
     store.send("file", tmp_path / "file")
     network.lose(0.5)
     store.fetch("file", tmp_path / "got")
-    assert network.lost == 2
+    (tmp_path / "small").write_bytes(bytes(50_000))
+    network.at, network.then = network.changes + 10, lambda: network.lose(0.5)
+    client.in_parallel(lambda i: store.send(f"many/{i}", tmp_path / "small"), range(40))
+    assert set(store.sizes("many").values()) == {50_000}
+    assert len(store.sizes("many")) == 40
+    assert network.lost == 3
+    assert [record for record in caplog.records if record.name == "asyncio"] == []  # and nobody is told a page of it
     assert (tmp_path / "got").read_bytes() == bytes(1_000_000)
     network.close()
 

@@ -107,6 +107,27 @@ def test_a_run_killed_at_any_operation_is_whole_in_the_store_and_elsewhere(tmp_p
     assert json.loads(objects[".lock/00000001"])["released"]
 
 
+def test_a_step_that_is_replaced_or_deleted_is_whole_or_does_not_count_whenever_that_is_killed(tmp_path):
+    for what in ("replace", "delete"):
+        for count in itertools.count(0):
+            objects = {}
+            shop = opened(objects, tmp_path / f"{what}{count}")
+            step = step_of(shop.root, 1, "a")
+            shop.publish_step(step)
+            (step / "policy" / "_METADATA").write_text("b")
+            write_manifest(step)
+            shop.store = MemoryStore(objects, count)
+            try:
+                shop.publish_step(step) if what == "replace" else shop.remove(step)
+                break
+            except Killed:
+                killed(shop)
+                require_whole(objects)
+        killed(shop)
+        assert require_whole(objects) == ([1] if what == "replace" else [])
+        assert count > 3
+
+
 def test_on_the_same_machine_nothing_is_lost_that_the_store_has_not(tmp_path):
     objects = {}
     shop = opened(objects, tmp_path / "here")
