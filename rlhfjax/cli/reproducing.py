@@ -8,7 +8,6 @@ import typer
 from rlhfjax import stores
 from rlhfjax.cli.datasets import directory
 from rlhfjax.cli.launching import Coordinator, NumProcesses, ProcessId, among_processes, one_of_several
-from rlhfjax.errors import ConfigError
 from rlhfjax.launch.process_group import Restarts, supervise
 from rlhfjax.terminal import say
 
@@ -45,8 +44,8 @@ def reproduce(
     from rlhfjax.runs.layouts import launched_here
     from rlhfjax.runs.reproduce import finished, reproduce, require_new
 
-    if target and stores.is_url(target):
-        raise ConfigError(f"--run-dir {stores.address(target)}: a run is done again on a disk; give a directory")
+    if target:
+        stores.require_local(target, "--run-dir")
     beside = Path("runs", "beside") if stores.is_url(run_dir) else run_dir
     given, run_dir = run_dir, stores.here(run_dir)
     target = target or beside.with_name(f"{run_dir.resolve().name}-reproduced")

@@ -150,6 +150,7 @@ def default_data_dir() -> Path:
 
 def _locate(source: str, data_dir: Path, kind: str | None, reading: Reading) -> Path:
     """The folder of one version of the dataset that `source` names."""
+    stores.require_local(data_dir, "data_dir")
     data_dir = expanded(data_dir)
     if not is_data_path(source):
         parts = _SOURCE.fullmatch(source)

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from rlhfjax import stores
 from rlhfjax.data.files import find_files
 from rlhfjax.data.reading import RECOGNISE, DataFile, Reading, Tally, data_file
 from rlhfjax.data.records import check_kind
@@ -94,6 +95,7 @@ def prepare_files(
     split or kind that cannot be one.
     """
     check_kind(kind)
+    stores.require_local(data_dir, "--data-dir")
     given = {
         split: [paths] if isinstance(paths, str | Path) else list(paths) for split, paths in paths_by_split.items()
     }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhfjax.errors import RlhfjaxError, Stopped
+from rlhfjax.errors import ConfigError, RlhfjaxError, Stopped
 from rlhfjax.stores.client import BucketStore, Unreachable
 from rlhfjax.stores.delivery import delivering
 from rlhfjax.stores.layout import STATE
@@ -32,6 +32,7 @@ __all__ = [
     "place_of",
     "publish_step",
     "remove",
+    "require_local",
     "send",
     "set_damaged",
     "sharing",
@@ -112,6 +113,12 @@ def delivered(target: Path, force: bool = False) -> Iterator[Path]:
 def address(path: Path) -> str:
     """A path for people: an address as it is written."""
     return url_of(path) if is_url(path) else str(path)
+
+
+def require_local(path: str | Path, what: str) -> None:
+    """Raises ConfigError for an address where only a directory of this machine will do."""
+    if is_url(path):
+        raise ConfigError(f"{what}: expected a directory of this machine, got {url_of(path)}")
 
 
 def fetched(source: str | Path) -> str | Path:

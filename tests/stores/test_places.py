@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhfjax import stores
+from rlhfjax.data.datasets import open_source
 from rlhfjax.data.files import find_files
 from rlhfjax.errors import ConfigError, DataError, Stopped
 from rlhfjax.integrity import check, write_manifest
@@ -133,6 +134,12 @@ def test_data_files_are_fetched_once_and_again_when_they_change(address, monkeyp
     assert len(files(f"{address}/data")["train"]) == 1
     with pytest.raises(DataError, match=r"none.jsonl: expected a file or folder with data files, got nothing"):
         files(f"{address}/data/none.jsonl")
+
+
+def test_prepared_data_are_on_a_disk(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ConfigError, match="data_dir: expected a directory of this machine, got s3://bucket/prepared"):
+        open_source(str(tmp_path / "one.jsonl"), "train", Path("s3://bucket/prepared"), "document")
 
 
 def test_a_store_that_goes_away_stops_the_run_which_keeps_what_it_has(address, monkeypatch):

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhfjax import stores
 from rlhfjax.data.reading import Tally
 from rlhfjax.data.tokens.form import id_type
 from rlhfjax.data.tokens.plan import FORMAT, Plan
@@ -36,7 +37,7 @@ def token_folder(source: str, data_dir: Path) -> Path | None:
 
     Raises DataError for one that is not finished.
     """
-    for folder in (expanded(source), expanded(data_dir) / source) if source else ():
+    for folder in (expanded(stores.fetched(source)), expanded(data_dir) / source) if source else ():
         if os.path.isfile(folder / INDEX) and os.path.isfile(folder / MANIFEST):
             return folder
         if os.path.isfile(folder / PLAN) and os.path.isdir(folder / TOKENIZER):

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from rlhfjax import stores
 from rlhfjax.data.datasets import RandomAccess, fingerprint, open_source
 from rlhfjax.data.files import find_files, is_data_path
 from rlhfjax.data.reading import DataFile, Reading, data_file
@@ -162,7 +163,9 @@ def kind_of(source: str, split: str, data_dir: Path, reading: Reading) -> str:
 
 
 def _names_files(source: str, data_dir: Path) -> bool:
-    return is_data_path(source) or (os.path.isdir(expanded(source)) and not (expanded(data_dir) / source).is_dir())
+    if is_data_path(source):
+        return True
+    return os.path.isdir(expanded(stores.fetched(source))) and not (expanded(data_dir) / source).is_dir()
 
 
 def _lines(source: str, split: str, kind: str, data_dir: Path, reading: Reading) -> list[DataFile]:
