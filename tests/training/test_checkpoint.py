@@ -16,6 +16,7 @@ from tiny import lenient, params_of, ppo_config, random_tokens, scalar_params_of
 
 from rlhfjax.config.recipe import STAGES
 from rlhfjax.errors import ConfigError, IntegrityError
+from rlhfjax.host import processes
 from rlhfjax.integrity import unverified
 from rlhfjax.sharding import make_mesh, state_shardings
 from rlhfjax.stages.online_programs import optimizer_of
@@ -332,3 +333,18 @@ def test_the_keyboard_waits_for_a_save(tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     checkpoints.close()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["the first process", "one that comes late"])
+def test_steps_that_a_rollback_leaves_go_in_one_turn(tmp_path, monkeypatch, late):
+    """Processes take as many turns as each other, also one that looks when the first has deleted some of them."""
+    for step in (2,) if late else (2, 4, 6):
+        (tmp_path / str(step)).mkdir()
+    turns = []
+    checkpoints = Checkpoints(tmp_path, keep=9)
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "by_first", lambda what, name: turns.append(name) or what())
+        checkpoints.forget_after(2)
+    checkpoints.close()
+    assert turns == ["forget after 2"]
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
