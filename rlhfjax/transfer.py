@@ -1,26 +1,30 @@
 """Models of others into checkpoints, and checkpoints into directories that others load."""
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rlhfjax.errors import ConfigError
 from rlhfjax.files import write_json
-from rlhfjax.interop.exporting import PARITY, export_model, parse_size
+from rlhfjax.host import processes
+from rlhfjax.interop.exporting import PARITY, export_leaves, parse_size
 from rlhfjax.interop.hub import cached_snapshot, is_hub_name
 from rlhfjax.interop.huggingface import open_directory
 from rlhfjax.interop.pretrained import Pretrained, load_parameters
-from rlhfjax.interop.whole_directories import check_target, whole_directory
+from rlhfjax.interop.whole_directories import check_target, shared_directory
 from rlhfjax.models import LanguageModel
+from rlhfjax.sharding.mesh import make_mesh
 from rlhfjax.stages.chat_settings import today
 from rlhfjax.text.chat_writing import ChatSettings
 from rlhfjax.training.checkpoint import (
     COMPLETE,
     find_checkpoint,
-    load_model,
     meta_of,
+    open_leaves,
     read_meta,
     save_model,
     tokenizer_of,
@@ -34,7 +38,8 @@ ITEMS = ("policy", "average", "value", "reward")
 def import_model(source: str, target: Path, *, dtype: str, force: bool, report: Callable[[str], None]) -> None:
     """A checkpoint, laid out as a finished stage, from a Hugging Face directory, a .gguf file or a known name.
 
-    OWNER/NAME is looked for in the hub's cache.
+    OWNER/NAME is looked for in the hub's cache. Of several processes each reads and saves the part that its devices
+    hold, split over all of them (`fsdp`); one by itself holds the model in the host's memory.
 
     Raises ConfigError and IntegrityError as reading does; then `target` is as it was.
     """
@@ -42,8 +47,9 @@ def import_model(source: str, target: Path, *, dtype: str, force: bool, report: 
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype: expected float32 or bfloat16, got {dtype!r}")
     opened = _open(source)
-    with whole_directory(target, COMPLETE, force) as part:
-        params = load_parameters(opened, dtype=dtype)
+    mesh = make_mesh(data=1, fsdp=-1) if processes.count() > 1 else None
+    with shared_directory(target, COMPLETE, force, processes) as part:
+        params = load_parameters(opened, mesh, dtype)
         for note in opened.notes:
             report(note)
         model = LanguageModel(replace(opened.config, dtype="float32"))
@@ -52,7 +58,8 @@ def import_model(source: str, target: Path, *, dtype: str, force: bool, report: 
         tokenizer = opened.tokenizer and opened.tokenizer.with_chat(ChatSettings(date=today()))
         meta = meta_of(opened.role, model, tokenizer, imported=imported)
         save_model(part / "checkpoints" / "0", opened.role, params, meta)
-        write_json(part / COMPLETE, {"stage": "import", "step": 0, "imported": imported})
+        complete = {"stage": "import", "step": 0, "imported": imported}
+        processes.by_first(lambda: write_json(part / COMPLETE, complete), "complete")
     report(f"wrote {target} ({opened.config.family}, {_count(params):,} parameters, {opened.role})")
 
 
@@ -75,7 +82,11 @@ def _open(source: str) -> Pretrained:
 def export_checkpoint(
     checkpoint: str, target: Path, *, item: str | None, dtype: str, shard_size: int, force: bool
 ) -> dict[str, Any]:
-    """A Hugging Face directory from a checkpoint, with its lineage in the card; the certificate of parity."""
+    """A Hugging Face directory from a checkpoint, with its lineage in the card; the certificate of parity.
+
+    No model is read whole: a tensor at a time is written, and then a layer computed, whatever mesh saved it. Several
+    processes write files of weights at the same time.
+    """
     check_target(target, PARITY, force)
     step_dir = find_checkpoint(checkpoint)
     meta = read_meta(step_dir)
@@ -83,9 +94,10 @@ def export_checkpoint(
     what = item or meta["serve"]
     if what not in held:
         raise ConfigError(f"--item: expected one of {', '.join(held)} (what {step_dir} holds), got {what!r}")
-    model, params = load_model(step_dir, item=what, dtype="float32")
+    model, leaves = open_leaves(step_dir, what, scratch=Path(os.path.abspath(target)).parent)
     settings = {"dtype": dtype, "shard_size": shard_size, "force": force, "lineage": lineage(step_dir)}
-    return export_model(target, what, model, params, tokenizer_of(meta), **settings)
+    with closing(leaves):
+        return export_leaves(target, what, model, leaves, tokenizer_of(meta), peers=processes, **settings)
 
 
 def lineage(step_dir: Path) -> dict[str, dict[str, Any]]:

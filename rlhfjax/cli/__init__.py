@@ -57,11 +57,12 @@ for verb in (
     asking.score,
     transferring.import_,
     transferring.export,
+    transferring.verify_export,
     reproducing.reproduce,
     describing.env,
     describing.metrics,
 ):
-    app.command(verb.__name__.rstrip("_"))(verb)
+    app.command(verb.__name__.rstrip("_").replace("_", "-"))(verb)
 
 
 def main() -> None:

@@ -8,9 +8,11 @@ import typer
 from rlhfjax import stores
 from rlhfjax.cli.checking import NoVerify
 from rlhfjax.cli.datasets import directory
-from rlhfjax.errors import ConfigError
+from rlhfjax.cli.launching import among_processes
+from rlhfjax.config.upkeep import Reliability
+from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.integrity import unverified
-from rlhfjax.terminal import say
+from rlhfjax.terminal import printable, say
 
 
 def import_(
@@ -30,7 +32,7 @@ def import_(
     from rlhfjax import transfer
 
     found = str(stores.here(source)) if stores.is_url(source) else source
-    with stores.delivered(target, force) as place:
+    with among_processes(Reliability(), None, None, None), stores.delivered(target, force) as place:
         transfer.import_model(found, place, dtype=dtype, force=force, report=say)
 
 
@@ -54,7 +56,8 @@ def export(
 ) -> None:
     """Write a model as a Hugging Face directory, with a model card and proof that it computes the same.
 
-    Adapters are merged into their base, or with --adapters written alone.
+    Adapters are merged into their base, or with --adapters written alone. No model is read whole, and processes of
+    `launch local` share the work.
 
     \b
     Example:
@@ -69,10 +72,38 @@ def export(
     from rlhfjax import transfer
 
     settings = {"item": item, "dtype": dtype, "shard_size": transfer.parse_size(shard_size), "force": force}
-    with unverified(no_verify), stores.delivered(target, force) as place:
+    together = among_processes(Reliability(), None, None, None)
+    with together, unverified(no_verify), stores.delivered(target, force) as place:
         parity = transfer.export_checkpoint(checkpoint, place, **settings)
     [difference] = (value for key, value in parity.items() if key.endswith("_difference"))
     say(f"wrote {stores.address(target)} (read back, it differs by at most {difference:.2g})")
+
+
+def verify_export(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", parser=directory, help="A directory that `rlhfjax export` wrote.")
+    ],
+) -> None:
+    """Compare an export with its certificate: every tensor, index, tokenizer, chat template, generation config.
+
+    `verify.py` in the export does the same without rlhfjax. Exit code 4 names what differs.
+
+    \b
+    Example:
+      rlhfjax verify-export exported/policy
+    """
+    from rlhfjax.interop.verify_export import CERTIFICATE, check
+
+    try:
+        bad, said = check(directory)
+    except OSError as error:
+        reason = f"{directory}: expected an export with {CERTIFICATE}, got {error.strerror}"
+        raise ConfigError(f"{reason}; `rlhfjax verify` looks at checkpoints and data") from None
+    for line in bad:
+        typer.echo(printable(f"{directory}/{line}"))
+    if bad:
+        raise IntegrityError(f"{directory}: {len(bad)} differences from what was exported, named above; fetch it again")
+    say(f"{directory}: {said}")
 
 
 def _export_adapters(checkpoint: str, target: Path, item: str | None, force: bool) -> None:

@@ -207,21 +207,22 @@ def barrier(name: str) -> None:
         _client().wait_at_barrier(_turn(name), _FOREVER_MS)
 
 
-def by_first(what: Callable[[], None], name: str) -> None:
-    """Process 0 does it, and the others wait. An expected error of it is raised in all of them."""
+def by_first(what: Callable[[], Any], name: str) -> str:
+    """Process 0 does it, and the others wait; all get its text, if it gives one. Its expected errors all raise."""
     if count() == 1:
-        what()
-        return
+        return what() or ""
     key = _turn(name)
     if not is_first():
-        _raise(_client().blocking_key_value_get(key, _FOREVER_MS))
-        return
+        told = _client().blocking_key_value_get(key, _FOREVER_MS)
+        _raise("" if told.startswith("+") else told)
+        return told[1:]
     try:
-        what()
+        said = what() or ""
     except RlhfjaxError as error:
         _client().key_value_set(key, json.dumps([type(error).__name__, str(error)]))
         raise _marked(error) from None
-    _client().key_value_set(key, "")
+    _client().key_value_set(key, f"+{said}")
+    return said
 
 
 def agree(facts: Mapping[str, str], error: type[RlhfjaxError] = ConfigError) -> None:

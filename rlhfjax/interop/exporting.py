@@ -6,10 +6,9 @@ root-mean-square norm has no constant direction that could carry it. Of those mo
 `rlhfjax_score_bias`, which reading it back applies; transformers' bare scores are without it.
 """
 
-import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,25 @@ import jax
 import numpy as np
 
 from rlhfjax.errors import ConfigError
-from rlhfjax.interop.families import Weight, hf_config, weights
-from rlhfjax.interop.huggingface import HEAD, INDEX, SCORE_BIAS, WEIGHTS, open_directory
+from rlhfjax.interop import verify_export
+from rlhfjax.interop.adapted import Merged
+from rlhfjax.interop.families import hf_config
+from rlhfjax.interop.huggingface import INDEX, SCORE_BIAS, open_directory
 from rlhfjax.interop.model_card import model_card
-from rlhfjax.interop.parity import certificate, outputs
-from rlhfjax.interop.pretrained import load_parameters, names_of
-from rlhfjax.interop.safetensors_files import DTYPES, cast, write_file
-from rlhfjax.interop.tensors import tensor_of
-from rlhfjax.interop.whole_directories import check_target, whole_directory
+from rlhfjax.interop.parity import Proof, compared
+from rlhfjax.interop.safetensors_files import STORED, Written
+from rlhfjax.interop.weight_files import Plan, from_json, to_json
+from rlhfjax.interop.whole_directories import Alone, Peers, check_target, shared_directory
+from rlhfjax.leaves import InMemory, Leaves, Overlaid, read
 from rlhfjax.models import DecoderConfig, LanguageModel, SequenceModel
-from rlhfjax.models.lora import has_adapters, merge
-from rlhfjax.sharding.rules import path_name
+from rlhfjax.models.lora import LEAVES
 from rlhfjax.text.huggingface_tokenizer import HuggingFaceTokenizer
 from rlhfjax.text.loading import AnyTokenizer, not_exported, to_huggingface
 from rlhfjax.types import Params
 
-PARITY = "parity.json"  # also what marks a directory as an export
-Entry = tuple[str, tuple[int, ...]]  # type and shape of a stored tensor
-STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+PARITY = verify_export.CERTIFICATE  # also what marks a directory as an export
+CHECK = "verify.py"
+_TOLD = ".written-by-"  # what a process wrote, for the first
 
 
 def export_model(
@@ -44,49 +44,116 @@ def export_model(
     model: SequenceModel,
     params: Params,
     tokenizer: AnyTokenizer | None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """`export_leaves` of a model in memory."""
+    check_target(target, PARITY, settings.get("force", False))
+    leaves = InMemory(params if isinstance(model, LanguageModel) else {})
+    return export_leaves(target, what, model, leaves, tokenizer, **settings)
+
+
+def export_leaves(
+    target: Path,
+    what: str,
+    model: SequenceModel,
+    leaves: Leaves,
+    tokenizer: AnyTokenizer | None,
     *,
     dtype: str = "float32",
     shard_size: int = 5 * 10**9,
     force: bool = False,
     lineage: Mapping[str, Mapping[str, Any]] | None = None,
+    peers: Peers | None = None,
 ) -> dict[str, Any]:
     """Write `target`, read it back, compare, and return the certificate of parity; adapters are merged first.
 
-    `what` is policy, average, value or reward, `shard_size` the most bytes of a file of weights. Raises ConfigError
-    where no architecture fits or `target` is taken, IntegrityError when what was read back computes something else.
+    `what` is policy, average, value or reward, `shard_size` the most bytes of a file of weights. Of `peers` on one file
+    system each writes some of those, and the first all others; what is written is the same. In memory is a tensor at a
+    time, and then a layer. Raises ConfigError where no architecture fits or `target` is taken, IntegrityError when
+    what was read back is or computes something else.
     """
     check_target(target, PARITY, force)
     if dtype not in STORED:
         raise ConfigError(f"dtype: expected {', '.join(STORED)}, got {dtype!r}")
+    lineage = dict(lineage or {})
+    model, leaves = _as_there(model, leaves, lineage)
+    if scalar := "head/kernel" in leaves.shapes:
+        tokenizer = _padding_apart(tokenizer)
+    stored = _folded(leaves) if scalar else leaves
+    described = _described(model.config, stored, tokenizer, dtype)
+    plan, known = Plan(model.config, stored, dtype, shard_size), {}
+    peers = peers or Alone()
+    with shared_directory(target, PARITY, force, peers, known) as part:
+        written = _written(part, plan, peers)
+        known |= {file: {"size": one.size, "sha256": one.sha256} for file, one in written.items()}
+
+        def finish() -> str:
+            certified = plan.certified(written)
+            files = _texts(described, plan, tokenizer, scalar)
+            for name, text in files.items():
+                (part / name).write_text(text, encoding="utf-8")
+            leaves.check()
+            proof = Proof(model.config, leaves, stored, open_directory(part), dtype)
+            leaves.check()
+            parity = compared(*proof.found, dtype, scalar)
+            digests = {path.name: verify_export.sha256(path) for path in map(part.joinpath, files)}
+            parity["sha256"] = dict(sorted((digests | {name: one.sha256 for name, one in written.items()}).items()))
+            parity |= certified
+            parity["certificate"] = verify_export.digest_of(parity)
+            said = () if tokenizer is None else not_exported(tokenizer)
+            card = model_card(target.name, what, described, parity, lineage, said)
+            (part / "README.md").write_text(card, encoding="utf-8")
+            (part / PARITY).write_text(_json(parity), encoding="utf-8")
+            return json.dumps(parity)
+
+        return json.loads(peers.by_first(finish, "export"))
+
+
+def _as_there(model: SequenceModel, leaves: Leaves, lineage: dict[str, Any]) -> tuple[LanguageModel, Leaves]:
+    """The model with its adapters merged, without what no architecture has a place for, which `lineage` then says."""
     if not isinstance(model, LanguageModel):
         raise ConfigError("export: expected a decoder, got an encoder–decoder, which has no architecture there")
-    if has_adapters(params):
-        params = merge(params, model.config.lora_alpha)
-    lineage = dict(lineage or {})
-    if heads := model.config.mtp_heads:  # no architecture has a place for them, and the next token does without
+    if any(path.endswith(LEAVES) for path in leaves.shapes):
+        leaves = Merged(leaves, model.config.lora_alpha)
+    if heads := model.config.mtp_heads:  # the next token does without them
         model = LanguageModel(replace(model.config, mtp_heads=0, mtp_coef=DecoderConfig.mtp_coef))
-        if "mtp_heads" in params:
-            params = {name: tree for name, tree in params.items() if name != "mtp_heads"}
+        if any(path.startswith("mtp_heads/") for path in leaves.shapes):
             lineage["Left out"] = {"mtp_heads": f"{heads}, which predict tokens further ahead (speculative decoding)"}
-    scalar = "head" in params
-    if scalar:
-        tokenizer = _padding_apart(tokenizer)
-    described, stored = _described(model.config, params, tokenizer, dtype), _folded(params) if scalar else params
-    before = outputs(model, params)
-    with whole_directory(target, PARITY, force) as part:
-        _write_weights(part, model.config, stored, dtype, shard_size)
-        _write_json(part / "config.json", described)
-        files = {} if tokenizer is None else to_huggingface(tokenizer)
-        for name, text in files.items():
-            (part / name).write_text(text, encoding="utf-8")
-        if not scalar:
-            _write_json(part / "generation_config.json", {} if tokenizer is None else generation_settings(tokenizer))
-        parity = certificate(part, before, _read_back(part, params), dtype, scalar)
-        said = () if tokenizer is None else not_exported(tokenizer)
-        card = model_card(target.name, what, described, parity, lineage, said)
-        (part / "README.md").write_text(card, encoding="utf-8")
-        _write_json(part / PARITY, parity)
-    return parity
+    return model, _Without(leaves, "mtp_heads/")
+
+
+def _written(part: Path, plan: Plan, peers: Peers) -> dict[str, Written]:
+    """Write the files of weights that are this process's, and wait for the others; what all of them wrote."""
+    own = jax.process_index() if peers.count() > 1 else 0
+    mine = {file: plan.write(part, file) for file in list(plan.files)[own :: peers.count()]}
+    if peers.count() == 1:
+        return mine
+    (part / f"{_TOLD}{own}").write_text(to_json(mine), encoding="utf-8")
+    peers.barrier("weights")
+    told = [part / f"{_TOLD}{process}" for process in range(peers.count())]
+    written = {file: one for path in told for file, one in from_json(path.read_text(encoding="utf-8")).items()}
+    peers.barrier("told")
+    (part / f"{_TOLD}{own}").unlink()
+    return {file: written[file] for file in plan.files}
+
+
+def _texts(described: Mapping[str, Any], plan: Plan, tokenizer: AnyTokenizer | None, scalar: bool) -> dict[str, str]:
+    """The other files that the certificate covers: how the model is to be read, and the check itself."""
+    files = {"config.json": _json(described)}
+    if index := plan.index():
+        files[INDEX] = index
+    files |= {} if tokenizer is None else to_huggingface(tokenizer)
+    if not scalar:
+        files["generation_config.json"] = _json({} if tokenizer is None else generation_settings(tokenizer))
+    return files | {CHECK: Path(verify_export.__file__).read_text(encoding="utf-8")}
+
+
+class _Without:
+    """Leaves but for those whose path begins so."""
+
+    def __init__(self, leaves: Leaves, beginning: str):
+        self.blocks, self.check = leaves.blocks, leaves.check
+        self.shapes = {path: shape for path, shape in leaves.shapes.items() if not path.startswith(beginning)}
 
 
 def parse_size(text: str) -> int:
@@ -97,15 +164,16 @@ def parse_size(text: str) -> int:
     return max(1, int(float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]]))
 
 
-def _described(config: DecoderConfig, params: Params, tokenizer: AnyTokenizer | None, dtype: str) -> dict[str, Any]:
+def _described(config: DecoderConfig, stored: Leaves, tokenizer: AnyTokenizer | None, dtype: str) -> dict[str, Any]:
     """config.json."""
     # Without a tokenizer none: the default of a class there may lie beyond a small vocabulary.
     none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    described = hf_config(config, scalar="head" in params) | {"dtype": dtype} | none
+    scalar = "head/kernel" in stored.shapes
+    described = hf_config(config, scalar=scalar) | {"dtype": dtype} | none
     if tokenizer is not None:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         described |= ids
-    if "head" in params and (bias := float(_folded(params)["head"]["bias"])):
+    if scalar and (bias := float(read(stored, "head/bias"))):
         described[SCORE_BIAS] = bias
     return described
 
@@ -138,85 +206,18 @@ def _padding_apart(tokenizer: AnyTokenizer | None) -> AnyTokenizer | None:
     )
 
 
-def _folded(params: Params) -> Params:
+def _folded(leaves: Leaves) -> Leaves:
     """A scalar model whose head has no bias, where its last norm can take it; see the top."""
-    head, decoder = params["head"], params["decoder"]
-    kernel, bias = np.asarray(head["kernel"], np.float64), float(head["bias"])
+    kernel, bias = read(leaves, "head/kernel").astype(np.float64), float(read(leaves, "head/bias"))
     # A model with its norms after the blocks ends with the norm of the last block.
-    final = decoder["final_norm"] if "final_norm" in decoder else decoder["blocks"]["mlp_norm"]
-    if not bias or "bias" not in final or not kernel.any():
-        return params
-    moved = np.array(final["bias"])
+    normed = any(path.startswith("final_norm/") for path in leaves.shapes)
+    final = "final_norm/bias" if normed else "blocks/mlp_norm/bias"
+    if not bias or final not in leaves.shapes or not kernel.any():
+        return leaves
+    moved = read(leaves, final)
     moved.reshape(-1, len(kernel))[-1] += (bias * kernel / (kernel @ kernel)).astype(moved.dtype)
-    if "final_norm" in decoder:
-        decoder = decoder | {"final_norm": final | {"bias": moved}}
-    else:
-        decoder = decoder | {"blocks": decoder["blocks"] | {"mlp_norm": final | {"bias": moved}}}
-    return {"decoder": decoder, "head": {"kernel": head["kernel"], "bias": np.zeros((), np.float32)}}
+    return Overlaid(leaves, {final: moved, "head/bias": np.zeros((), np.float32)})
 
 
-def _write_weights(part: Path, config: DecoderConfig, params: Params, dtype: str, shard_size: int) -> None:
-    """One file, or shards and their index."""
-    tensors = _grouped(params, config)
-    sizes = {name: (STORED[dtype], group[0].shape) for group in tensors for _, name in names_of(group[0], config)}
-    if "head" in params:
-        sizes[HEAD] = (STORED[dtype], (1, config.width))
-    shards = _shards(sizes, shard_size)
-    produced = _produced(params, tensors, config, STORED[dtype])
-    if len(shards) == 1:
-        return write_file(part / WEIGHTS, sizes, produced)
-    files = {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
-    for file, shard in files.items():
-        write_file(part / file, shard, itertools.islice(produced, len(shard)))
-    total = sum(_bytes(entry) for entry in sizes.values())
-    placed = {name: file for file, shard in files.items() for name in shard}
-    return _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
-
-
-def _grouped(params: Params, config: DecoderConfig) -> list[list[Weight]]:
-    """The weights of each of their tensors, which may hold several of our parameters."""
-    groups: dict[str, list[Weight]] = {}
-    for weight in weights(config, scalar="head" in params):
-        groups.setdefault(weight.name, []).append(weight)
-    return list(groups.values())
-
-
-def _produced(
-    params: Params, tensors: list[list[Weight]], config: DecoderConfig, dtype: str
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor as it is stored; the parameters of one (of all layers) are on the host at a time."""
-    decoder = params.get("decoder", params)
-    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(decoder)}
-    for group in tensors:
-        stacked = [np.asarray(leaves[weight.path]) for weight in group]
-        for place, name in names_of(group[0], config):
-            yield name, cast(tensor_of(group, [own[place] for own in stacked]), dtype, name)
-    if "head" in params:
-        yield HEAD, cast(np.asarray(params["head"]["kernel"])[None], dtype, HEAD)
-
-
-def _shards(sizes: Mapping[str, Entry], limit: int) -> list[dict[str, Entry]]:
-    """Consecutive tensors of at most `limit` bytes together; a larger one has a shard of its own."""
-    shards, filled = [{}], 0
-    for name, entry in sizes.items():
-        if shards[-1] and filled + _bytes(entry) > limit:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = entry
-        filled += _bytes(entry)
-    return shards
-
-
-def _bytes(entry: Entry) -> int:
-    return int(np.prod(entry[1], dtype=np.int64)) * DTYPES[entry[0]].itemsize
-
-
-def _read_back(part: Path, params: Params) -> np.ndarray:
-    source = open_directory(part)
-    loaded = load_parameters(source)
-    placed = jax.tree.map(lambda new, own: jax.device_put(new, getattr(own, "sharding", None)), loaded, params)
-    return outputs(LanguageModel(source.config), placed)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

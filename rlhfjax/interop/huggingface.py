@@ -18,8 +18,10 @@ from rlhfjax.interop.families import Weight, config_of, weights
 from rlhfjax.interop.hub import blobs_of
 from rlhfjax.interop.mxfp4 import read_matrix, with_matrices
 from rlhfjax.interop.pretrained import Pretrained, names_of
-from rlhfjax.interop.safetensors_files import DTYPES, Tensor, read_header, read_tensor
+from rlhfjax.interop.safetensors_files import DTYPES, Tensor, read_elements, read_header, read_tensor
+from rlhfjax.interop.tensors import span
 from rlhfjax.interop.text_parts import text_config, text_tensors
+from rlhfjax.leaves import Region
 from rlhfjax.models import DecoderConfig
 from rlhfjax.text.huggingface_files import source_of
 from rlhfjax.text.huggingface_tokenizer import HuggingFaceTokenizer
@@ -72,9 +74,14 @@ def open_directory(directory: Path) -> Pretrained:
     def read(weight: Weight, name: str) -> np.ndarray:
         return read_matrix(found[name], name)
 
+    def read_part(weight: Weight, name: str, region: Region) -> np.ndarray:
+        first, last, see = span(weight, region)
+        return see(read_elements(found[name], name, first, last))
+
     role = "reward" if scalar else "policy"
     tokenizer, of_tokenizer = _tokenizer(directory, config)
-    return Pretrained(config, role, tokenizer, wanted, read, head, notes + _notes_on(config) + of_tokenizer)
+    notes += _notes_on(config) + of_tokenizer
+    return Pretrained(config, role, tokenizer, wanted, read, head, notes, None if packed else read_part)
 
 
 def _without_code(directory: Path, described: dict[str, Any]) -> tuple[str, ...]:

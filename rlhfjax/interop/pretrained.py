@@ -1,13 +1,18 @@
-"""A model of somebody else, opened but not read, and its parameters laid out one at a time."""
+"""A model of somebody else, opened but not read, and its parameters laid out a part at a time."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from rlhfjax.interop.families import Weight
+from rlhfjax.interop.tensors import by_span
+from rlhfjax.leaves import MOST, Region, inside, read
 from rlhfjax.models import DecoderConfig, LanguageModel
 from rlhfjax.sharding import state_shardings
 from rlhfjax.sharding.rules import path_name
@@ -20,7 +25,8 @@ class Pretrained:
     """What a source says of its model, and how to read it.
 
     `read(weight, name)` gives one tensor in the shape that `weight` has in the files, in any float type; `name` is
-    `weight.name` with the numbers of layer and expert in it. A scalar model (`role` "reward") has a `head` beside.
+    `weight.name` with the numbers of layer and expert in it. Where the files can be read in parts, `read_part` gives a
+    region of our parameter in it, of one layer. A scalar model (`role` "reward") has a `head` beside.
     """
 
     config: DecoderConfig
@@ -30,47 +36,87 @@ class Pretrained:
     read: Callable[[Weight, str], np.ndarray]
     head: dict[str, np.ndarray] | None = None
     notes: tuple[str, ...] = ()  # for whoever imports it
+    read_part: Callable[[Weight, str, Region], np.ndarray] | None = None
 
 
 def names_of(weight: Weight, config: DecoderConfig) -> Iterator[tuple[tuple[int, ...], str]]:
     """Each tensor of a weight: where it goes on our leading axes (layer, then expert), and its name in the files."""
-    axes = {"layer": config.layers, "expert": config.experts}
-    axes = {name: size for name, size in axes.items() if f"{{{name}}}" in weight.name}
+    axes = _axes(weight, config)
     for place in np.ndindex(*axes.values()):
         yield place, weight.name.format(**dict(zip(axes, place, strict=True)))
+
+
+def _axes(weight: Weight, config: DecoderConfig) -> dict[str, int]:
+    axes = {"layer": config.layers, "expert": config.experts}
+    return {name: size for name, size in axes.items() if f"{{{name}}}" in weight.name}
+
+
+class Imported:
+    """`Leaves` of a source."""
+
+    def __init__(self, source: Pretrained):
+        self._source, self._weights = source, {weight.path: weight for weight in source.weights}
+        model = LanguageModel(source.config)
+        init = model.init if source.head is None else model.init_scalar
+        self.tree = jax.eval_shape(init, jax.random.key(0))
+        leaves = jax.tree_util.tree_leaves_with_path(self.tree)
+        self.shapes = {self.name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+    def name(self, path: tuple) -> str:
+        """A path in `tree` as that of a leaf."""
+        return path_name(path).removeprefix("decoder/" if self._source.head else "")
+
+    def blocks(self, path: str, region: Region) -> Iterator[tuple[Region, np.ndarray]]:
+        """Raises what reading raises."""
+        if self._source.head and path.startswith("head/"):
+            yield inside(region, region), self._source.head[path.removeprefix("head/")][region]
+            return
+        weight = self._weights[path]
+        axes = _axes(weight, self._source.config)
+        for place in itertools.product(*(range(part.start, part.stop) for part in region[: len(axes)])):
+            name = weight.name.format(**dict(zip(axes, place, strict=True)))
+            for part in self._parts(weight, region[len(axes) :]):
+                where = (*(slice(i, i + 1) for i in place), *part)
+                yield inside(region, where), self._part(weight, name, part)[(None,) * len(axes)]
+
+    def check(self) -> None:
+        """Nothing is known of what somebody else wrote."""
+
+    def _parts(self, weight: Weight, region: Region) -> Iterator[Region]:
+        return by_span(weight, region, MOST // 4) if self._source.read_part else iter([region])
+
+    def _part(self, weight: Weight, name: str, region: Region) -> np.ndarray:
+        if self._source.read_part:
+            return self._source.read_part(weight, name, region)
+        return weight.look(self._source.read(weight, name))[region]
 
 
 def load_parameters(source: Pretrained, mesh: jax.sharding.Mesh | None = None, dtype: str = "float32") -> Params:
     """The parameters on the mesh, or in the host's memory without one.
 
-    One parameter at a time, the largest first, is put together on the host (all its layers) and placed; so the most
-    memory that is needed is little more than the model itself. Raises what reading raises.
+    One parameter at a time, the largest first, each of its shards by itself: what the devices of this process do not
+    hold is not read. So the most memory that is needed is little more than the parameters and one shard. Raises what
+    reading raises.
     """
-    model = LanguageModel(source.config)
-    shapes = jax.eval_shape(model.init if source.head is None else model.init_scalar, jax.random.key(0))
-    if mesh is None:
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        places = jax.tree.map(lambda _: host, shapes)
-    else:
-        places = state_shardings(mesh, shapes)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
-    targets = {path_name(path).removeprefix("decoder/" if source.head else ""): leaf.shape for path, leaf in leaves}
-    weights = {weight.path: weight for weight in source.weights}
+    leaves = Imported(source)
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    places = jax.tree.map(lambda _: host, leaves.tree) if mesh is None else state_shardings(mesh, leaves.tree)
+    layouts = {leaves.name(path): place for path, place in jax.tree_util.tree_leaves_with_path(places)}
     made = {}
-    for name in sorted(targets, key=lambda name: -math.prod(targets[name])):
-        if source.head and name.startswith("head/"):
-            buffer = source.head[name.removeprefix("head/")].astype(dtype)
-        else:
-            buffer = _stacked(source, weights[name], targets[name], dtype)
-        made[name] = buffer
-        place = jax.tree.leaves(places)[list(targets).index(name)]
-        made[name] = jax.block_until_ready(jax.device_put(buffer, place))
-        del buffer
-    return jax.tree.unflatten(structure, [made[name] for name in targets])
+    for path in sorted(leaves.shapes, key=lambda path: -math.prod(leaves.shapes[path])):
+        made[path] = _placed(leaves, path, layouts[path], dtype)
+    return jax.tree.unflatten(jax.tree.structure(leaves.tree), [made[path] for path in leaves.shapes])
 
 
-def _stacked(source: Pretrained, weight: Weight, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    buffer = np.empty(shape, dtype)
-    for place, name in names_of(weight, source.config):
-        buffer[place] = weight.look(source.read(weight, name))
-    return buffer
+def _placed(leaves: Imported, path: str, layout: Sharding, dtype: str) -> jax.Array:
+    """One parameter; what several devices hold is read once."""
+    shape = leaves.shapes[path]
+    held: dict[tuple, list[Any]] = {}
+    for device, index in layout.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(size) for part, size in zip(index or (), shape, strict=True))
+        held.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, devices in held.items():
+        shard = read(leaves, path, tuple(slice(first, last) for first, last, _ in bounds), dtype)
+        shards += [jax.block_until_ready(jax.device_put(shard, device)) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, layout, shards)

@@ -5,11 +5,13 @@ the tensors one after another. Nothing of a header is believed before it is chec
 tensors are read, not mapped: a page of a mapped file counts as memory of the process that looked at it.
 """
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ DTYPES: dict[str, np.dtype] = {
 # Buffers of old exports (masks, position ids) may stand beside the weights; they are measured and never read.
 _SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 _SIZES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what is written
 _LONGEST_HEADER = 100_000_000
+Entry = tuple[str, tuple[int, ...]]  # type and shape of a stored tensor
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,13 @@ def read_tensor(tensor: Tensor, name: str) -> np.ndarray:
     return read
 
 
+def read_elements(tensor: Tensor, name: str, first: int, last: int) -> np.ndarray:
+    """The elements from `first` to before `last`, as the file has them one after another. Raises as `read_tensor`."""
+    size = DTYPES[tensor.dtype].itemsize
+    part = replace(tensor, shape=(last - first,), start=tensor.start + first * size, end=tensor.start + last * size)
+    return read_tensor(part, name)
+
+
 def read_octets(tensor: Tensor, name: str) -> np.ndarray:
     """The same of a tensor of type U8."""
     return _filled(tensor, name, np.empty(tensor.shape, np.uint8))
@@ -95,10 +106,21 @@ def _filled(tensor: Tensor, name: str, read: np.ndarray) -> np.ndarray:
     return read
 
 
-def write_file(
-    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], produced: Iterable[tuple[str, np.ndarray]]
-) -> None:
-    """Write tensors as they are produced, in the order of `tensors`, which gives type and shape of each."""
+@dataclass(frozen=True)
+class Written:
+    """Digests of a file that was written, SHA-256 in hex: of all of it, of its header, and of each tensor."""
+
+    size: int
+    sha256: str
+    header: str
+    tensors: Mapping[str, str]
+
+
+def write_file(path: Path, tensors: Mapping[str, Entry], produced: Iterable[tuple[str, np.ndarray]]) -> Written:
+    """Write tensors as they are produced, in the order of `tensors`, which gives type and shape of each.
+
+    The file is on the disk afterwards.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -106,15 +128,25 @@ def write_file(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight bytes
-    expected = iter(tensors.items())
-    with path.open("xb") as file:
+    expected, digests = iter(tensors.items()), {}
+    with path.open("xb") as file, ThreadPoolExecutor(1) as beside:
         os.fchmod(file.fileno(), 0o600)
-        file.write(len(text).to_bytes(8, "little") + text)
+        beginning = len(text).to_bytes(8, "little") + text
+        whole = hashlib.sha256(beginning)
+        file.write(beginning)
         for name, array in produced:
             wanted, (dtype, shape) = next(expected)
             if (name, array.shape, array.dtype) != (wanted, shape, DTYPES[dtype]):
                 raise ValueError(f"expected tensor {wanted} {dtype} {shape}, got {name} {array.dtype} {array.shape}")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            octets = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            hashed = beside.submit(whole.update, octets)
+            digests[name] = hashlib.sha256(octets).hexdigest()
+            file.write(octets)
+            hashed.result()
+            del octets, array
+        file.flush()
+        os.fsync(file.fileno())
+        return Written(file.tell(), whole.hexdigest(), hashlib.sha256(text).hexdigest(), digests)
 
 
 def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:

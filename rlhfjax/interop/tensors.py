@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
+from rlhfjax.leaves import Region, cut
 from rlhfjax.models import DecoderConfig
 
 
@@ -31,6 +33,39 @@ def tensor_of(weights: Sequence[Weight], ours: Sequence[np.ndarray]) -> np.ndarr
     for weight, own in zip(weights, ours, strict=True):
         weight.look(made)[...] = own
     return made
+
+
+def span(weight: Weight, region: Region) -> tuple[int, int, Callable[[np.ndarray], np.ndarray]]:
+    """The first element of their tensor that a region of ours is in, one after the last, and how it is seen there."""
+    seen = _strides(weight)[region]
+    strides = seen.strides
+    first = (seen.ctypes.data - _NOTHING.ctypes.data) if seen.size else 0
+    last = first + sum((size - 1) * stride for size, stride in zip(seen.shape, strides, strict=True)) + 1
+
+    def see(elements: np.ndarray) -> np.ndarray:
+        size = elements.dtype.itemsize
+        return as_strided(elements, seen.shape, [size * stride for stride in strides], writeable=False)
+
+    return first, last, see
+
+
+def by_span(weight: Weight, region: Region, most: int) -> Iterator[Region]:
+    """A region of ours in parts that each are in about `most` elements of theirs, next to each other."""
+    seen = _strides(weight)[region]
+    outer = int(np.argmax(seen.strides)) if seen.ndim else 0
+    chunk = [part.stop - part.start for part in region]
+    if seen.ndim:
+        chunk[outer] = max(most // max(seen.strides[outer], 1), 1)
+    yield from cut(region, chunk, 1)
+
+
+_NOTHING = np.zeros(1, np.uint8)
+
+
+def _strides(weight: Weight) -> np.ndarray:
+    """How our parameter lies in their tensor, in elements, of which there are none behind it."""
+    strides = [math.prod(weight.shape[axis + 1 :]) for axis in range(len(weight.shape))]
+    return weight.look(as_strided(_NOTHING, weight.shape, strides, writeable=False))
 
 
 def same(path: str, name: str, shape: tuple[int, ...]) -> Weight:

@@ -6,9 +6,10 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 from rlhfjax import faults
 from rlhfjax.errors import ConfigError
@@ -30,12 +31,50 @@ def check_target(target: Path, marker: str, force: bool) -> None:
         raise ConfigError(f"{target}: --force replaces only what rlhfjax wrote there, and it has no {marker}")
 
 
+class Peers(Protocol):
+    """The processes that do something together, as `rlhfjax.host.processes` has them."""
+
+    def count(self) -> int: ...
+
+    def barrier(self, name: str) -> None: ...
+
+    def by_first(self, what: Callable[[], Any], name: str) -> str: ...
+
+
+class Alone:
+    """One process."""
+
+    def count(self) -> int:
+        return 1
+
+    def barrier(self, name: str) -> None:
+        pass
+
+    def by_first(self, what: Callable[[], Any], name: str) -> str:
+        return what() or ""
+
+
 @contextmanager
-def whole_directory(target: Path, marker: str, force: bool = False) -> Iterator[Path]:
+def shared_directory(
+    target: Path, marker: str, force: bool, peers: Peers, known: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
+    """`whole_directory` of several processes on one file system: the first makes it, and puts it in its place."""
+    with ExitStack() as stack:
+        part = peers.by_first(lambda: str(stack.enter_context(whole_directory(target, marker, force, known))), "part")
+        yield Path(part)
+        peers.barrier("written")
+        peers.by_first(stack.close, "whole")
+
+
+@contextmanager
+def whole_directory(
+    target: Path, marker: str, force: bool = False, known: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
     """A new directory beside `target`, which takes its place when the block ends well and goes when it does not.
 
     Everything is on disk before the place is taken, with a manifest of it (`rlhfjax.integrity`); files are for their
-    owner only. What a killed process left of an attempt at this target goes. Raises as `check_target`.
+    owner only. What a killed process left of an attempt at this target goes. `known` are entries of the manifest that
+    need not be found again, when the block has ended. Raises as `check_target`.
     """
     target = Path(os.path.abspath(target))
     check_target(target, marker, force)
@@ -51,7 +90,7 @@ def whole_directory(target: Path, marker: str, force: bool = False) -> Iterator[
         faults.reach("export", 0)
         for path in [*part.rglob("*"), part]:
             path.chmod(0o700 if path.is_dir() else 0o600)
-        write_manifest(part)
+        write_manifest(part, known=known or {})
         check_target(target, marker, force)
         if target.is_dir():
             old = part.with_suffix(".old")

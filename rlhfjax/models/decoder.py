@@ -160,14 +160,7 @@ class Decoder(nn.Module):
 
         Sampling has a forward pass of its own (`rlhfjax.models.decoding`).
         """
-        c, here = self.config, layout.current()
-        x = self.embed(tokens) if here is None else here.embedded(self.embed.embedding, tokens, c.compute_dtype)
-        if self.embed.has_variable("params", "embedding_scale"):
-            x = x.astype(jnp.float32) * self.embed.get_variable("params", "embedding_scale")[tokens]
-        if c.input_scale != 1:
-            x = x * c.input_scale
-        if c.positions == "learned":
-            x = x + self.positions(jnp.minimum(positions, c.context - 1))
+        c, x = self.config, self.beginning(tokens, positions)
         kind = kinds(c)  # which is no parameter
         if routes is not None:
             kind = kind._replace(routes=jnp.moveaxis(routes, 2, 0))
@@ -177,7 +170,23 @@ class Decoder(nn.Module):
         else:
             x, _ = self.blocks(x, kind, sight)
             x = sight._replace(read=read).wanted(x)
-        return x if c.norm_place == "post" else self.final_norm(x)
+        return self.ending(x)
+
+    def beginning(self, tokens, positions):
+        """What the first layer reads, in whatever type."""
+        c, here = self.config, layout.current()
+        x = self.embed(tokens) if here is None else here.embedded(self.embed.embedding, tokens, c.compute_dtype)
+        if self.embed.has_variable("params", "embedding_scale"):
+            x = x.astype(jnp.float32) * self.embed.get_variable("params", "embedding_scale")[tokens]
+        if c.input_scale != 1:
+            x = x * c.input_scale
+        if c.positions == "learned":
+            x = x + self.positions(jnp.minimum(positions, c.context - 1))
+        return x
+
+    def ending(self, x):
+        """What the last layer gives, normed where the family does."""
+        return x if self.config.norm_place == "post" else self.final_norm(x)
 
     def _last_apart(self, x, kind, sight, read):
         """The same layers one by one: the last computes nothing but keys and values where it is not read.

@@ -6,7 +6,9 @@ A mere sum of bits times hash would not notice x and -x trading places; the mixi
 a single changed element always shows.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -135,6 +137,47 @@ def _digest(leaf: jax.Array, dtype: str) -> UInt32[Array, "2"]:
     return jnp.stack([_mixed(bits ^ _mixed(place + jnp.uint32(seed))).sum(dtype=jnp.uint32) for seed in _SEEDS])
 
 
+@dataclass
+class Sums:
+    """The digest of an array that is read in blocks: how many elements there were, and both sums so far."""
+
+    count: int = 0
+    first: int = 0
+    second: int = 0
+
+    def add(self, block: np.ndarray, shape: Sequence[int], start: Sequence[int]) -> None:
+        """Count a block of numbers of an array of `shape`, which begins at `start` in it."""
+        bits = np.ascontiguousarray(block).reshape(-1, block.shape[-1] if block.ndim else 1)
+        bits = bits.view(f"u{min(block.dtype.itemsize, 4)}")
+        each = bits.shape[1] // max(block.shape[-1] if block.ndim else 1, 1)
+        strides = [math.prod(shape[axis + 1 :]) * each for axis in range(len(shape))]
+        rows = np.zeros((1,) * max(block.ndim - 1, 0), np.uint64)  # where each row of the block begins
+        for axis in range(block.ndim - 1):
+            steps = (start[axis] + np.arange(block.shape[axis], dtype=np.uint64)) * np.uint64(strides[axis])
+            rows = rows + steps.reshape((-1,) + (1,) * (block.ndim - 2 - axis))
+        first = (start[-1] if block.ndim else 0) * each
+        sums, many = np.zeros(2, np.uint64), max(_CHUNK // bits.shape[1], 1)
+        rows = (rows.reshape(-1) + np.uint64(first)).astype(np.uint32)
+        for i in range(0, len(bits), many):
+            for j in range(0, bits.shape[1], _CHUNK):
+                columns = np.arange(j, min(j + _CHUNK, bits.shape[1]), dtype=np.uint32)
+                sums += _sums(bits[i : i + many, j : j + _CHUNK], rows[i : i + many, None] + columns)
+        self.count += block.size
+        self.first, self.second = ((old + int(new)) % 2**32 for old, new in zip(self.pair, sums, strict=True))
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        return self.first, self.second
+
+    def __add__(self, other: "Sums") -> "Sums":
+        first, second = ((one + two) % 2**32 for one, two in zip(self.pair, other.pair, strict=True))
+        return Sums(self.count + other.count, first, second)
+
+    def text(self, dtype: str, shape: Sequence[int]) -> str:
+        """What `leaf_digests` gives."""
+        return f"{dtype}[{','.join(map(str, shape))}]:{self.first:08x}{self.second:08x}"
+
+
 def _on_host(leaf: Any, dtype: str) -> np.ndarray:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
@@ -143,11 +186,16 @@ def _on_host(leaf: Any, dtype: str) -> np.ndarray:
     bits = array.reshape(-1).view(f"u{min(array.dtype.itemsize, 4)}")
     sums = np.zeros(2, np.uint64)
     for start in range(0, bits.size, _CHUNK):
-        some = bits[start : start + _CHUNK].astype(np.uint32)
-        place = np.arange(start, start + some.size).astype(np.uint32)
-        for lane, seed in enumerate(_SEEDS):
-            sums[lane] += _mixed(some ^ _mixed(place + np.uint32(seed))).sum(dtype=np.uint64)
+        some = bits[start : start + _CHUNK]
+        sums += _sums(some, np.arange(start, start + some.size).astype(np.uint32))
     return sums.astype(np.uint32)  # modulo 2^32
+
+
+def _sums(bits: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Both sums of some elements, not yet modulo 2^32."""
+    bits = bits.astype(np.uint32)
+    lanes = (_mixed(bits ^ _mixed(place + np.uint32(seed))) for seed in _SEEDS)
+    return np.array([lane.sum(dtype=np.uint64) for lane in lanes], np.uint64)
 
 
 def _bits(leaf: jax.Array) -> jax.Array:

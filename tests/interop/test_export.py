@@ -26,8 +26,8 @@ from rlhfjax.integrity import MANIFEST
 from rlhfjax.interop import exporting
 from rlhfjax.interop.exporting import export_model, parse_size
 from rlhfjax.interop.huggingface import open_directory
-from rlhfjax.interop.parity import sha256
 from rlhfjax.interop.pretrained import load_parameters
+from rlhfjax.interop.verify_export import sha256
 from rlhfjax.models import DecoderConfig, EncoderDecoder, EncoderDecoderConfig, LanguageModel, decoder_config
 from rlhfjax.models.rotary import yarn_attention_factor
 from rlhfjax.text.huggingface_tokenizer import HuggingFaceTokenizer
@@ -182,20 +182,22 @@ def test_padding_is_never_the_end_of_a_text(tmp_path, tokenizer):
     assert config_json(tmp_path / "policy")["pad_token_id"] == pads_with_end.eos_id
 
 
-def test_an_export_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
-    model = model_of("llama")
-    params = lively(params_of(model))
-    wrong = exporting.load_parameters
+@pytest.mark.parametrize(("wrong", "said"), [("names", "expected blocks/attention/key"), ("config", "expected logits")])
+def test_an_export_that_reads_back_as_something_else_is_not_written(tmp_path, monkeypatch, wrong, said):
+    # with tensors under each other's names bits differ, with another constant of rotary positions what is computed
+    model, read = model_of("llama"), exporting.open_directory
 
-    def swapped(source, **settings):
-        made = wrong(source, **settings)
-        attention = made["blocks"]["attention"]
-        attention["key"], attention["value"] = attention["value"], attention["key"]
-        return made
+    def swapped(directory):
+        source = read(directory)
+        paths = {"blocks/attention/key/kernel": "blocks/attention/value/kernel"}
+        paths |= {theirs: ours for ours, theirs in paths.items()}
+        if wrong == "config":
+            return replace(source, config=replace(source.config, rope_theta=10.0))
+        return replace(source, weights=tuple(replace(w, path=paths.get(w.path, w.path)) for w in source.weights))
 
-    monkeypatch.setattr(exporting, "load_parameters", swapped)
-    with pytest.raises(IntegrityError, match=r"expected logits within .* nothing was written"):
-        export_model(tmp_path / "made", "policy", model, params, None)
+    monkeypatch.setattr(exporting, "open_directory", swapped)
+    with pytest.raises(IntegrityError, match=said + r".* after reading it back, got .* nothing was written"):
+        export_model(tmp_path / "made", "policy", model, lively(params_of(model)), None)
     assert list(tmp_path.iterdir()) == []
 
 

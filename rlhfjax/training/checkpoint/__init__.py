@@ -5,6 +5,7 @@ A step directory holds one item per model (`policy`, `value`, `reward`, `average
 every file's digest and every array's; it is compared before anything is read.
 """
 
+from rlhfjax.training.checkpoint.leaves import open_leaves
 from rlhfjax.training.checkpoint.meta import (
     COMPLETE,
     FORMAT,
@@ -30,6 +31,7 @@ __all__ = [
     "load_model",
     "meta_of",
     "model_shapes",
+    "open_leaves",
     "read_meta",
     "reference_to",
     "require_writable",

@@ -22,6 +22,7 @@ from rlhfjax.models.heads import with_head, zero_head
 from rlhfjax.models.lora import init_lora, join
 from rlhfjax.plain_json import plain
 from rlhfjax.sharding import state_shardings
+from rlhfjax.training.checkpoint.chunks import chunks_of
 from rlhfjax.training.checkpoint.meta import SCALAR, read_meta, stored_digests
 from rlhfjax.training.checkpoint.steps import put_in_place, unfinished
 from rlhfjax.training.digests import different_leaves, fetched, started
@@ -37,7 +38,7 @@ def save_model(step_dir: Path, item: str, params: Params, meta: Mapping[str, Any
     database (OCDBT) whose cache would hold a hundred megabytes of them.
     """
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-    pieces = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=max(leaf.nbytes // 64, 2 << 20)), params)
+    pieces = chunks_of(params, smallest=2 << 20)
     handlers = {
         item: ocp.PyTreeCheckpointHandler(save_concurrent_gb=1.01 * largest / 1e9, use_ocdbt=False),  # pyright: ignore[reportArgumentType]
         "meta": ocp.JsonCheckpointHandler(),
@@ -95,7 +96,7 @@ def load_model(
     meta = read_meta(step_dir)
     item = str(item or meta["serve"])
     scalar = _scalar(meta, item)
-    model = _described(meta, dtype=dtype, remat=remat, attention=attention)
+    model = described(meta, dtype=dtype, remat=remat, attention=attention)
     place = (Path(os.path.abspath(step_dir)), item)
     if bases and place in bases.params:
         return model, bases.params[place]
@@ -119,14 +120,15 @@ def model_shapes(step_dir: Path, **here: str) -> tuple[SequenceModel, Params]:
     No parameter is read. Of `here` are dtype, remat and attention, as `load_model` has them.
     """
     meta = read_meta(step_dir)
-    model = _described(meta, **here)
+    model = described(meta, **here)
     init = model.init_scalar if _scalar(meta, meta["serve"]) else model.init
     return model, jax.eval_shape(init, jax.random.key(0))
 
 
-def _described(
+def described(
     meta: Mapping[str, Any], *, dtype: str = "auto", remat: str = "none", attention: str = "auto"
 ) -> SequenceModel:
+    """The model that a checkpoint's meta describes, computed as it is here."""
     here = {"dtype": compute_dtype(dtype), "remat": remat, "attention": attention}
     return model_of(meta["model"] | {name: here[name] for name in here if name in meta["model"]})
 
@@ -175,6 +177,16 @@ def unreadable(step_dir: Path, what: str, error: Exception) -> Exception:
 
 
 def _read_base(step_dir: Path, base: Mapping[str, str], mesh: jax.sharding.Mesh | None, bases: Bases) -> Params:
+    place = base_of(step_dir, base, bases)
+    return load_model(place[0], mesh, item=place[1], bases=bases)[1]
+
+
+def base_of(step_dir: Path, base: Mapping[str, str], bases: Bases | None = None) -> tuple[Path, str]:
+    """The step directory and item that adapters were trained over.
+
+    Raises IntegrityError where it is not there, or not the one of the training.
+    """
+    bases = bases or Bases()
     place = Path(os.path.abspath(step_dir / base["path"])), base["item"]
     if not (place[0] / place[1]).is_dir():
         raise IntegrityError(
@@ -188,7 +200,7 @@ def _read_base(step_dir: Path, base: Mapping[str, str], mesh: jax.sharding.Mesh 
             f"checkpoint {step_dir}: expected the base with digest {base['digest'][:12]}… in {place[0]}, got "
             f"{bases.digests[place][:12]}…; its adapters belong to another model"
         )
-    return load_model(place[0], mesh, item=place[1], bases=bases)[1]
+    return place
 
 
 def _read_item(step_dir: Path, item: str, shapes: Params, mesh: jax.sharding.Mesh | None) -> Params:

@@ -17,6 +17,7 @@ from rlhfjax.errors import ConfigError, IntegrityError, RlhfjaxError, Stopped
 from rlhfjax.host import processes
 from rlhfjax.plain_json import plain
 from rlhfjax.training.checkpoint import steps as on_disk
+from rlhfjax.training.checkpoint.chunks import chunks_of
 from rlhfjax.training.checkpoint.interrupts import uninterrupted
 from rlhfjax.training.checkpoint.meta import read_meta, stored_digests, verified_step
 from rlhfjax.training.checkpoint.models import require_leaves, unreadable
@@ -98,7 +99,7 @@ class Checkpoints:
         self.wait()
         items = {**models, "training": training}
         processes.by_first(lambda: self._require_room(step, items), f"room for {step}")
-        args: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args: dict[str, Any] = {name: ocp.args.StandardSave(tree, chunks_of(tree)) for name, tree in items.items()}
         described = dict(meta) | {"step": step} | self._retention.figures(score, metrics or {})
         args["meta"] = ocp.args.JsonSave(plain(described))
         part = on_disk.unfinished(self.directory / str(step))
