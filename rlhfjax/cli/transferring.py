@@ -1,5 +1,7 @@
 """Models in and out: `rlhfjax import` and `rlhfjax export`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +34,7 @@ def import_(
     from rlhfjax import transfer
 
     found = str(stores.here(source)) if stores.is_url(source) else source
-    with among_processes(Reliability(), None, None, None), stores.delivered(target, force) as place:
+    with among_processes(Reliability(), None, None, None), _delivered(target, force) as place:
         transfer.import_model(found, place, dtype=dtype, force=force, report=say)
 
 
@@ -73,7 +75,7 @@ def export(
 
     settings = {"item": item, "dtype": dtype, "shard_size": transfer.parse_size(shard_size), "force": force}
     together = among_processes(Reliability(), None, None, None)
-    with together, unverified(no_verify), stores.delivered(target, force) as place:
+    with together, unverified(no_verify), _delivered(target, force) as place:
         parity = transfer.export_checkpoint(checkpoint, place, **settings)
     [difference] = (value for key, value in parity.items() if key.endswith("_difference"))
     say(f"wrote {stores.address(target)} (read back, it differs by at most {difference:.2g})")
@@ -104,6 +106,17 @@ def verify_export(
     if bad:
         raise IntegrityError(f"{directory}: {len(bad)} differences from what was exported, named above; fetch it again")
     say(f"{directory}: {said}")
+
+
+@contextmanager
+def _delivered(target: Path, force: bool) -> Iterator[Path]:
+    """`stores.delivered`, where one process makes the directory; several need one that all of them see."""
+    from rlhfjax.host import processes
+
+    if processes.count() > 1:
+        stores.require_local(target, "DST of several processes")
+    with stores.delivered(target, force) as place:
+        yield place
 
 
 def _export_adapters(checkpoint: str, target: Path, item: str | None, force: bool) -> None:
