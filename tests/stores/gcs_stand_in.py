@@ -31,6 +31,9 @@ class GcsStandIn(ThreadingHTTPServer):
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
 
+    def handle_error(self, *_):
+        """A client that went away is nothing to print."""
+
     def __exit__(self, *_):
         self.shutdown()
         self.server_close()
