@@ -78,12 +78,17 @@ def prepare_rows(
         split=split,
         reading=reading,
         to=options.to,
-        processes=options.processes or len(os.sched_getaffinity(0)),
+        processes=options.processes or _cpus(),
         report=say,
     )
     for line in what_was_made(folder):
         say(line)
     typer.echo(str(folder))
+
+
+def _cpus() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tokenizer(options: TokenOptions) -> Any:
