@@ -97,7 +97,7 @@ def verify_export(
     from rlhfjax.interop.verify_export import CERTIFICATE, check
 
     try:
-        bad, said = check(directory)
+        bad, said = check(stores.here(directory))
     except OSError as error:
         reason = f"{directory}: expected an export with {CERTIFICATE}, got {error.strerror}"
         raise ConfigError(f"{reason}; `rlhfjax verify` looks at checkpoints and data") from None
