@@ -1,5 +1,7 @@
 """Direct preference optimisation: the SFT policy learns from rankings, without a reward model."""
 
+from functools import partial
+
 import jax
 
 from rlhfjax.config import schema
@@ -17,7 +19,7 @@ from rlhfjax.types import Params
 
 def dpo(job: Job) -> Facts:
     """DPO on K-way rankings; the reference is the policy that it starts from, frozen."""
-    return learn_offline(job, learner(job.config, job.mesh, job, longest(open_batches(job))))
+    return learn_offline(job, partial(learner, job.config, job.mesh, job, longest(open_batches(job))))
 
 
 def learner(c: schema.Dpo, mesh: jax.sharding.Mesh, starts: Starts, longest: int) -> OfflineLearner:

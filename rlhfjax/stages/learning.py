@@ -6,7 +6,7 @@ closes what it opened, whatever happens.
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 
 from rlhfjax.host.stopping import held
 from rlhfjax.models import SequenceModel
+from rlhfjax.models.lora import join, split
 from rlhfjax.stages.compilation import Ahead
 from rlhfjax.stages.job import Job
 from rlhfjax.training.checkpoint import Checkpoints, meta_of
@@ -23,9 +24,11 @@ from rlhfjax.training.loop import Beside, Counts
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.optimizer import learning_rate
 from rlhfjax.training.profiling import Trace
+from rlhfjax.training.state import abstract
 from rlhfjax.types import Params, Skipped
 
 State = TypeVar("State")
+Learner = TypeVar("Learner")
 Facts = dict[str, Any]
 
 
@@ -43,9 +46,30 @@ class Stored(Generic[State]):
     step: Callable[[State], int]
 
 
+class Begun(Generic[Learner]):
+    """What a stage begins with, held until its first state is there: what is trained lies in the state alone then.
+
+    `learner` is what `make()` gives, with shapes in the place of the parameters that are trained.
+    """
+
+    def __init__(self, make: Callable[[], Learner]):
+        whole: Any = make()
+        self._make, self._held = make, [whole]
+        base, trained = split(whole.params)
+        self.learner: Learner = replace(whole, params=join(base, abstract(trained)))
+
+    def whole(self) -> Learner:
+        """The learner with its parameters, for the last time: a stage that goes back to its start makes them again."""
+        return self._held.pop() if self._held else self._make()
+
+    def let_go(self) -> None:
+        """No state is made of them."""
+        self._held.clear()
+
+
 class Learning(Generic[State]):
-    """A stage between its checkpoints and its loop. `fresh()` is the state that it begins with, `shapes` its shapes: it
-    is not made where there is a checkpoint.
+    """A stage between its checkpoints and its loop. `fresh(learner)` is the state that it begins with, `shapes` its
+    shapes. Where there is a checkpoint no such state is made, and what it would be made of is let go before it is read.
 
     `state` is that of the newest checkpoint, `finished` what the stage said of itself when that was its last one.
     """
@@ -55,20 +79,23 @@ class Learning(Generic[State]):
         job: Job,
         checkpoints: Checkpoints,
         stored: Stored[State],
-        fresh: Callable[[], State],
+        begun: Begun,
+        fresh: Callable[[Any], State],
         shapes: State,
         meta: Facts,
     ):
         self._job, self.checkpoints, self._stored, self._meta = job, checkpoints, stored, meta
-        self._fresh, self._shapes = fresh, shapes
+        self._begun, self._fresh, self._shapes = begun, fresh, shapes
         self.state, memory, self.finished = self._restored()
         self.guard = Guard(job.run.reliability.guards, job.dir, job.stage, memory)
 
     def _restored(self) -> tuple[State, Memory, Facts | None]:
         shapes, stored = self._shapes, self._stored
+        if self.checkpoints.latest() is not None:
+            self._begun.let_go()
         restored = self.checkpoints.restore_newest(stored.models(shapes), stored.training(shapes))
         if restored is None:
-            return self._fresh(), Memory(), None
+            return self._fresh(self._begun.whole()), Memory(), None
         models, training, meta = restored
         memory = memory_of(meta)
         skipped = _restored_counts(stored.skipped(shapes), memory)

@@ -17,7 +17,7 @@ from rlhfjax.sharding import state_shardings
 from rlhfjax.stages.batches import held_out, open_batches
 from rlhfjax.stages.compilation import Ahead, step_options
 from rlhfjax.stages.job import Job
-from rlhfjax.stages.learning import Facts, Learning, Stored, meta_for, rate_of
+from rlhfjax.stages.learning import Begun, Facts, Learning, Stored, meta_for, rate_of
 from rlhfjax.stages.measures.validation import Meter
 from rlhfjax.training.averaging import Average, handed_on
 from rlhfjax.training.flops import OfflineFlops, forward_flops, seen_by
@@ -64,12 +64,13 @@ class OfflineLearner:
         return OfflineFlops(forward_flops(self.model.config, self.params), frozen, predicts=self.role == "policy")
 
 
-def learn_offline(job: Job, learner: OfflineLearner) -> Facts:
+def learn_offline(job: Job, learner_of: Callable[[], OfflineLearner]) -> Facts:
     """Train from the stage's last checkpoint on, and save what `learner.finish` makes of the result."""
-    c, opened = job.config, open_batches(job)
+    c, opened, begun = job.config, open_batches(job), Begun(learner_of)
+    learner = begun.learner
     steps, select = c.steps or opened["train"].steps(c.epochs), getattr(c, "select_by", "last")
     optimizer = make_optimizer(c.optimizer, steps, width=learner.model.config.width)
-    learning = _learning(job, learner, optimizer, select)
+    learning = _learning(job, begun, optimizer, select)
     if learning.finished:
         chosen = learning.checkpoints.best() if select != "last" else steps
         learning.checkpoints.close()
@@ -120,13 +121,18 @@ def learn_offline(job: Job, learner: OfflineLearner) -> Facts:
     return learning.run(train, finish, opened["train"])
 
 
-def _learning(job: Job, learner: OfflineLearner, optimizer: Any, select: str) -> Learning[TrainState]:
+def _learning(job: Job, begun: Begun[OfflineLearner], optimizer: Any, select: str) -> Learning[TrainState]:
     """The stage at its newest checkpoint."""
-    average = average_of(job.config)
-    begins = job.mesh, split(learner.params)[1], optimizer, average and average.of
-    fresh, shapes = partial(init_state, *begins), init_state_shapes(*begins)
+    average, learner = average_of(job.config), begun.learner
+    how = optimizer, average and average.of
+    shapes = init_state_shapes(job.mesh, split(learner.params)[1], *how)
+
+    def fresh(learner: OfflineLearner) -> TrainState:
+        return init_state(job.mesh, split(learner.params)[1], *how)
+
     meta = meta_for(job, learner.role, learner.model, averaged=average is not None)
-    return Learning(job, job.checkpoints(keep_best=select != "last"), stored_as(learner.role), fresh, shapes, meta)
+    checkpoints = job.checkpoints(keep_best=select != "last")
+    return Learning(job, checkpoints, stored_as(learner.role), begun, fresh, shapes, meta)
 
 
 def _compiled(

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,11 +13,11 @@ from rlhfjax.functional import kl_estimate
 from rlhfjax.host import processes
 from rlhfjax.models import EncoderDecoder
 from rlhfjax.models.heads import with_head
-from rlhfjax.models.lora import has_adapters, join, split
+from rlhfjax.models.lora import has_adapters
 from rlhfjax.stages.batches import open_batches
 from rlhfjax.stages.compilation import Ahead
 from rlhfjax.stages.job import Job
-from rlhfjax.stages.learning import Facts, Learning, Stored, meta_for, rate_of
+from rlhfjax.stages.learning import Begun, Facts, Learning, Stored, meta_for, rate_of
 from rlhfjax.stages.models import sampling_params
 from rlhfjax.stages.online_programs import (
     OnlineLearner,
@@ -30,7 +31,6 @@ from rlhfjax.stages.rewards import HostRewards, Judges
 from rlhfjax.training.flops import OnlineFlops, attended, forward_flops
 from rlhfjax.training.ledger import Taken
 from rlhfjax.training.online import train_online
-from rlhfjax.training.state import abstract
 from rlhfjax.types import OnlineState, Params, Rollout, TokenBatch, TrainState
 
 SHOWN = (
@@ -46,7 +46,8 @@ def learn_online(job: Job, learner_of: Callable[[], OnlineLearner]) -> Facts:
     metrics are of that one: importance ratios and the KL penalty are those of the distribution that was sampled.
     """
     c, passes = job.config, passes_of(job.config)
-    learner, learning = _started(job, learner_of)
+    begun = Begun(learner_of)
+    learner, learning = begun.learner, _learning(job, begun)
     opened: dict[str, Any] = open_batches(job)
     place = learning.place(learning.state)
     first = next(job.put(iter([opened["train"][place + learning.guard.memory.drawn]])))
@@ -125,29 +126,12 @@ class _Prompts:
         return Taken(first * self.size, (self.place - first) * self.size)
 
 
-def _started(job: Job, learner_of: Callable[[], OnlineLearner]) -> tuple[OnlineLearner, Learning[OnlineState]]:
-    """The learner, and the stage at its newest checkpoint.
-
-    What is trained lies in the state alone from here on: the parameters that the learner began with are let go, and a
-    stage that rolls back to its start finds them again.
-    """
-    learner = learner_of()
-    begun = [learner]
-
-    def fresh() -> OnlineState:
-        return first_state(job.config, job.mesh, begun.pop() if begun else learner_of())
-
-    learning = _learning(job, learner, fresh)
-    begun.clear()
-    base, trained = split(learner.params)
-    return replace(learner, params=join(base, abstract(trained))), learning
-
-
-def _learning(job: Job, learner: OnlineLearner, fresh: Callable[[], OnlineState]) -> Learning[OnlineState]:
+def _learning(job: Job, begun: Begun[OnlineLearner]) -> Learning[OnlineState]:
     """The stage at its newest checkpoint."""
+    learner, fresh = begun.learner, partial(first_state, job.config, job.mesh)
     meta = meta_for(job, "policy", learner.policy, averaged=policy_average(job.config) is not None)
     shapes = first_state_shapes(job.config, job.mesh, learner)
-    return Learning(job, job.checkpoints(), STORED, fresh, shapes, meta)
+    return Learning(job, job.checkpoints(), STORED, begun, fresh, shapes, meta)
 
 
 def iteration_flops(c: Any, learner: OnlineLearner, mixed: TokenBatch | None) -> OnlineFlops | None:

@@ -1,6 +1,8 @@
 """Pretraining and supervised fine-tuning: what makes the policy that PPO starts from."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import jax
 
@@ -20,19 +22,21 @@ from rlhfjax.types import Params
 
 def pretrain(job: Job) -> Facts:
     """Next-token prediction on packed documents."""
-    return learn_offline(job, learner(job.config, job.mesh, job))
+    return learn_offline(job, partial(learner, job.config, job.mesh, job))
 
 
 def sft(job: Job) -> Facts:
     """Supervised fine-tuning on demonstrations, with an optional share of pretraining text."""
-    made = learner(job.config, job.mesh, job)
-    if job.config.select_by != "reward_score":
-        return learn_offline(job, made)
+    begin = partial(learner, job.config, job.mesh, job)
+    return learn_offline(job, begin if job.config.select_by != "reward_score" else partial(_scored, job, begin))
+
+
+def _scored(job: Job, begin: Callable[[], OfflineLearner]) -> OfflineLearner:
+    """The learner, measured by the scores of its samples, too."""
+    made = begin()
     how = job.config, job.reader, job.mesh, made.model
-    score = reward_meter(*how, last_sampling(job.run), job.key("samples"))
-    return learn_offline(
-        job, replace(made, validate=lambda params, opened: made.validate(params, opened) | score(params))
-    )
+    score, validate = reward_meter(*how, last_sampling(job.run), job.key("samples")), made.validate
+    return replace(made, validate=lambda params, opened: validate(params, opened) | score(params))
 
 
 def learner(

@@ -28,8 +28,12 @@ from rlhfjax.types import Params
 
 def reward(job: Job) -> Facts:
     """The reward model: the policy's decoder with a scalar head, on K-way rankings; then its scores are centred."""
-    made = learner(job.config, job.mesh, job, longest(open_batches(job)))
-    return learn_offline(job, replace(made, finish=partial(normalize_scores, job, made.model)))
+    return learn_offline(job, partial(_centred, job, longest(open_batches(job))))
+
+
+def _centred(job: Job, longest: int) -> OfflineLearner:
+    made = learner(job.config, job.mesh, job, longest)
+    return replace(made, finish=partial(normalize_scores, job, made.model))
 
 
 def learner(c: schema.Reward, mesh: jax.sharding.Mesh, starts: Starts, longest: int) -> OfflineLearner:
