@@ -66,6 +66,8 @@ def described(program: Any, layers: int) -> dict[str, Any]:
     return {
         "arguments_gib": memory.argument_size_in_bytes / GIB,
         "temporaries_gib": memory.temp_size_in_bytes / GIB,
+        "host_arguments_gib": memory.host_argument_size_in_bytes / GIB,
+        "host_temporaries_gib": memory.host_temp_size_in_bytes / GIB,
         "peak_gib": getattr(memory, "peak_memory_in_bytes", 0) / GIB,
         "product_flops": walked.total_flops(),
         "cached_flops": walked.total_cached_flops(),

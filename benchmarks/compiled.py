@@ -24,6 +24,7 @@ MAXTEXT = "maxtext"
 UNITS = {
     "arguments_gib": "GiB",
     "temporaries_gib": "GiB",
+    "host_arguments_gib": "GiB",
     "peak_gib": "GiB",
     "product_flops": "FLOPs",
     "cached_flops": "FLOPs",

@@ -36,6 +36,7 @@ class Case:
     slices: int = 1
     remat: str = "full"
     precision: str = "full"  # of sampling
+    offload: str = "none"
     layers: int | None = None  # of the model's, where fewer say it as well
     text: str | None = None  # a file for the compiled text
 
@@ -61,6 +62,12 @@ CASES = (
     Case("ppo/70b/update", "llama3_70b", "ppo", "update", V5P512, SEVENTY, 512, 1024),
     Case("sft/70b/slices", "llama3_70b", "sft", "step", "v5p:4x4x8", SLICES, 256, slices=2),
     Case("sft/8b/v5e", "llama3_8b", "sft", "step", "v5e:8x8", EIGHT, 128),
+    Case("sft/8b/v5e/offload", "llama3_8b", "sft", "step", "v5e:8x8", EIGHT, 128, offload="all"),
+    *(
+        Case(f"ppo/8b/{program}/v5e{end}", "llama3_8b", "ppo", program, "v5e:8x8", EIGHT, 512, 1024, offload=offload)
+        for program in ("score", "update")
+        for end, offload in (("", "none"), ("/offload", "all"))
+    ),
     Case("sft/8b/v6e", "llama3_8b", "sft", "step", "v6e:8x8", EIGHT, 128),
     Case("sft/8b/tpu7x", "llama3_8b", "sft", "step", "tpu7x:4x4x4", {"fsdp": 32, "tensor": 4}, 128),
     Case("sft/8b/128k", "llama3_8b", "sft", "step", V5P, {"fsdp": 8, "sequence": 8}, 8, 131072),
@@ -109,5 +116,11 @@ def run_of(case: dict[str, Any]) -> Any:
             "ptx": {"data": data, "coef": 1.0, "length": 2 * length},
         }
     words = {"kind": "bpe", "vocab_size": WORDS[case["model"]], "data": data}
-    given = {"name": "compiled", "mesh": case["mesh"], "model": shape, "tokenizer": words, "stages": stages}
+    given = {
+        "name": "compiled",
+        "mesh": case["mesh"] | {"offload": case["offload"]},
+        "model": shape,
+        "tokenizer": words,
+        "stages": stages,
+    }
     return schema.Run.model_validate(given)

@@ -7,6 +7,8 @@ from rlhfjax.config.meshes import least_devices, mesh_shape
 from rlhfjax.config.schema import Batch, Evaluate, Offline, Online, Optimizer, Ptx, RankedBatch, Run, Sft
 from rlhfjax.config.shape import Shape, active_count, adapter_count, model_shape, parameter_count
 
+_OFFLOADED = {"moments": "moments", "frozen": "frozen models", "all": "moments and frozen models"}
+
 
 def describe(run: Run, devices: int | None = None) -> str:
     """One line a part: mesh, model, and for each stage its batches, accumulation, updates, tokens and episodes.
@@ -23,6 +25,7 @@ def _meshes(run: Run, devices: int | None) -> Iterator[tuple[str, str]]:
     for key, mesh in run.mesh.all.items():
         shown = " x ".join(f"{axis} {size}" for axis, size in mesh_shape(mesh, count, key).items())
         slices = f" on {mesh.slices} slices" if mesh.slices > 1 else ""
+        slices += "" if mesh.offload == "none" else f", {_OFFLOADED[mesh.offload]} in their hosts' memory"
         assumed = "" if devices or key != "mesh" else " (the fewest that fit; --devices N for another number)"
         yield key.removeprefix("stages."), f"{shown} = {_count(count, 'device')}{slices}{assumed}"
 

@@ -28,7 +28,9 @@ class Section(BaseModel):
 class Axes(Section):
     """A device mesh; the product of its axes must equal the number of devices, one may be -1 (all that are left).
 
-    The outermost part of `data` crosses `slices` of accelerators, which a slower network joins.
+    The outermost part of `data` crosses `slices` of accelerators, which a slower network joins. `offload` says what
+    lies in the memory of the devices' hosts while no program reads it: `moments` (the optimizer's, and a moving
+    average), `frozen` (reference and reward models), or both (`all`).
     """
 
     data: int = -1
@@ -37,6 +39,7 @@ class Axes(Section):
     tensor: int = 1
     expert: int = 1
     slices: Count = 1
+    offload: Literal["none", "moments", "frozen", "all"] = "none"
 
     @model_validator(mode="after")
     def _one_free_axis(self):
@@ -49,6 +52,10 @@ class Axes(Section):
     def axes(self) -> dict[str, int]:
         """The axes of the mesh in their order."""
         return {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor", "expert")}
+
+    def offloads(self, what: Literal["moments", "frozen"]) -> bool:
+        """Whether that lies in the hosts' memory."""
+        return self.offload in (what, "all")
 
 
 class Mesh(Axes):

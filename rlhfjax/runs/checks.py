@@ -50,7 +50,7 @@ def make_jobs(
 ) -> list[Job]:
     """One job per stage; `date` is what chat templates write.
 
-    Raises ConfigError when batch sizes or the mesh do not fit the devices that are here.
+    Raises ConfigError when batch sizes or the mesh do not fit the devices that are here, or these lack a memory.
     """
     check(run, jax.device_count(), _held(run))
     _check_best(run.checkpoints.keep_best)
@@ -68,7 +68,11 @@ def make_jobs(
         if os.path.lexists(checkpoints):  # a link to another disk, perhaps
             processes.by_first(partial(require_writable, checkpoints), "writable")
     shared = {"date": date}
-    return [Job(run, stage, run_dir, data_dir, mesh_of(run, stage), report, shared) for stage in stages]
+    jobs = [Job(run, stage, run_dir, data_dir, mesh_of(run, stage), report, shared) for stage in stages]
+    for job in jobs:
+        for what in ("moments", "frozen"):
+            job.offloads(what)  # that a memory is not there must not be found out last
+    return jobs
 
 
 def mesh_of(run: Run, stage: str) -> jax.sharding.Mesh:

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax.errors import ConfigError
+from rlhfjax.host_memory import HOST, on_host
 from rlhfjax.types import PromptBatch
 
 MESH_AXES = {
@@ -155,14 +156,20 @@ def _adapter_spec(name: str, ndim: int) -> PartitionSpec:
     raise ConfigError(f"sharding: no rule for parameter {name!r} with {ndim} axes; add its kernel to the rules")
 
 
-def state_shardings(mesh: Mesh, shapes: Any) -> Any:
+def state_shardings(mesh: Mesh, shapes: Any, offload: bool = False) -> Any:
     """Shardings for a tree of arrays or shapes: parameters, or a training state that holds them.
 
     Moments and averages are split over `data` as well, since an update reads and writes each of their numbers once.
+    With `offload` they lie in the host's memory; what lies there already stays.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _fitted(mesh, path_name(path), tuple(leaf.shape))), shapes
-    )
+
+    def of(path: tuple, leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        layout = NamedSharding(mesh, _fitted(mesh, name, tuple(leaf.shape)))
+        kept = offload and leaf.ndim and _KEPT_BESIDE.search(name)
+        return layout.with_memory_kind(HOST) if kept or on_host(leaf) else layout
+
+    return jax.tree_util.tree_map_with_path(of, shapes)
 
 
 def _fitted(mesh: Mesh, name: str, shape: tuple[int, ...]) -> PartitionSpec:
@@ -193,9 +200,9 @@ def _devices(mesh: Mesh, axes: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def state_shapes(mesh: Mesh, shapes: Any) -> Any:
+def state_shapes(mesh: Mesh, shapes: Any, offload: bool = False) -> Any:
     """A tree of shapes with their layouts: what `state_shardings` would lay out."""
-    return jax.tree.map(_shape, shapes, state_shardings(mesh, shapes))
+    return jax.tree.map(_shape, shapes, state_shardings(mesh, shapes, offload))
 
 
 def _shape(leaf: Any, layout: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from rlhfjax.config import schema
 from rlhfjax.config.recipe import FACTS, compared, section_of, starts_of
 from rlhfjax.generation import SamplingParams
+from rlhfjax.host_memory import on_device
 from rlhfjax.layout import laid_out_by
 from rlhfjax.models.heads import with_head, zero_head
 from rlhfjax.models.lora import has_adapters, init_lora, join, split
@@ -28,7 +29,7 @@ from rlhfjax.stages.compilation import in_turn, unbound
 from rlhfjax.stages.measures.responses import sampler
 from rlhfjax.stages.measures.validation import loss_meter
 from rlhfjax.stages.models import new_model, sampling_params
-from rlhfjax.stages.starts import Started
+from rlhfjax.stages.starts import Started, offloads
 from rlhfjax.target import Target, building_for
 from rlhfjax.training.checkpoint import find_checkpoint, model_shapes
 from rlhfjax.training.optimizer import make_optimizer
@@ -114,6 +115,10 @@ class Shapes:
         """Any: keys of all uses have one shape."""
         return jax.random.key(0)
 
+    def offloads(self, what: Literal["moments", "frozen"]) -> bool:
+        """As `Starts` has it."""
+        return offloads(self.run, self.stage, self.mesh, what)
+
     def policy_from(self, *stages: str) -> Started:
         """As `Starts` has it."""
         for stage in stages or starts_of(self.run, self.stage):
@@ -158,12 +163,13 @@ def _offline(c: Any, starts: Shapes, target: Target, steps: int | None, longest:
     learner = _module(starts.stage).learner(c, mesh, starts, longest or most)
     optimizer = make_optimizer(c.optimizer, c.steps or steps or 1, width=learner.model.config.width)
     average = offline.average_of(c)
-    state = init_state_shapes(mesh, split(learner.params)[1], optimizer, average and average.of)
+    how = optimizer, average and average.of, starts.offloads("moments")
+    state = init_state_shapes(mesh, split(learner.params)[1], *how)
     batch, fixed = _batch(mesh, c.batch), learner.fixed
     step = partial(offline.build(c, mesh, learner, state, optimizer), fixed)
     built = {"step": Built(step, (state, batch, starts.key("steps")), mesh, target)}
     if c.validation:
-        whole = join(fixed, state.params)
+        whole = on_device(join(fixed, state.params))
         built["validation"] = Built(learner.meter.total, (whole, batch, c.batch.size), mesh, target)
     return built
 

@@ -13,7 +13,7 @@ from rlhfjax.stages.measures.validation import accuracy_meter, named
 from rlhfjax.stages.objectives import preference_optimisation
 from rlhfjax.stages.offline import OfflineLearner, learn_offline
 from rlhfjax.stages.packed_rows import ranking_packer
-from rlhfjax.stages.starts import Starts
+from rlhfjax.stages.starts import Starts, at_rest
 from rlhfjax.types import Params
 
 
@@ -40,6 +40,6 @@ def learner(c: schema.Dpo, mesh: jax.sharding.Mesh, starts: Starts, longest: int
         meter=measure,
         validate=validate,
         pack=pack,
-        beside={"reference": policy},
+        beside={"reference": at_rest(policy, starts.offloads("frozen"))},
         shown=("loss/train", "rewards/accuracies", "rewards/margins", "eval/dpo/accuracy"),
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -17,6 +17,7 @@ from rlhfjax.models.lora import has_adapters, init_lora, join, merge
 from rlhfjax.sharding import local_rows, place_share
 from rlhfjax.stages.chat_settings import settings_of, variables_of_checkpoint
 from rlhfjax.stages.models import new_model
+from rlhfjax.stages.starts import offloads
 from rlhfjax.text.loading import AnyTokenizer, load_tokenizer
 from rlhfjax.training.checkpoint import (
     Bases,
@@ -58,6 +59,10 @@ class Job:
         """A key of its own for each use in each stage: fold_in(fold_in(key(seed), stage), use)."""
         stage_key = jax.random.fold_in(jax.random.key(self.run.seed), FACTS[self.stage].key)
         return jax.random.fold_in(stage_key, _USES[use])
+
+    def offloads(self, what: Literal["moments", "frozen"]) -> bool:
+        """As `Starts` has it."""
+        return offloads(self.run, self.stage, self.mesh, what)
 
     def watch(self) -> Watch:
         """What stands beside the loop of the stage; several processes stop together."""

@@ -11,6 +11,7 @@ import numpy as np
 from rlhfjax import faults
 from rlhfjax.algorithms import Objective, restrict
 from rlhfjax.data.by_step import Batches
+from rlhfjax.host_memory import on_device
 from rlhfjax.models import EncoderDecoder, SequenceModel
 from rlhfjax.models.lora import join, split
 from rlhfjax.sharding import state_shardings
@@ -82,7 +83,7 @@ def learn_offline(job: Job, learner_of: Callable[[], OfflineLearner]) -> Facts:
     def measure(state: TrainState, step: int) -> dict[str, float]:
         if step % c.validate_every and step != steps:
             return {}
-        measured = learner.validate(join(learner.fixed, handed_on(state)), opened)
+        measured = learner.validate(on_device(join(learner.fixed, handed_on(state))), opened)
         measured_last.update(measured)
         return measured
 
@@ -109,7 +110,7 @@ def learn_offline(job: Job, learner_of: Callable[[], OfflineLearner]) -> Facts:
 
     def finish(state: TrainState) -> Facts:
         frozen = split(learner.params)[0]
-        served, facts = learner.finish(join(frozen, handed_on(state)))
+        served, facts = learner.finish(on_device(join(frozen, handed_on(state))))
         trained = split(served)[1]
         sizes = {"parameters": _size(served)} | ({"trainable_parameters": _size(trained)} if frozen else {})
         facts = {"step": steps} | sizes | facts | ahead.facts | learning.facts()
@@ -124,7 +125,7 @@ def learn_offline(job: Job, learner_of: Callable[[], OfflineLearner]) -> Facts:
 def _learning(job: Job, begun: Begun[OfflineLearner], optimizer: Any, select: str) -> Learning[TrainState]:
     """The stage at its newest checkpoint."""
     average, learner = average_of(job.config), begun.learner
-    how = optimizer, average and average.of
+    how = optimizer, average and average.of, job.offloads("moments")
     shapes = init_state_shapes(job.mesh, split(learner.params)[1], *how)
 
     def fresh(learner: OfflineLearner) -> TrainState:
@@ -144,7 +145,7 @@ def _compiled(
     first = next(job.put(iter([opened["train"][learning.place(state)]])))
     program = ahead.program(step, state, first, job.key("steps"), *((np.float32(1),) if faulty else ()))
     for data in list(held_out(opened).values())[:1]:  # all of them have batches of one shape
-        ahead.afterwards(learner.meter.total, *learner.meter.shapes(join(learner.fixed, state.params), data))
+        ahead.afterwards(learner.meter.total, *learner.meter.shapes(on_device(join(learner.fixed, state.params)), data))
     return program
 
 
@@ -160,7 +161,7 @@ def build(c: Any, mesh: jax.sharding.Mesh, learner: OfflineLearner, state: Train
 
     @partial(jax.jit, donate_argnums=1, out_shardings=(layout, None), compiler_options=options)
     def step_fn(fixed: Params, state: TrainState, batch: Any, key: jax.Array, *poison: jax.Array):
-        restricted = restrict(learner.objective, partial(join, fixed))
+        restricted = restrict(learner.objective, partial(join, on_device(fixed)))
         how = parts, average, poison[0] if poison else None, learner.pack
         state, metrics = offline_step(restricted, optimizer, state, batch, key, *how)
         return state, metrics | (seen_by(batch) if flops else {})

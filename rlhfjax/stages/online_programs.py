@@ -14,6 +14,7 @@ from rlhfjax.algorithms.groups import refilled
 from rlhfjax.algorithms.packing import on_packed, packed_experience
 from rlhfjax.functional import adaptive_kl
 from rlhfjax.generation import SamplingParams, generate
+from rlhfjax.host_memory import on_device
 from rlhfjax.models import SequenceModel
 from rlhfjax.models.frozen import in_compute_type
 from rlhfjax.models.lora import join, split
@@ -24,7 +25,7 @@ from rlhfjax.stages.models import rerouted, sampler_of
 from rlhfjax.stages.offline import average_of
 from rlhfjax.stages.packed_rows import responses_a_row, rows_at_a_time, token_shards
 from rlhfjax.stages.rewards import Judges, load_judges
-from rlhfjax.stages.starts import Starts
+from rlhfjax.stages.starts import Starts, at_rest
 from rlhfjax.training.averaging import Average
 from rlhfjax.training.flops import seen_by
 from rlhfjax.training.online import OnlineSteps, Refill
@@ -39,7 +40,8 @@ class OnlineLearner:
     """What a stage brings to the hall: an algorithm over models, and the parameters that it begins with.
 
     `params` holds what is trained, `policy` among it; `models` has the model of each. `frozen` is {"reference": …,
-    "rewards": {title: …}}, the parameters of models that are only asked.
+    "rewards": {title: …}}, the parameters of models that are only asked. `offload` says whether moments lie in the
+    hosts' memory.
     """
 
     algorithm: OnlineAlgorithm | Mix
@@ -48,6 +50,7 @@ class OnlineLearner:
     judges: Judges
     frozen: Mapping[str, Params]
     optimizer: optax.GradientTransformation
+    offload: bool = False
 
     @property
     def policy(self) -> SequenceModel:
@@ -70,23 +73,29 @@ def policy_learner(objective: Callable[..., Any], c: Any, mesh: jax.sharding.Mes
         models={"policy": model},
         params={"policy": policy},
         judges=judges,
-        frozen=frozen_of(model, policy, judges, scoring),
+        frozen=frozen_of(model, policy, judges, scoring, starts.offloads("frozen")),
         optimizer=optimizer_of(c, model.config.width, ["policy"]),
+        offload=starts.offloads("moments"),
     )
 
 
 def frozen_of(
-    policy: SequenceModel, reference: Params, judges: Judges, scoring: Mapping[str, Params]
+    policy: SequenceModel, reference: Params, judges: Judges, scoring: Mapping[str, Params], offload: bool
 ) -> dict[str, Params]:
-    """`OnlineLearner.frozen`: what nothing trains, in the type that it is read in."""
-    rewards = {title: in_compute_type(judges.models[title].config, params) for title, params in scoring.items()}
-    return {"reference": in_compute_type(policy.config, reference), "rewards": rewards}
+    """`OnlineLearner.frozen`: what nothing trains, in the type that it is read in; with `offload` on the host."""
+
+    def kept(model: SequenceModel, params: Params) -> Params:
+        return at_rest(in_compute_type(model.config, params), offload)
+
+    rewards = {title: kept(judges.models[title], params) for title, params in scoring.items()}
+    return {"reference": kept(policy, reference), "rewards": rewards}
 
 
 def first_state(c: Any, mesh: jax.sharding.Mesh, learner: OnlineLearner) -> OnlineState:
     """The state that a stage begins with, on the mesh."""
     average = policy_average(c)
-    train = init_state(mesh, split(learner.params)[1], learner.optimizer, average and average.of)
+    how = learner.optimizer, average and average.of, learner.offload
+    train = init_state(mesh, split(learner.params)[1], *how)
     state = OnlineState(train, jnp.float32(c.kl.in_reward), jnp.int32(0))
     return jax.device_put(state, state_shardings(mesh, state))
 
@@ -94,7 +103,8 @@ def first_state(c: Any, mesh: jax.sharding.Mesh, learner: OnlineLearner) -> Onli
 def first_state_shapes(c: Any, mesh: jax.sharding.Mesh, learner: OnlineLearner) -> OnlineState:
     """The shapes and layouts of that state."""
     average = policy_average(c)
-    train = init_state_shapes(mesh, split(learner.params)[1], learner.optimizer, average and average.of)
+    how = learner.optimizer, average and average.of, learner.offload
+    train = init_state_shapes(mesh, split(learner.params)[1], *how)
     number: Any = partial(jax.ShapeDtypeStruct, ())
     return state_shapes(mesh, OnlineState(train, number(jnp.float32), number(jnp.int32)))
 
@@ -115,7 +125,7 @@ def build(
     pack = partial(packed_experience, part, **packed)
 
     def score(base: Params, trained: Params, frozen: Any, rollout: Rollout) -> Rollout:
-        params = join(base, trained)
+        params, frozen = join(base, trained), on_device(frozen)  # once, not for each part of the rows
 
         def of_rows(rows: TokenBatch) -> tuple[Any, ...]:
             others = rows.unrouted()

@@ -41,8 +41,9 @@ def learner(c: schema.Ppo, mesh: jax.sharding.Mesh, starts: Starts) -> OnlineLea
         models={"policy": policy_model, "value": value_model},
         params={"policy": policy, "value": value},
         judges=judges,
-        frozen=frozen_of(policy_model, policy, judges, scoring),
+        frozen=frozen_of(policy_model, policy, judges, scoring, starts.offloads("frozen")),
         optimizer=optimizer_of(c, policy_model.config.width),
+        offload=starts.offloads("moments"),
     )
 
 

@@ -35,7 +35,8 @@ def _scored(job: Job, begin: Callable[[], OfflineLearner]) -> OfflineLearner:
     """The learner, measured by the scores of its samples, too."""
     made = begin()
     how = job.config, job.reader, job.mesh, made.model
-    score, validate = reward_meter(*how, last_sampling(job.run), job.key("samples")), made.validate
+    rest = job.offloads("frozen")
+    score, validate = reward_meter(*how, last_sampling(job.run), job.key("samples"), offload=rest), made.validate
     return replace(made, validate=lambda params, opened: validate(params, opened) | score(params))
 
 

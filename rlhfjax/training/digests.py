@@ -18,6 +18,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
+from rlhfjax.host_memory import on_device
+
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)  # two sums, 64 bits together
 _WIDER = {"bfloat16": "float32", "float16": "float32"}  # what loading may make of a stored type without loss
 
@@ -129,6 +131,7 @@ def _digests(leaves: tuple[jax.Array, ...], dtypes: tuple[str, ...]) -> UInt32[A
 
 
 def _digest(leaf: jax.Array, dtype: str) -> UInt32[Array, "2"]:
+    leaf = on_device(leaf)
     bits = _bits(leaf if str(leaf.dtype) == dtype else leaf.astype(dtype))
     place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):

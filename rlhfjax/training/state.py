@@ -14,21 +14,32 @@ from rlhfjax.types import Params, TrainState
 
 
 def init_state(
-    mesh: Mesh, params: Params, optimizer: optax.GradientTransformation, average_of: Callable | None = None
+    mesh: Mesh,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    average_of: Callable | None = None,
+    offload: bool = False,
 ) -> TrainState:
-    """A fresh training state around `params`; `average_of(params)` picks what the moving average follows, if any."""
+    """A fresh training state around `params`; `average_of(params)` picks what the moving average follows, if any.
+
+    With `offload` moments and average lie in the host's memory.
+    """
 
     build = partial(_fresh, optimizer, average_of)
-    shardings = state_shardings(mesh, jax.eval_shape(build, params))
+    shardings = state_shardings(mesh, jax.eval_shape(build, params), offload)
     # Donation is off: the parameters often come from a model that is still needed (the reference).
     return jax.jit(build, out_shardings=shardings)(params)
 
 
 def init_state_shapes(
-    mesh: Mesh, params: Params, optimizer: optax.GradientTransformation, average_of: Callable | None = None
+    mesh: Mesh,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    average_of: Callable | None = None,
+    offload: bool = False,
 ) -> TrainState:
     """The shapes and layouts of that state; `params` may be of shapes."""
-    return state_shapes(mesh, jax.eval_shape(partial(_fresh, optimizer, average_of), params))
+    return state_shapes(mesh, jax.eval_shape(partial(_fresh, optimizer, average_of), params), offload)
 
 
 def _fresh(optimizer: optax.GradientTransformation, average_of: Callable | None, params: Params) -> TrainState:

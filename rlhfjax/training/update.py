@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from rlhfjax.algorithms import Objective
 from rlhfjax.algorithms.objective import Gradients, Mix, MixedBatch, online_part
+from rlhfjax.host_memory import back, on_device
 from rlhfjax.layout import as_parameters
 from rlhfjax.training.averaging import Average, moved_average
 from rlhfjax.types import Params, Skipped, TrainState
@@ -79,13 +80,14 @@ def apply_gradients(
     optimizer: optax.GradientTransformation, state: TrainState, grads: Params, kept: Average | None = None
 ) -> TrainState:
     """One optimizer step, after which the average moves; skipped updates do not count for it."""
-    updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+    updates, moments = optimizer.update(grads, on_device(state.optimizer), state.params)
     params: Any = optax.apply_updates(state.params, updates)
     average = state.average
     if average is not None and kept is not None:
         taken = state.step - state.skipped.total + 1
-        average = moved_average(average, kept.of(params), kept.decay, taken)
-    return replace(state, params=params, optimizer=opt_state, step=state.step + 1, average=average)
+        average = back(moved_average(on_device(average), kept.of(params), kept.decay, taken), average)
+    moments = back(moments, state.optimizer)
+    return replace(state, params=params, optimizer=moments, step=state.step + 1, average=average)
 
 
 def apply_if_finite(

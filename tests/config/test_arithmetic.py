@@ -275,6 +275,10 @@ def test_every_stage_may_have_a_mesh_of_its_own(load):
     assert run.mesh.of("ppo") is run.mesh
     assert "sft.mesh" in describe(run, 8)
     assert least_devices(run.mesh) == 8
+    own = load("stages.sft.mesh={fsdp: 8, offload: moments}")
+    assert [own.mesh.of(stage).offloads("moments") for stage in ("sft", "ppo")] == [True, False]
+    assert not own.mesh.of("sft").offloads("frozen")
+    assert "8 devices, moments in their hosts' memory" in describe(own, 8)
     assert problem(load("stages.stf.mesh={fsdp: 8}"), 8).startswith(
         "stages.stf.mesh: stf is no stage; expected one of "
     )

@@ -13,6 +13,7 @@ from rlhfjax.config import schema
 from rlhfjax.evaluation.report.run_data import read_run
 from rlhfjax.stages.objectives import joined_rows, preference_optimisation
 from rlhfjax.training.checkpoint import find_checkpoint, load_model
+from stages.conftest import assert_same_bits, saved
 from stages.tiny_recipe import recipe
 
 
@@ -87,3 +88,12 @@ def test_what_was_preferred_is_measured_and_compared_with_what_it_began_as(prefe
     assert list(found.heldout_losses) == ["pretrain", "sft", "dpo"]
     assert list(found.stage_seconds) == ["tokenizer", "pretrain", "sft", "dpo", "evaluate"]
     assert list(found.samples[0].responses) == ["sft", "dpo"]
+
+
+def test_a_reference_in_the_hosts_memory_changes_no_bit(preferring, command, tmp_path):
+    for stage in ("tokenizer", "pretrain", "sft"):
+        shutil.copytree(preferring / stage, tmp_path / "run" / stage)
+    words = "mesh.offload=all", "stages.evaluate=null", "--run-dir", tmp_path / "run"
+    code, _, err = command("run", preferring.parent / "dpo.yaml", *words)
+    assert code == 0, err
+    assert_same_bits(*(saved(find_checkpoint(place / "dpo")) for place in (tmp_path / "run", preferring)))

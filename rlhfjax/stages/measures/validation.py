@@ -14,11 +14,13 @@ from rlhfjax.algorithms.reward_modelling import RewardModelling
 from rlhfjax.config import schema
 from rlhfjax.data.by_step import Batches
 from rlhfjax.data.pipeline import Reader
+from rlhfjax.host_memory import on_device
 from rlhfjax.models import SequenceModel
 from rlhfjax.sharding import place_share
 from rlhfjax.sharding.sampling import sampling_on
 from rlhfjax.stages.measures.draws import draws_of
 from rlhfjax.stages.objectives import language_modelling
+from rlhfjax.stages.starts import at_rest
 from rlhfjax.training.checkpoint import find_checkpoint, load_model
 from rlhfjax.training.state import abstract
 from rlhfjax.training.update import Pack, summed
@@ -63,12 +65,15 @@ def reward_meter(
     sampled: schema.Sampling | None,
     key: jax.Array,
     count: int = 64,
+    offload: bool = False,
 ) -> Callable[[Params], dict[str, float]]:
     """Mean score that the reward model at `reward_model` gives samples for validation prompts (`draws_of`).
 
-    InstructGPT chose its SFT checkpoint by this, not by validation loss (Ouyang et al. 2022, C.1).
+    InstructGPT chose its SFT checkpoint by this, not by validation loss (Ouyang et al. 2022, C.1). With `offload` that
+    model lies in the hosts' memory in between.
     """
     scorer, reward = load_model(find_checkpoint(str(c.reward_model)), mesh)
+    reward = at_rest(reward, offload)
     pairs = reader.demonstration_ids(c.validation, c.batch.length, count, c.batch.refused)
     context = min(model.config.context, scorer.config.context)
     draws = draws_of(sampled, reader.tokenizer, [prompt for prompt, _ in pairs], context, c.batch.length)
@@ -77,7 +82,7 @@ def reward_meter(
     def mean_score(params, reward, key):
         made = sampling_on(mesh, draws.of)(model, params, key)
         parts = (made.prompt, made.prompt_mask, made.response, made.response_mask)
-        return scorer.response_scores(reward, *parts).mean()
+        return scorer.response_scores(on_device(reward), *parts).mean()
 
     return lambda params: {"eval/reward_score": float(mean_score(params, reward, key))}
 
