@@ -1,4 +1,4 @@
-"""python -m benchmarks [cpu|gpu|compiled] [--peers] [--quick] [--only NAME…] [--json FILE]
+"""python -m benchmarks [cpu|gpu|compiled] [--peers] [--quick] [--only NAME…] [--json FILE], or export [--layers N]
 
 Times every workload, this package and its peers in turns, prints a table, and writes a list of rows after each
 workload, so that a run that is stopped keeps what it has.
@@ -110,6 +110,10 @@ def keep(rows: Sequence[Row], path: Path | None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["export"]:
+        from benchmarks import export
+
+        return export.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed, beside other systems.")
     parser.add_argument("device", nargs="?", choices=["cpu", "gpu", "compiled"], default="cpu")
     parser.add_argument("--peers", action="store_true", help="also time the peers (their environments are made once)")

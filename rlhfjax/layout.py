@@ -6,6 +6,7 @@ of each trace; so models hear of no mesh. Without one everything stays where XLA
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, Protocol
 
 import jax
@@ -96,6 +97,17 @@ def laid_out_by(layout: Layout | None) -> Iterator[None]:
     """Within, what is traced lies where `layout` says; None is a single device."""
     with _current(layout):
         yield
+
+
+def laid_out_on(layout: Layout | None, program: Program) -> Program:
+    """A function that is traced within `laid_out_by`, whoever calls it."""
+
+    @wraps(program)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with laid_out_by(layout):
+            return program(*args, **kwargs)
+
+    return traced
 
 
 def current() -> Layout | None:

@@ -1,6 +1,6 @@
 """A trained model in memory, to compute with, sample from and score with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhfjax.api.prompts import Prompt, check_ids, pair_ids, prompt_ids
@@ -27,7 +28,11 @@ from rlhfjax.api.settings import (
 from rlhfjax.data.batches import left_padded, right_padded
 from rlhfjax.errors import ConfigError
 from rlhfjax.generation import BeamParams, Engine, Programs, Room, SamplingParams, Speculation, beam_search
+from rlhfjax.layout import laid_out_on
 from rlhfjax.models import DecoderConfig, EncoderDecoder, EncoderDecoderConfig, SequenceModel
+from rlhfjax.sharding import row_shards
+from rlhfjax.sharding.activations import layout_of
+from rlhfjax.sharding.sampling import sampling_on
 from rlhfjax.text.loading import AnyTokenizer
 from rlhfjax.training.checkpoint import SCALAR, read_meta
 from rlhfjax.types import Params, PromptBatch
@@ -47,6 +52,7 @@ class Model:
     params: Params
     tokenizer: AnyTokenizer | None
     step_dir: Path | None = None  # where it was read from
+    mesh: Mesh | None = None  # of several devices, where its parameters lie
 
     @property
     def config(self) -> DecoderConfig | EncoderDecoderConfig:
@@ -200,19 +206,27 @@ class Model:
     def _logits(self):
         if isinstance(self.network, EncoderDecoder):
             raise ConfigError("logits: expected a decoder, got an encoder–decoder, whose logits are of a response")
-        return jax.jit(self.network.logits)
+        return jax.jit(self._split(self.network.logits))
 
     @cached_property
     def _scores(self):
-        return jax.jit(self.network.scores)
+        return jax.jit(self._split(self.network.scores))
 
     @cached_property
     def _programs(self) -> Programs:
-        return Programs(self.network, self.params)
+        sampled = partial(sampling_on, self.mesh) if self.mesh else lambda program: program
+        return Programs(self.network, self.params, laid_out=sampled)
 
     @cached_property
     def _beam_search(self):
-        return jax.jit(partial(beam_search, self.network), static_argnums=2)
+        def search(params: Params, prompts: PromptBatch, settings: BeamParams) -> Any:
+            return beam_search(self.network, params, prompts, settings)
+
+        return jax.jit(sampling_on(self.mesh, search) if self.mesh else search, static_argnums=2)
+
+    def _split(self, program: Callable[..., Any]) -> Callable[..., Any]:
+        """The program of all the devices of the mesh, which share its rows."""
+        return laid_out_on(layout_of(self.mesh), program) if self.mesh else program
 
     def _opened(self, room: Room, block: int = 1) -> Session:
         return Session(Engine(self._programs, room, block), self.tokenizer, self.config.vocab_size)
@@ -229,10 +243,13 @@ class Model:
         return [stream.completion for stream in streams]
 
     def _scored(self, pairs: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
+        count = len(pairs)
+        if self.mesh:  # rows that all devices have as many of
+            pairs = [*pairs, *[pairs[-1]] * (-count % row_shards(self.mesh))]
         tokens, mask = right_padded([prompt + response for prompt, response in pairs], pad_id(self.tokenizer))
         self._check_length(tokens.shape[1])
         lengths = np.asarray([len(prompt) for prompt, _ in pairs], np.int32)
-        return np.asarray(self._scores(self.params, tokens, mask, lengths))
+        return np.asarray(self._scores(self.params, tokens, mask, lengths))[:count]
 
     def _prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         return prompt_ids(self.tokenizer, self.config.vocab_size, prompts)

@@ -1,6 +1,6 @@
 """A model's compiled programs for those who hold lists of ids: whole responses at once, or a token at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,11 +37,19 @@ class Programs:
     """A model with weights that stay arranged. Rows, widths and lengths are padded to powers of two, one program each.
 
     Padding is never sampled, and other settings are no other program: the number of prompts and how to draw are
-    arguments. Only draft tokens (`SamplingParams.speculation`) are compiled in.
+    arguments. Only draft tokens (`SamplingParams.speculation`) are compiled in. `laid_out` is put around
+    what is traced.
     """
 
-    def __init__(self, model: Sampler, params: Params, slots: int = 64, narrowest: int = 16):
-        self._arrange = jax.jit(model.arrange, static_argnums=1)
+    def __init__(
+        self,
+        model: Sampler,
+        params: Params,
+        slots: int = 64,
+        narrowest: int = 16,
+        laid_out: Callable[[Callable], Callable] = lambda program: program,
+    ):
+        self._arrange = jax.jit(laid_out(model.arrange), static_argnums=1)
         self._params, self._weights = params, {}
         self.slots, self.narrowest = slots, narrowest
 
@@ -64,11 +72,11 @@ class Programs:
             slots = replace(slots, active=slots.active & kept)
             return jax.lax.scan(lambda slots, _: step(model, weights, slots), slots, length=count)
 
-        self.run = jax.jit(run, static_argnames=("shape", "samples"))
-        self.open = jax.jit(opened, static_argnums=0)
+        self.run = jax.jit(laid_out(run), static_argnames=("shape", "samples"))
+        self.open = jax.jit(laid_out(opened), static_argnums=0)
         # A session's cache is written in place; what went in is gone.
-        self.admit = jax.jit(admitted, donate_argnums=1)
-        self.step = jax.jit(stepped, static_argnames="count", donate_argnums=1)
+        self.admit = jax.jit(laid_out(admitted), donate_argnums=1)
+        self.step = jax.jit(laid_out(stepped), static_argnames="count", donate_argnums=1)
 
     def weights(self, rows: int) -> Any:
         """The weights as so many rows read them on the target."""

@@ -7,13 +7,12 @@ has to be gathered for a token; all other axes split rows, and `sequence` does, 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from rlhfjax.layout import laid_out_by
+from rlhfjax.layout import laid_out_on
 from rlhfjax.sharding.activations import MeshLayout
 from rlhfjax.sharding.per_device import repeated
 from rlhfjax.sharding.rules import MESH_AXES, dividing
@@ -57,12 +56,11 @@ def sampling_layout(mesh: Mesh) -> SamplingLayout | None:
     return SamplingLayout(mesh) if mesh.size > 1 else None
 
 
+def sampling_shards(mesh: Mesh) -> int:
+    """How many devices share the rows that are sampled, where their number divides by it."""
+    return math.prod(mesh.shape[axis] for axis in _ROWS)
+
+
 def sampling_on(mesh: Mesh, program: Callable[..., Any]) -> Callable[..., Any]:
     """A function that is traced for sampling on this mesh, whatever layout is set around it."""
-
-    @wraps(program)
-    def traced(*args: Any, **kwargs: Any) -> Any:
-        with laid_out_by(sampling_layout(mesh)):
-            return program(*args, **kwargs)
-
-    return traced
+    return laid_out_on(sampling_layout(mesh), program)

@@ -96,7 +96,7 @@ class Measured:
         if not job.run.stages.reward:
             return None
         gain = _complete(job, "reward").get("normalized_gain", 1.0)
-        return RewardScorer(*job.load("reward"), job.tokenizer, gain, job.report)
+        return RewardScorer(*job.load("reward"), job.tokenizer, gain, job.report, job.mesh)
 
 
 def _losses(measured: Measured) -> dict[str, dict[str, float]]:

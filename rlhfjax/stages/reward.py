@@ -1,5 +1,6 @@
 """The reward model: trained on rankings, then centred."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +19,7 @@ from rlhfjax.stages.batches import held_out, longest, open_batches
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.learning import Facts
 from rlhfjax.stages.measures.draws import draws_of, last_sampling
+from rlhfjax.stages.measures.reward_scores import RowScorer
 from rlhfjax.stages.measures.validation import accuracy_meter, named
 from rlhfjax.stages.objectives import reward_modelling
 from rlhfjax.stages.offline import OfflineLearner, learn_offline
@@ -70,20 +72,14 @@ def normalize_scores(job: Job, model: SequenceModel, params: Params) -> tuple[Pa
     pairs = job.reader.demonstration_ids(n.data, c.batch.length, n.count, c.batch.refused)
     if n.on == "samples":
         pairs = _sampled(job, [prompt for prompt, _ in pairs])
-    tokens, mask = right_padded([prompt + response for prompt, response in pairs], job.tokenizer.pad_id)
-    lengths = np.asarray([len(prompt) for prompt, _ in pairs], np.int32)
-
-    def one(params: Params, row: tuple) -> jax.Array:
-        return model.scores(params, *(part[None] for part in row))[0]
-
-    score = jax.jit(lambda p, *rows: jax.lax.map(partial(one, p), rows, batch_size=64))
-    before = score(params, tokens, mask, lengths)
+    score = _scorer(job, model, pairs)
+    before = score(params)
     spread = before.std()
     if n.scale and spread < 1e-5:  # rounding alone
         job.report(f"reward: the scores of {len(pairs)} {n.on} are all alike, so they are centred and not scaled")
     gain = 1.0 / spread if n.scale and spread >= 1e-5 else jnp.float32(1.0)
     params = params | {"head": rescale_head(params["head"], gain, -gain * before.mean())}
-    after = score(params, tokens, mask, lengths)
+    after = score(params)
     return params, {
         "eval/rm/normalized_mean": float(after.mean()),
         "eval/rm/normalized_std": float(after.std()),
@@ -91,6 +87,25 @@ def normalize_scores(job: Job, model: SequenceModel, params: Params) -> tuple[Pa
         "normalized_on": f"{len(pairs)} {n.on}",
         "normalized_lengths": _spread([len(response) for _, response in pairs]),
     }
+
+
+def _scorer(
+    job: Job, model: SequenceModel, pairs: Sequence[tuple[list[int], list[int]]]
+) -> Callable[[Params], jax.Array]:
+    """Scores of the pairs, whose rows the devices of the mesh share."""
+    rows = [prompt + response for prompt, response in pairs]
+    begins = [len(prompt) for prompt, _ in pairs]
+    if job.mesh.size > 1:
+        score_rows = RowScorer(job.mesh, model, job.tokenizer.pad_id)
+        width = max(map(len, rows))
+        return lambda params: jnp.asarray(score_rows(params, rows, begins, width))
+    batch = *right_padded(rows, job.tokenizer.pad_id), np.asarray(begins, np.int32)
+
+    def one(params: Params, row: tuple) -> jax.Array:
+        return model.scores(params, *(part[None] for part in row))[0]
+
+    score = jax.jit(lambda p, *rows: jax.lax.map(partial(one, p), rows, batch_size=64))
+    return lambda params: score(params, *batch)
 
 
 def _spread(lengths: list[int]) -> dict[str, float]:
@@ -101,10 +116,8 @@ def _spread(lengths: list[int]) -> dict[str, float]:
 def _sampled(job: Job, prompts: list[list[int]]) -> list[tuple[list[int], list[int]]]:
     model, policy = job.policy_from("sft", "pretrain")
     length = job.config.batch.length
-    draws = draws_of(last_sampling(job.run), job.tokenizer, prompts, model.config.context, length)
+    draws = draws_of(last_sampling(job.run), job.tokenizer, prompts, model.config.context, length, job.mesh)
     draw = jax.jit(partial(sampling_on(job.mesh, draws.of), model))
     rollout = processes.fetch(draw(policy, job.key("samples")))
-    return [
-        (prompt, response[kept].tolist())
-        for prompt, response, kept in zip(prompts, rollout.response, rollout.response_mask, strict=True)
-    ]
+    made = zip(rollout.response[: draws.count], rollout.response_mask[: draws.count], strict=True)
+    return [(prompt, response[kept].tolist()) for prompt, (response, kept) in zip(prompts, made, strict=True)]

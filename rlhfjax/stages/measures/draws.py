@@ -13,6 +13,7 @@ from rlhfjax.config.recipe import online
 from rlhfjax.data.batches import left_padded
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.models import SequenceModel
+from rlhfjax.sharding.sampling import sampling_shards
 from rlhfjax.stages.models import plain_sampling, sampling_params
 from rlhfjax.text.loading import AnyTokenizer
 from rlhfjax.types import Params, PromptBatch, Rollout
@@ -20,11 +21,15 @@ from rlhfjax.types import Params, PromptBatch, Rollout
 
 @dataclass(frozen=True)
 class Draws:
-    """Prompts, how to sample responses to them, and the most tokens of each response."""
+    """Prompts, how to sample responses to them, and the most tokens of each response.
+
+    The first `count` are those that were asked for; others fill up the rows of the last devices.
+    """
 
     prompts: PromptBatch
     sampling: SamplingParams
     budgets: Int[Array, "B"]
+    count: int
 
     def of(self, model: SequenceModel, params: Params, key: jax.Array) -> Rollout:
         """A response to each prompt. Those that reach their budget have not ended, as at `max_new_tokens`."""
@@ -46,12 +51,16 @@ def draws_of(
     prompts: Sequence[Sequence[int]],
     context: int,
     length: int,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Draws:
     """As `sampled` says, within `context` tokens; without it as the policy is, up to `length`.
 
     The budget of a response depends on its own prompt alone: `length` or `context` less the prompt, and no more than
-    `max_new_tokens`.
+    `max_new_tokens`. There are as many rows as the devices of a `mesh` can share evenly.
     """
+    count = len(prompts)
+    if mesh is not None:
+        prompts = [*prompts, *[prompts[-1]] * (-count % sampling_shards(mesh))]
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     if sampled:
         sampling = replace(sampling_params(sampled, tokenizer), speculation=None)
@@ -61,7 +70,7 @@ def draws_of(
         sampling = plain_sampling(int(budgets.max()), tokenizer)
     tokens, mask = left_padded(prompts, tokenizer.pad_id)
     places = jnp.arange(len(tokens), dtype=jnp.int32)
-    return Draws(PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), places), sampling, jnp.asarray(budgets))
+    return Draws(PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), places), sampling, jnp.asarray(budgets), count)
 
 
 def last_sampling(run: schema.Run) -> schema.Sampling | None:

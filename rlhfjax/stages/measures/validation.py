@@ -76,13 +76,13 @@ def reward_meter(
     reward = at_rest(reward, offload)
     pairs = reader.demonstration_ids(c.validation, c.batch.length, count, c.batch.refused)
     context = min(model.config.context, scorer.config.context)
-    draws = draws_of(sampled, reader.tokenizer, [prompt for prompt, _ in pairs], context, c.batch.length)
+    draws = draws_of(sampled, reader.tokenizer, [prompt for prompt, _ in pairs], context, c.batch.length, mesh)
 
     @jax.jit
     def mean_score(params, reward, key):
         made = sampling_on(mesh, draws.of)(model, params, key)
         parts = (made.prompt, made.prompt_mask, made.response, made.response_mask)
-        return scorer.response_scores(on_device(reward), *parts).mean()
+        return scorer.response_scores(on_device(reward), *parts)[: draws.count].mean()
 
     return lambda params: {"eval/reward_score": float(mean_score(params, reward, key))}
 
