@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rlhfjax import layout
 from rlhfjax.host import processes
@@ -45,23 +46,39 @@ def step_options(mesh: jax.sharding.Mesh, params: Any) -> dict[str, Any] | None:
     devices = list(mesh.devices.flat)
     pretended = devices[0].platform == "cpu" and len(devices) > len({device.process_index for device in devices})
     if not pretended or sum(math.prod(x.shape) for x in jax.tree.leaves(params)) > SMALL:
-        return training_options()
+        return training_options(mesh)
     return {name: value for name, value in QUICK.items() if not refused([f"--{name}={str(value).lower()}"])}
 
 
-def training_options(target: Target | None = None) -> dict[str, str] | None:
+def training_options(mesh: jax.sharding.Mesh, target: Target | None = None) -> dict[str, str] | None:
     """Compiler options of a target's programs that run whole models over whole batches (None: of the current one's).
 
     On GPUs they are not recorded as CUDA graphs: cuDNN's attention inside a recorded loop ended with a launch failure
-    (jax 0.11.2, H100), and such programs do not wait for launches. An XLA without that option has none of them. On TPUs
-    they say how products and collectives are put together.
+    (jax 0.11.2, H100), and such programs do not wait for launches. On TPUs they say how products and collectives are
+    put together. A compiler that lacks an option does without.
     """
     platform = (target or current()).platform
     if platform == "tpu":
-        return dict(_ON_TPUS)
+        devices = list(mesh.devices.flat)
+        here = next((device for device in devices if device.process_index == jax.process_index()), devices[0])
+        return {name: value for name, value in _ON_TPUS.items() if knows(here, name, value)}
     if platform != "gpu" or refused(["--xla_gpu_enable_command_buffer="]):
         return None
     return {"xla_gpu_enable_command_buffer": ""}
+
+
+@cache
+def knows(device: jax.Device, name: str, value: str) -> bool:
+    """Whether the compiler for a device, which need not be here, has an option."""
+    place = jax.sharding.SingleDeviceSharding(device)
+    program = jax.jit(lambda: jnp.zeros(()), out_shardings=place, compiler_options={name: value})
+    try:
+        program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return False
+    return True
 
 
 def unbound(function: Any) -> tuple[tuple, Any]:

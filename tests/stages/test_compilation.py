@@ -13,7 +13,7 @@ from rlhfjax.config import load_config
 from rlhfjax.sharding import make_mesh
 from rlhfjax.stages import compilation
 from rlhfjax.stages.building import Vocabulary, build
-from rlhfjax.stages.compilation import Ahead, step_options
+from rlhfjax.stages.compilation import Ahead, knows, step_options
 from rlhfjax.target import building_for, current, machine, target_of
 from rlhfjax.training.online import OnlineSteps
 from rlhfjax.types import OnlineState, TrainState
@@ -107,6 +107,15 @@ def test_small_models_on_devices_that_a_cpu_pretends_to_have_are_compiled_quickl
     assert step_options(mesh_of(data=1), parameters(8)) is None
     processes = [SimpleNamespace(platform="cpu", process_index=index) for index in range(2)]
     assert step_options(SimpleNamespace(devices=np.array(processes)), parameters(8)) is None
+
+
+def test_options_that_a_compiler_lacks_are_left_out():
+    # fails if an error of the compiler is raised, or is taken for want of the option
+    device = jax.devices()[0]
+    assert knows(device, "xla_backend_optimization_level", "1")
+    assert not knows(device, "xla_no_such_option", "true")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_backend_optimization_level"):
+        knows(device, "xla_backend_optimization_level", "much")
 
 
 @pytest.mark.parametrize(("stage", "programs"), [("sft", ["step"]), ("ppo", ["score", "update"])])

@@ -111,7 +111,7 @@ def _program(
 ) -> Callable:
     how: dict[str, Any] = {"temperature": settings.temperature or 1.0}
 
-    @partial(jax.jit, compiler_options=training_options(target))
+    @partial(jax.jit, compiler_options=training_options(mesh, target))
     def sample(params, reference, reward, batch, key):
         made = sampling_on(mesh, generate)(sampling_model, params, batch, key, settings)
 
