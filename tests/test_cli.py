@@ -110,6 +110,7 @@ def calls(monkeypatch):
     monkeypatch.setattr("rlhfjax.cli.reproducing.supervise", record("supervise", 0))
     monkeypatch.setattr("rlhfjax.cli.checking._directories", lambda *_: iter([Path("somewhere")]))
     monkeypatch.setattr("rlhfjax.cli.checking.check", record("check", Checked(2, 3, ())))
+    monkeypatch.setattr("rlhfjax.interop.verify_export.check", record("check_export", ([], "9 tensors")))
     return made
 
 
@@ -146,7 +147,7 @@ def examples():
 def test_the_verbs_are_these():
     assert {" ".join(names) for names, _ in verbs()} == {
         "run", "ls", "cp", "show", "validate", "schema", "generate", "import", "export", "env", "metrics",
-        "data prepare", "data inspect", "launch local", "verify", "reproduce", "score",
+        "data prepare", "data inspect", "launch local", "verify", "verify-export", "reproduce", "score",
     }  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def training_options(mesh: jax.sharding.Mesh, target: Target | None = None) -> d
 
 
 @cache
-def knows(device: jax.Device, name: str, value: str) -> bool:
+def knows(device: Any, name: str, value: str) -> bool:
     """Whether the compiler for a device, which need not be here, has an option."""
     place = jax.sharding.SingleDeviceSharding(device)
     program = jax.jit(lambda: jnp.zeros(()), out_shardings=place, compiler_options={name: value})
