@@ -12,6 +12,7 @@ from tiny import random_tokens, ranked_batch, scalar_params_of, tiny
 from rlhfjax.config import schema
 from rlhfjax.models import LanguageModel
 from rlhfjax.models.heads import apply_head
+from rlhfjax.sharding import make_mesh
 from rlhfjax.stages.objectives import reward_modelling
 from rlhfjax.stages.reward import normalize_scores
 
@@ -94,12 +95,20 @@ def normalizing(scale):
     )
 
 
+def one_device():
+    return make_mesh(devices=jax.devices()[:1])
+
+
 def test_scores_that_are_all_alike_are_not_scaled():
     """Nothing is divided by their deviation, which is rounding: a head of zeros keeps its kernel."""
     said = []
     reader = SimpleNamespace(demonstration_ids=lambda *_: [([1], [2, n]) for n in range(2, 6)])
     job = SimpleNamespace(
-        config=normalizing(True), reader=reader, tokenizer=SimpleNamespace(pad_id=0), report=said.append
+        config=normalizing(True),
+        reader=reader,
+        mesh=one_device(),
+        tokenizer=SimpleNamespace(pad_id=0),
+        report=said.append,
     )
     params = scalar_params_of(MODEL)
     params |= {"head": jax.tree.map(jnp.zeros_like, params["head"])}
@@ -116,7 +125,7 @@ def test_scores_of_reference_responses_are_centred(scale):
     rows = [random_tokens(n % 4 + 2, seed=n, low=1).tolist() for n in range(30)]
     pairs = [(row[:1], row[1:]) for row in rows]
     reader = SimpleNamespace(demonstration_ids=lambda data, length, count, refused: pairs[:count])
-    job = SimpleNamespace(config=settings, reader=reader, tokenizer=SimpleNamespace(pad_id=0))
+    job = SimpleNamespace(config=settings, reader=reader, mesh=one_device(), tokenizer=SimpleNamespace(pad_id=0))
     params = scalar_params_of(MODEL)
     after, facts = normalize_scores(job, MODEL, params)
 

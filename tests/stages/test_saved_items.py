@@ -73,7 +73,7 @@ def run_stage(config):
 
         def forgetful(self):
             state, *rest = restored(self)
-            return forget(state, self._fresh()) if forget else state, *rest
+            return forget(state, self._fresh(self._begun.whole())) if forget else state, *rest
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Learning, "_restored", forgetful)
