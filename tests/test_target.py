@@ -191,6 +191,7 @@ def test_logits_types_and_slots_follow_the_target():
 
 
 DESCRIBING = {
+    "runs/layouts.py",
     "target.py",
     "host/environment.py",
     "runs/manifest.py",
