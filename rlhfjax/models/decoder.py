@@ -146,8 +146,6 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
-            # Where parameters are made their noise depends on it; elsewhere it would trace a layer once more.
-            check_constancy_invariants=self.is_initializing(),
             unroll=1 if self.is_initializing() else _unroll(c),
         )(c, self.dropout)
         if c.norm_place != "post":

@@ -172,7 +172,6 @@ class Stack(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=self.axes,  # pyright: ignore[reportArgumentType]
             length=c.layers,
-            check_constancy_invariants=self.is_initializing(),  # as in `decoder.py`
         )
         return blocks(c, self.dropout, name="blocks")(x, *args)
 

@@ -25,7 +25,7 @@ FIRST = {
 
 @pytest.mark.parametrize(("kind", "model"), [("decoder", tiny()), ("encoder-decoder", ENCODER_DECODER)])
 def test_fresh_parameters_are_those_of_earlier_versions(kind, model):
-    # fails if the loop over layers is built otherwise where parameters are made: seen
+    # fails if flax does not look for what a loop over layers broadcasts, on which the noise depends: seen
     params = model.init(jax.random.key(0))
     for path, first in FIRST[kind].items():
         leaf = params
