@@ -15,7 +15,8 @@ class Batches:
     """Infinite batches of `size` rows by step, of which `local` are made here (None: all).
 
     `dataset` gives rows by their place in the order; `rows` is how many one epoch has. Of comparisons none is longer
-    than `longest` tokens in a packed row, its prompt counted once. `listed` are the sources whose rows have numbers.
+    than `longest` tokens in a packed row, its prompt counted once. `listed` are the sources whose rows have numbers,
+    and `origins` has the place of each row in one of them.
     """
 
     dataset: Any
@@ -25,10 +26,11 @@ class Batches:
     local: Any = None
     longest: int = 0
     listed: Sequence[Listed] = ()
+    origins: Any = None
 
     def numbers(self, first: int, count: int) -> np.ndarray:
         """The rows at so many places of the order from `first` on, counted through the sources that are `listed`."""
-        raise NotImplementedError("places alone are known")
+        return numbers_of(self.origins, self.listed, first, count)
 
     def __getitem__(self, step: int) -> Any:
         return self.make(**_Steps(self.dataset, self.size, self.local)[step])
@@ -52,17 +54,9 @@ class Batches:
 
 @dataclass(frozen=True)
 class PromptBatches(Batches):
-    """Batches of prompts whose records can be had: `origins` has the place of each in one of the `sources`.
+    """Batches of prompts whose records can be had, from the `sources` that are `listed`."""
 
-    These are `listed`.
-    """
-
-    origins: Any = None
     sources: Sequence[Any] = ()
-
-    def numbers(self, first: int, count: int) -> np.ndarray:
-        """The rows at so many places of the order from `first` on, counted through all the sources."""
-        return numbers_of(self.origins, self.listed, first, count)
 
     def records(self, step: int) -> list[dict[str, Any]]:
         """The records of a batch's prompts, row by row as `self[step]` has them: all fields, as their files name them.

@@ -21,6 +21,16 @@ def numbers(path):
     return [{name: row[name] for name in row if not name.startswith(("timing/", "perf/"))} for row in rows]
 
 
+def require_same_bits(run_dir, finished):
+    """Of two whole runs: metrics, arrays and samples."""
+    for stage in TRAINED:
+        assert numbers(run_dir / stage / "metrics.jsonl") == numbers(finished / stage / "metrics.jsonl")
+        ours, theirs = (stored_digests(place / stage / "checkpoints" / str(STEPS)) for place in (run_dir, finished))
+        assert ours == theirs
+        assert ours
+    assert rows_of(run_dir / "ppo" / "samples.jsonl") == rows_of(finished / "ppo" / "samples.jsonl")
+
+
 def test_ten_kills(start, finished, config, tmp_path):
     run_dir, draw = tmp_path / "run", random.Random(11)
     seconds = time.monotonic()
@@ -41,12 +51,7 @@ def test_ten_kills(start, finished, config, tmp_path):
             killed += 1
     assert process.returncode == 0, err
     assert killed > 2  # the run was over before ten at the latest
-    for stage in TRAINED:
-        assert numbers(run_dir / stage / "metrics.jsonl") == numbers(finished / stage / "metrics.jsonl")
-        ours, theirs = (stored_digests(place / stage / "checkpoints" / str(STEPS)) for place in (run_dir, finished))
-        assert ours == theirs
-        assert ours
-    assert rows_of(run_dir / "ppo" / "samples.jsonl") == rows_of(finished / "ppo" / "samples.jsonl")
+    require_same_bits(run_dir, finished)
     assert not [path for path in run_dir.rglob("*") if path.suffix in (".part", ".damaged")]
     attempts = rows_of(run_dir / "manifest.jsonl")
     assert [line["status"] for line in attempts] == ["running"] * (len(attempts) - 1) + ["finished"]
