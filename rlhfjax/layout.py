@@ -122,6 +122,6 @@ def lay(name: str, x: jax.Array) -> jax.Array:
 
 
 def as_parameters(tree: Any) -> Any:
-    """Gradients where the parameters lie."""
+    """Gradients, or parameters after an update, where the parameters lie."""
     layout = current()
     return tree if layout is None else layout.parameters(tree)

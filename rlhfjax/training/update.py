@@ -81,7 +81,8 @@ def apply_gradients(
 ) -> TrainState:
     """One optimizer step, after which the average moves; skipped updates do not count for it."""
     updates, moments = optimizer.update(grads, on_device(state.optimizer), state.params)
-    params: Any = optax.apply_updates(state.params, updates)
+    # Moments lie apart over `data`: what a loop carries from one step to the next would lie as they do.
+    params: Any = as_parameters(optax.apply_updates(state.params, updates))
     average = state.average
     if average is not None and kept is not None:
         taken = state.step - state.skipped.total + 1
