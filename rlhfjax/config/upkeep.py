@@ -2,9 +2,27 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rlhfjax.config.sections import Count, Fraction, NonNegative, Positive, Section
+
+
+class Local(Section):
+    """Steps saved every `every` steps in `dir`, on a disk of each host; off without one.
+
+    A run that is killed goes on from the newest of them, or of the checkpoints. Each process also keeps what another
+    host's holds, so that a host may be lost.
+    """
+
+    dir: str | None = None
+    every: Count = 10
+
+    @field_validator("dir")
+    @classmethod
+    def _on_a_disk(cls, dir: str | None) -> str | None:
+        if dir is not None and ("://" in dir or not dir):
+            raise ValueError(f"expected a directory on a disk of each host, got {dir!r}")
+        return dir
 
 
 class Checkpoints(Section):
@@ -20,6 +38,7 @@ class Checkpoints(Section):
     keep_every: Count | None = None
     keep_best: str | None = None
     on_damage: Literal["fall_back", "stop"] = "fall_back"
+    local: Local = Local()
 
 
 class Guards(Section):

@@ -20,7 +20,7 @@ from rlhfjax.xla_flags import refused, words_of
 
 VARIABLES = ("RLHFJAX_COORDINATOR", "RLHFJAX_NUM_PROCESSES", "RLHFJAX_PROCESS_ID")
 DEVICES = "RLHFJAX_DEVICES_PER_PROCESS"
-_FOREVER_MS = 30 * 24 * 3600 * 1000  # a wait ends earlier when the process that is waited for dies
+FOREVER_MS = 30 * 24 * 3600 * 1000  # a wait ends earlier when the process that is waited for dies
 _ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, RewardError, IntegrityError, Stopped, RlhfjaxError)}
 _ABORTED = 134  # what a process ends with that jax aborts because another one died
 _SIGNS_OF_LOSS = ("Gloo ", "NCCL", "coordination service", "Connection reset by peer")
@@ -204,24 +204,24 @@ def preempted() -> bool:
 def barrier(name: str) -> None:
     """Wait until every process is here."""
     if count() > 1:
-        _client().wait_at_barrier(_turn(name), _FOREVER_MS)
+        shared_store().wait_at_barrier(turn_of(name), FOREVER_MS)
 
 
 def by_first(what: Callable[[], Any], name: str) -> str:
     """Process 0 does it, and the others wait; all get its text, if it gives one. Its expected errors all raise."""
     if count() == 1:
         return what() or ""
-    key = _turn(name)
+    key = turn_of(name)
     if not is_first():
-        told = _client().blocking_key_value_get(key, _FOREVER_MS)
-        _raise("" if told.startswith("+") else told)
+        told = shared_store().blocking_key_value_get(key, FOREVER_MS)
+        raise_verdict("" if told.startswith("+") else told)
         return told[1:]
     try:
         said = what() or ""
     except RlhfjaxError as error:
-        _client().key_value_set(key, json.dumps([type(error).__name__, str(error)]))
-        raise _marked(error) from None
-    _client().key_value_set(key, f"+{said}")
+        shared_store().key_value_set(key, json.dumps([type(error).__name__, str(error)]))
+        raise raised_by_all(error) from None
+    shared_store().key_value_set(key, f"+{said}")
     return said
 
 
@@ -232,19 +232,19 @@ def agree(facts: Mapping[str, str], error: type[RlhfjaxError] = ConfigError) -> 
     """
     if count() == 1:
         return
-    key, own = _turn("agree"), dict(facts)
-    _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(own))
+    key, own = turn_of("agree"), dict(facts)
+    shared_store().key_value_set(f"{key}/{jax.process_index()}", json.dumps(own))
     if not is_first():
-        _raise(_client().blocking_key_value_get(f"{key}/verdict", _FOREVER_MS))
+        raise_verdict(shared_store().blocking_key_value_get(f"{key}/verdict", FOREVER_MS))
         return
     others = {
-        index: json.loads(_client().blocking_key_value_get(f"{key}/{index}", _FOREVER_MS))
+        index: json.loads(shared_store().blocking_key_value_get(f"{key}/{index}", FOREVER_MS))
         for index in range(1, jax.process_count())
     }
     message = difference({0: own} | others)
     verdict = json.dumps([error.__name__, message]) if message else ""
-    _client().key_value_set(f"{key}/verdict", verdict)
-    _raise(verdict)
+    shared_store().key_value_set(f"{key}/verdict", verdict)
+    raise_verdict(verdict)
 
 
 def difference(facts: Mapping[int, Mapping[str, str]]) -> str | None:
@@ -276,7 +276,8 @@ def _whole(x: Any) -> Any:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-def _client() -> Any:
+def shared_store() -> Any:
+    """The store that all processes read and write, which jax keeps at process 0."""
     # What Orbax does, too: jax has no public name for the store that its processes share.
     from jax._src import distributed
 
@@ -286,20 +287,21 @@ def _client() -> Any:
 _turns = 0
 
 
-def _turn(name: str) -> str:
+def turn_of(name: str) -> str:
     """A name that is used once; processes take turns in the same order."""
     global _turns
     _turns += 1
     return f"rlhfjax/{_turns}/{name}"
 
 
-def _raise(verdict: str) -> None:
+def raise_verdict(verdict: str) -> None:
+    """Raise the error, if there is one, that a text of its kind and its message says."""
     if verdict:
         kind, message = json.loads(verdict)
-        raise _marked(_ERRORS[kind](message))
+        raise raised_by_all(_ERRORS[kind](message))
 
 
-def _marked(error: RlhfjaxError) -> RlhfjaxError:
+def raised_by_all(error: RlhfjaxError) -> RlhfjaxError:
     """An error that every process raises: each of them may end as it would by itself."""
     error.everywhere = True  # pyright: ignore[reportAttributeAccessIssue]
     return error

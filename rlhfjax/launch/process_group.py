@@ -1,5 +1,6 @@
 """Processes that live and die together, and are started again as long as that gets a run further."""
 
+import json
 import os
 import selectors
 import signal
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -62,7 +63,11 @@ def progress(run_dir: Path | None) -> tuple[int, int]:
     steps: dict[Path, int] = {}
     for path in run_dir.glob("*/checkpoints/*"):
         if path.name.isdigit():
-            steps[path.parent] = max(steps.get(path.parent, 0), int(path.name))
+            steps[path.parent.parent] = max(steps.get(path.parent.parent, 0), int(path.name))
+    for path in run_dir.glob("*/local.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            local = int(json.loads(path.read_text(encoding="utf-8"))["step"])
+            steps[path.parent] = max(steps.get(path.parent, 0), local)
     return finished, sum(steps.values())
 
 

@@ -28,7 +28,7 @@ from rlhfjax.data.datasets import default_data_dir
 from rlhfjax.data.sources import fingerprint_of, open_either
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.evaluation.judges import require_judges
-from rlhfjax.host import processes
+from rlhfjax.host import exchange, processes
 from rlhfjax.layout import laid_out_by
 from rlhfjax.models import model_of
 from rlhfjax.models.lora import linears, targeted
@@ -42,6 +42,7 @@ from rlhfjax.stages.measures.exact_match import pairs_of
 from rlhfjax.stages.models import sampling_params
 from rlhfjax.text.loading import load_tokenizer
 from rlhfjax.training.checkpoint import find_checkpoint, read_meta, require_writable, tokenizer_of
+from rlhfjax.training.local import require_local_dir
 from rlhfjax.training.metrics_catalogue import METRICS, metric_of
 
 
@@ -67,7 +68,9 @@ def make_jobs(
     for checkpoints in (run_dir / stage / "checkpoints" for stage in stages):
         if os.path.lexists(checkpoints):  # a link to another disk, perhaps
             processes.by_first(partial(require_writable, checkpoints), "writable")
-    shared = {"date": date}
+    if run.checkpoints.local.dir:
+        exchange.by_each(partial(require_local_dir, run.checkpoints.local.dir), "local")
+    shared: dict[str, Any] = {"date": date}
     jobs = [Job(run, stage, run_dir, data_dir, mesh_of(run, stage), report, shared) for stage in stages]
     for job in jobs:
         for what in ("moments", "frozen"):

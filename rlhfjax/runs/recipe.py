@@ -151,7 +151,7 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
     if change := other_layout(manifest.before, manifest.line):
         report(f"{jobs[0].stage}: continues {change}; from here on results match within rounding, not bitwise")
     for job in jobs:
-        job.shared["began"] = began
+        job.shared.update(began=began, note=manifest.note)
         if job is next((j for j in jobs if j.stage != TOKENIZER), None):
             agree_on_tokenizer(job)
             manifest.note(**tokenizer_facts(job.tokenizer))

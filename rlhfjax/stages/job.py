@@ -28,6 +28,7 @@ from rlhfjax.training.checkpoint import (
     reference_to,
     save_model,
 )
+from rlhfjax.training.local import TOKEN, LocalSteps
 from rlhfjax.training.state import born
 from rlhfjax.training.supervision import Watch
 from rlhfjax.types import Params
@@ -100,6 +101,18 @@ class Job:
         settings: dict[str, Any] = {"keep_every": c.keep_every, "best_metric": c.keep_best, "report": self.report}
         settings["fall_back"] = c.on_damage == "fall_back"
         return Checkpoints(self.dir / "checkpoints", c.keep, keep_best, **settings)
+
+    def local_steps(self) -> LocalSteps | None:
+        """Where this stage saves on each host's own disk, if it does."""
+        local = self.run.checkpoints.local
+        if local.dir is None:
+            processes.by_first(lambda: (self.dir / TOKEN).unlink(missing_ok=True), "local token")
+            return None
+
+        def report(text: str) -> None:
+            self.report(f"{self.stage}: {text}")
+
+        return LocalSteps(Path(local.dir), local.every, self.dir, f"{self.run.name}-{self.stage}", report)
 
     def load(self, stage: str, item: str | None = None) -> tuple[SequenceModel, Params]:
         """The model that an earlier stage of this run left."""

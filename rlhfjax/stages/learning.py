@@ -5,7 +5,7 @@ closes what it opened, whatever happens.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +20,7 @@ from rlhfjax.stages.job import Job
 from rlhfjax.training.checkpoint import Checkpoints, meta_of
 from rlhfjax.training.guards import Guard, Memory, RollBack, good_before, memory_of, with_rollbacks
 from rlhfjax.training.ledger import Order
+from rlhfjax.training.local import restored_newest
 from rlhfjax.training.loop import Beside, Counts
 from rlhfjax.training.metrics import MetricsWriter
 from rlhfjax.training.optimizer import learning_rate
@@ -86,20 +87,32 @@ class Learning(Generic[State]):
     ):
         self._job, self.checkpoints, self._stored, self._meta = job, checkpoints, stored, meta
         self._begun, self._fresh, self._shapes = begun, fresh, shapes
+        self.local = job.local_steps()
+        self.saved = 0  # the newest step that a checkpoint holds
         self.state, memory, self.finished = self._restored()
         self.guard = Guard(job.run.reliability.guards, job.dir, job.stage, memory)
 
     def _restored(self) -> tuple[State, Memory, Facts | None]:
         shapes, stored = self._shapes, self._stored
-        if self.checkpoints.latest() is not None:
-            self._begun.let_go()
-        restored = self.checkpoints.restore_newest(stored.models(shapes), stored.training(shapes))
+        restored = self._newest(stored.models(shapes), stored.training(shapes))
+        self.saved = self.checkpoints.latest() or 0
         if restored is None:
             return self._fresh(self._begun.whole()), Memory(), None
         models, training, meta = restored
         memory = memory_of(meta)
         skipped = _restored_counts(stored.skipped(shapes), memory)
         return stored.whole(shapes, models, training, skipped), memory, meta.get("facts")
+
+    def _newest(self, models: dict[str, Params], training: tuple) -> Any:
+        if self.local is None:
+            if self.checkpoints.latest() is not None:
+                self._begun.let_go()
+            return self.checkpoints.restore_newest(models, training)
+        rows = self._job.dir / "metrics.jsonl"
+        restored, local = restored_newest(self.checkpoints, self.local, rows, models, training, self._begun.let_go)
+        if restored and local and (note := self._job.shared.get("note")):
+            note(resumed_from={"stage": self._job.stage, "step": restored[2]["step"], "local": True})
+        return restored
 
     def place(self, state: State) -> int:
         """The batch that comes after a state: rollbacks pass over some."""
@@ -109,7 +122,16 @@ class Learning(Generic[State]):
         """A checkpoint; with `facts` the last one of the stage, `score` is what the best is chosen by."""
         told = self._meta | {"facts": facts, "guards": self.guard.memory.saved()}
         models, training = self._stored.models(state), self._stored.training(state)
-        self.checkpoints.save(self._stored.step(state), models, training, told, score, self.writer.latest)
+        self.saved = self._stored.step(state)
+        self.checkpoints.save(self.saved, models, training, told, score, self.writer.latest)
+
+    def spare(self, state: State, step: int) -> Callable[[], None] | None:
+        """What saves a step on the hosts' own disks, when that is due."""
+        local = self.local
+        if local is None or step % local.every:
+            return None
+        told = {"facts": None, "guards": self.guard.memory.saved()}
+        return lambda: local.save(step, self._stored.models(state), self._stored.training(state), told)
 
     def batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Batches on the mesh, between which failed saves show."""
@@ -134,6 +156,7 @@ class Learning(Generic[State]):
             guard=self.guard,
             trace=Trace(job.dir, job.run.profile, job.stage),
             first_step=None if ahead.facts else ahead.first_step,
+            spare=self.spare,
         )
 
     def run(self, train: Callable[[State], State], finish: Callable[[State], Facts], order: Order) -> Facts:
@@ -146,8 +169,14 @@ class Learning(Generic[State]):
         board = self._job.run.logging.tensorboard
         self.writer = MetricsWriter(self._job.dir, self._stored.step(self.state), board, order=order)
         self.watch = self._job.watch()
-        with held(), closing(self.checkpoints), closing(self.writer), closing(self.watch):
-            return finish(with_rollbacks(train, self.state, self._back))
+        with held(), ExitStack() as opened:
+            for each in (self.local, self.checkpoints, self.writer, self.watch):
+                if each:
+                    opened.enter_context(closing(each))
+            facts = finish(with_rollbacks(train, self.state, self._back))
+        if self.local:
+            self.local.finish()
+        return facts
 
     def facts(self) -> Facts:
         """What there is to say of the way: how long a stop would have taken, rows not written, what guards did."""
@@ -158,6 +187,8 @@ class Learning(Generic[State]):
 
         Checkpoints after it are deleted: a run that is killed now must not go on from them.
         """
+        if self.local:
+            self.local.forget()
         self.checkpoints.forget_after(good_before(self.checkpoints.steps(), rollback.since) or 0)
         state, memory, _ = self._restored()
         step = self._stored.step(state)

@@ -58,7 +58,8 @@ def learn_online(job: Job, learner_of: Callable[[], OnlineLearner]) -> Facts:
     rate, flops = rate_of(c.optimizer, c.steps * passes.steps, learner.policy), iteration_flops(c, learner, mixed)
 
     def keep(state: OnlineState, iteration: int, stop: bool) -> Callable[[], None] | None:
-        return (lambda: learning.save(state)) if stop or iteration % job.run.checkpoints.every == 0 else None
+        due = iteration > learning.saved and (stop or iteration % job.run.checkpoints.every == 0)
+        return (lambda: learning.save(state)) if due else None
 
     def sampled(iteration: int, rollout: Rollout) -> Taken:
         prompts.note(learning, iteration)

@@ -26,7 +26,8 @@ class Beside:
     """The companions of a loop.
 
     `learning_rate(updates)` is that after so many optimizer steps; `shown` are the metrics of the progress line;
-    `flops(counts)` the model FLOPs of a step; `first_step` is called when the first step is done, for a line to show.
+    `flops(counts)` the model FLOPs of a step; `first_step` is called when the first step is done, for a line to show;
+    `spare(state, step)` gives what saves a state on the hosts' own disks, when that is due.
     """
 
     stage: str
@@ -38,6 +39,7 @@ class Beside:
     guard: Guard | None = None
     trace: Trace = field(default_factory=lambda: Trace(Path(), None, ""))
     first_step: Callable[[], str] | None = None
+    spare: Callable[[Any, int], Callable[[], None] | None] = lambda state, step: None
 
 
 class Log:

@@ -51,7 +51,7 @@ def train_offline(
         watch.end()
         stop = watch.asked()
         log.later(step, {"updates": step - 1} | metrics | measured, seconds, partial(_rates, seconds), taken(step))
-        if save := keep(state, step, measured, stop):
+        if save := keep(state, step, measured, stop) or (beside.spare(state, step) if step != steps else None):
             watch.begin("save", step)
             log.write()  # a run that is killed after the save has the row
             save()

@@ -72,11 +72,11 @@ def train_online(
     """Sample, score, estimate, update, from the iteration after the last saved one to `iterations`.
 
     `sampled` is shown every rollout, and says which prompts the iteration read; `keep` gives what saves the state when
-    that is due, or when its last argument says that it must be, because of a request to stop. Such a request ends an
-    iteration before its update, which does not wait for the device, or after it; the state of the last whole iteration
-    is saved. Raises what it was asked to stop with.
+    that is due, or when its last argument says that it must be, unless it is saved, because of a request to stop. Such
+    a request ends an iteration before its update, which does not wait for the device, or after it; the state of the
+    last whole iteration is saved. Raises what it was asked to stop with.
     """
-    start = saved = int(state.iteration)
+    start = int(state.iteration)
     log, watch, stop = Log(beside, start, iterations), beside.watch, False
     for iteration in range(start + 1, iterations + 1):
         rollout_key, update_key = jax.random.split(jax.random.fold_in(key, iteration))
@@ -87,7 +87,7 @@ def train_online(
                 collected = _collect(steps, state, frozen, prompts, rollout_key, _Timed(beside, clock, iteration))
             except (Stopped, KeyboardInterrupt, RewardError):
                 log.close()
-                if iteration - 1 > saved and (save := keep(state, iteration - 1, True)):
+                if save := keep(state, iteration - 1, True):
                     save()
                 raise
             rollout, experience, metrics = collected
@@ -103,11 +103,10 @@ def train_online(
         log.step_done(iteration)
         watch.end()
         stop = watch.asked()
-        if iteration != iterations and (save := keep(state, iteration, stop)):
+        if iteration != iterations and (save := keep(state, iteration, stop) or beside.spare(state, iteration)):
             watch.begin("save", iteration)
             log.write()  # a run that is killed after the save has the row
             save()
-            saved = iteration
         if stop:
             break
         log.show(iteration)

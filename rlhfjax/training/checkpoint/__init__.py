@@ -18,7 +18,7 @@ from rlhfjax.training.checkpoint.meta import (
     verified_step,
 )
 from rlhfjax.training.checkpoint.models import Bases, load_model, model_shapes, reference_to, save_model, tree_digest
-from rlhfjax.training.checkpoint.saving import Checkpoints
+from rlhfjax.training.checkpoint.saving import Checkpoints, Restored
 from rlhfjax.training.checkpoint.steps import require_writable
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "SCALAR",
     "Bases",
     "Checkpoints",
+    "Restored",
     "find_checkpoint",
     "load_model",
     "meta_of",

@@ -1,0 +1,49 @@
+"""What processes tell each other beside what one of them decides: texts, in the store that they share.
+
+As everything in `processes`, this needs no device, and does nothing among others in a process by itself.
+"""
+
+import json
+from collections.abc import Callable
+
+import jax
+
+from rlhfjax.errors import RlhfjaxError
+from rlhfjax.host import processes
+
+
+def tell_all(name: str, text: str) -> list[str]:
+    """The texts of all processes by their number, once each has come here."""
+    if processes.count() == 1:
+        return [text]
+    store, key = processes.shared_store(), processes.turn_of(name)
+    store.key_value_set(f"{key}/{jax.process_index()}", text)
+    if not processes.is_first():
+        return json.loads(store.blocking_key_value_get(f"{key}/all", processes.FOREVER_MS))
+    numbers = range(processes.count())
+    told = [store.blocking_key_value_get(f"{key}/{number}", processes.FOREVER_MS) for number in numbers]
+    store.key_value_set(f"{key}/all", json.dumps(told))
+    return told
+
+
+def by_each(what: Callable[[], object], name: str) -> None:
+    """Every process does it. An expected error of one is raised in all, with the number of that process."""
+    verdict = ""
+    try:
+        what()
+    except RlhfjaxError as error:
+        if processes.count() == 1:
+            raise
+        verdict = json.dumps([type(error).__name__, f"process {jax.process_index()}: {error}"])
+    processes.raise_verdict(next(filter(None, tell_all(name, verdict)), ""))
+
+
+def post(board: str, text: str) -> None:
+    """Leave a text for the others, in the place of what this process left before; nobody waits for it."""
+    processes.shared_store().key_value_set(f"rlhfjax/{board}/{jax.process_index()}", text, allow_overwrite=True)
+
+
+def posted(board: str) -> dict[int, str]:
+    """What processes have left until now, by their number."""
+    found = processes.shared_store().key_value_dir_get(f"rlhfjax/{board}")
+    return {int(key.rpartition("/")[2]): text for key, text in found}

@@ -1,0 +1,59 @@
+"""What a process keeps of a step: copies on the host of what its devices hold, and of what another process's do."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from rlhfjax.training.digests import Sums
+from rlhfjax.training.local.file import Block
+from rlhfjax.training.local.layout import Layout
+from rlhfjax.training.local.moving import grouped, moved, on_the_host, pairs_of
+
+
+def distinct(leaves: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Each array once, and the names under which others are the same one."""
+    first: dict[int, str] = {}
+    same = {name: first.setdefault(id(leaf), name) for name, leaf in leaves.items()}
+    once = {name: leaf for name, leaf in leaves.items() if same[name] == name}
+    return once, {name: other for name, other in same.items() if name != other}
+
+
+def blocks_of(layout: Layout, shift: int) -> list[Block]:
+    """On the host, what this process holds, and what it keeps for the one `shift` places before it."""
+    own = jax.process_index()
+    for leaf in layout.leaves.values():
+        for shard in leaf.addressable_shards:
+            shard.data.copy_to_host_async()
+    found = {}
+    for name, leaf in layout.leaves.items():
+        parts = {shard.device: shard.data for shard in leaf.addressable_shards}
+        for device, start in zip(layout.of(own), layout.starts(name, own), strict=True):
+            if (name, start) not in found:
+                found[name, start] = on_the_host(parts[device])
+    if shift:
+        count = len(layout.processes)
+        before = (own - shift) % count
+        pairs = pairs_of(layout, {process: (process + shift) % count for process in layout.processes})
+        for group in grouped(layout, layout.travelling(shift)):
+            given = [_parts(layout, name) for name in group]
+            for name, parts in zip(group, moved(layout.line, pairs, given), strict=True):
+                for start, part in zip(layout.starts(name, before), parts, strict=True):
+                    if (name, start) not in found:
+                        found[name, start] = on_the_host(part)
+    return [Block(name, start, data) for (name, start), data in found.items()]
+
+
+def _parts(layout: Layout, name: str) -> list[jax.Array]:
+    """Those of this process's devices, in the order of the line."""
+    parts = {shard.device: shard.data for shard in layout.leaves[name].addressable_shards}
+    return [parts[device] for device in layout.of(jax.process_index())]
+
+
+def digests_of(layout: Layout, blocks: Sequence[Block], same: Mapping[str, str]) -> dict[str, str]:
+    """Those of whole arrays, of which this process holds all regions."""
+    sums = {name: Sums() for name in layout.leaves}
+    for block in blocks:
+        sums[block.name].add(block.data, layout.leaves[block.name].shape, block.start)
+    found = {name: sums[name].text(str(leaf.dtype), leaf.shape) for name, leaf in layout.leaves.items()}
+    return found | {name: found[other] for name, other in same.items()}

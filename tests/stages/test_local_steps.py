@@ -1,0 +1,39 @@
+"""Killed between two checkpoints, a run goes on from a local step and ends with the bits of one that was not."""
+
+import pytest
+
+from rlhfjax.training.checkpoint import stored_digests
+from stages.conftest import rows_of
+from stages.tiny_recipe import STEPS
+
+
+def numbers(path):
+    rows = rows_of(path)
+    return [{name: row[name] for name in row if not name.startswith(("timing/", "perf/"))} for row in rows]
+
+
+def assert_ends_the_same(run_dir, finished, stage):
+    assert numbers(run_dir / stage / "metrics.jsonl") == numbers(finished / stage / "metrics.jsonl")
+    assert rows_of(run_dir / stage / "ledger.jsonl") == rows_of(finished / stage / "ledger.jsonl")
+    ours, theirs = (stored_digests(place / stage / "checkpoints" / str(STEPS)) for place in (run_dir, finished))
+    assert ours == theirs
+    assert ours
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
+def test_killed_between_checkpoints(copied, finished, config, command, tmp_path, stage):
+    run_dir, disk = copied(stage), tmp_path / "disk"
+    words = ("run", config, "checkpoints.every=100", f"checkpoints.local.dir={disk}", "checkpoints.local.every=2")
+    words += ("--run-dir", run_dir, "--only", stage)
+    words += (f"stages.{stage}.select_by=last",) if stage == "sft" else ()
+    code, _, err = command(*words, fault="sigkill@local:2")
+    assert code == -9, err
+    assert not any((run_dir / stage / "checkpoints").glob("[0-9]*"))
+    code, _, err = command(*words)
+    assert code == 0, err
+    assert f"{stage}: goes on from the local step 2 in {disk}" in " ".join(err.split())
+    assert_ends_the_same(run_dir, finished, stage)
+    assert rows_of(run_dir / "manifest.jsonl")[-1]["resumed_from"] == {"stage": stage, "step": 2, "local": True}
+    assert list(disk.iterdir()) == []
+    assert not (run_dir / stage / "local.json").exists()
