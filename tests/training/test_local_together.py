@@ -1,4 +1,4 @@
-"""Two processes of four devices each save local steps and are killed; a host is lost, a byte flips, files are others'."""
+"""Two processes of four devices save local steps and are killed; a host is lost, a bit flips, files are others'."""
 
 import json
 import os
