@@ -44,9 +44,11 @@ stores: $(VENV)/.installed-test
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m slow
 
-# Programs for TPUs, one after the other, each in minutes; TPU_PYTHON is one with `pip install -e '.[tpu]'`, 3.12 or newer.
+# Programs for TPUs, one after the other, each in minutes, into the result file that the tests ask. TPU_PYTHON is 3.12 or
+# newer, with `pip install -e '.[tpu]'` and then `pip install libtpu==0.0.52`; PEERS=--peers compiles MaxText's, too.
 compiled: $(VENV)/.installed-test
-	RLHFJAX_TPU_PYTHON="$(TPU_PYTHON)" $(BIN)/python -m pytest -p no:xdist -m compiled tests/test_compiled.py
+	"$(TPU_PYTHON)" -m benchmarks compiled $(PEERS) --json benchmarks/results/compiled.json
+	$(BIN)/python -m pytest -p no:xdist tests/test_compiled.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,50 +1,30 @@
 """Programs compiled by libtpu for chips that are not here: what they send, hold and compute (docs/pods.md).
 
-All layers of each model are compiled: they are one loop, so that a deep model takes no longer. What is compared with is
-reckoned from shapes (`benchmarks/bounds.py`), or what MaxText 0.2.5's own ahead-of-time compile of the same step gives.
+The result file is asked, which `make compiled` makes anew. All layers of each model are compiled: they are one loop, so
+that a deep model takes no longer. What is compared with is reckoned from shapes (`benchmarks/bounds.py`), or what MaxText
+0.2.5's own ahead-of-time compile of the same step gives.
 """
 
-import functools
-import os
-import subprocess
-import sys
+import json
 
 import pytest
 
 from benchmarks.bounds import must_compute, must_send, shard_bytes
-from benchmarks.compiled import compiled
+from benchmarks.figures import OURS
+from benchmarks.pods_table import FILE
 from benchmarks.shapes import CASES, layers_of
 
-pytestmark = pytest.mark.compiled
 GIB = 2**30
-PYTHON = os.environ.get("RLHFJAX_TPU_PYTHON") or sys.executable
+ROWS = json.loads(FILE.read_text(encoding="utf-8"))
 BY_NAME = {case.name: case for case in CASES}
 SFT = ("sft/8b", "sft/8b/halves", "sft/8b/fsdp", "sft/70b", "sft/70b/halves")
 SCATTERED = [name for name in SFT if name != "sft/8b/fsdp"]  # which sums gradients on all of its devices: see below
 ROLLOUTS = ("ppo/8b/rollout", "ppo/8b/rollout/int8", "ppo/70b/rollout", "ppo/30b_a3b/rollout")
-LEAST = {"libtpu": "0.0.52", "jax": "0.12"}  # with jax 0.10, this libtpu does not say what it compiled
 
 
-@functools.cache
-def lacking():
-    """What that interpreter has of both, where it is not enough."""
-    say = "import sys, importlib.metadata as m; print(*(m.version(name) for name in sys.argv[1:]))"
-    said = subprocess.run([PYTHON, "-c", say, *LEAST], capture_output=True, text=True, check=False).stdout.split()
-    enough = len(said) == len(LEAST) and all(map(_at_least, said, LEAST.values()))
-    return "" if enough else " and ".join(said) or "none"
-
-
-def _at_least(version, least):
-    return [int(part) for part in version.split(".")[:3]] >= [int(part) for part in least.split(".")]
-
-
-@functools.cache
-def found(name):
-    """What `benchmarks.compile_one` says of a case, compiled once."""
-    if here := lacking():
-        wanted = " and ".join(f"{name} {least}" for name, least in LEAST.items())
-        pytest.skip(f"expected {wanted} or newer, got {here} in {PYTHON}: make compiled TPU_PYTHON=PYTHON")
-    return compiled(BY_NAME[name], PYTHON)
+def found(name, system=OURS):
+    """What `benchmarks.compile_one` said of a case."""
+    return {row["metric"]: row["value"] for row in ROWS if (row["workload"], row["system"]) == (name, system)}
 
 
 def must(name):
