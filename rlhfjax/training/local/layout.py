@@ -73,8 +73,9 @@ class Layout:
     @cached_property
     def told(self) -> str:
         """Processes and mesh, for people."""
-        meshes = {str(dict(leaf.sharding.mesh.shape)) for leaf in self.leaves.values() if _named(leaf)}
-        return f"{len(self.processes)} processes, {len(self.devices)} devices, mesh {' and '.join(sorted(meshes))}"
+        shapes = {tuple(leaf.sharding.mesh.shape.items()) for leaf in self.leaves.values() if _named(leaf)}
+        axes = [" x ".join(f"{axis} {size}" for axis, size in shape if size > 1) or "1" for shape in sorted(shapes)]
+        return f"processes {len(self.processes)}, devices {len(self.devices)}, mesh {' and '.join(axes)}"
 
     @cached_property
     def digests(self) -> dict[int, str]:

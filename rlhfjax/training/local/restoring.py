@@ -70,7 +70,7 @@ def restored_newest(
             break
         del restored  # a checkpoint was damaged, and a local step is newer than the one before it
     if newer := [other for other in found.elsewhere if other > step]:
-        local.report(f"{local.root}: step {max(newer)} is of {found.layouts}, and this run of {found.layout.told}")
+        local.report(f"{local.root}: step {max(newer)} is of {found.layouts}; here are {found.layout.told}")
     if restored is not None:
         local.report(f"goes on from the checkpoint of step {step}; there is no newer local step to go on from")
     local.begin(step, whole=False)
