@@ -5,8 +5,8 @@
 Writes short synthetic documents, makes rows of tokens of them with `rlhfjax data prepare`, killing it twice (SIGKILL),
 and checks that shards which were finished are not made again. Then processes open the rows, and make batches by the
 reader of the product, each its own rows. Told are the seconds until the first batch, and the memory of a process before
-opening, after it, and after it has read; batches of one, two and four processes must be equal. What it writes, some 120
-bytes a document, is removed.
+opening, after it, and after it has read; batches of one, two and four processes must be equal. Before that, each reads
+rows by their number alone, which takes neither jax nor Grain. What it writes, some 120 bytes a document, is removed.
 """
 
 import argparse
@@ -30,6 +30,7 @@ SIZE, STEPS = 64, (0, 1, 7, 10_001)  # rows of a batch, and the batches that are
 READ = 50  # batches that every process reads while its memory is watched
 KILLS = (0.25, 0.6)  # shares of the shards after which the preparation is killed
 _RSS = ("VmRSS", "RssAnon")
+_PSS = ("Pss",)  # what several processes have mapped counts in parts
 
 
 def write_documents(path: Path, count: int) -> None:
@@ -68,13 +69,18 @@ def prepare(source: Path, folder: Path, tokenizer: Path, pack: int) -> list[dict
 
 def memory() -> dict[str, float]:
     """Megabytes of this process that are in memory, all of them and those that no file holds."""
-    with open("/proc/self/status", encoding="utf-8") as file:
-        lines = dict(line.split(":", 1) for line in file)
-    return {name: round(int(lines[name].split()[0]) / 1024, 1) for name in _RSS}
+    found = {}
+    for place, names in (("status", _RSS), ("smaps_rollup", _PSS)):
+        text = Path("/proc/self", place).read_text("utf-8")
+        lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        found |= {name: round(int(lines[name].split()[0]) / 1024, 1) for name in names}
+    return found
 
 
 def opened(folder: Path, pack: int, index: int, count: int) -> dict[str, Any]:
     """What process `index` of `count` needs to open the rows, and digests of its rows of some batches."""
+    began = time.monotonic()
+    by_number = rows_by_number(folder, pack) | {"seconds": round(time.monotonic() - began, 3)}
     from rlhfjax.config import schema
     from rlhfjax.data.pipeline import Reader
     from rlhfjax.text.loading import load_tokenizer
@@ -89,8 +95,20 @@ def opened(folder: Path, pack: int, index: int, count: int) -> dict[str, Any]:
     rows = [[_digest(batches[step], row) for row in range(share)] for step in STEPS]
     for step in range(READ):
         batches[1000 + step]
-    read = {"memory_before": before, "memory_opened": after, "memory_read": memory()}
+    read = {"memory_before": before, "memory_opened": after, "memory_read": memory(), "by_number": by_number}
     return {"seconds": round(seconds, 3), "rows": rows, "of_an_epoch": batches.rows} | read
+
+
+def rows_by_number(folder: Path, pack: int) -> dict[str, Any]:
+    """The memory of a process that opens the rows and reads some of them by their number."""
+    from rlhfjax.data.tokens.items import PackedShards
+    from rlhfjax.data.tokens.opening import TokenShards
+
+    before = memory()
+    rows = PackedShards(TokenShards(folder), pack, 0)
+    for i in range(0, len(rows), max(len(rows) // (SIZE * READ), 1)):
+        rows[i]
+    return {"memory_before": before, "memory_read": memory()}
 
 
 def _digest(batch: Any, row: int) -> str:

@@ -1,6 +1,7 @@
 """Models of others into checkpoints, and checkpoints into directories that others load."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from contextlib import closing
@@ -14,7 +15,7 @@ from rlhfjax.host import processes
 from rlhfjax.interop.exporting import PARITY, export_leaves, parse_size
 from rlhfjax.interop.hub import cached_snapshot, is_hub_name
 from rlhfjax.interop.huggingface import open_directory
-from rlhfjax.interop.pretrained import Pretrained, load_parameters
+from rlhfjax.interop.pretrained import Imported, Pretrained, load_parameters
 from rlhfjax.interop.whole_directories import check_target, shared_directory
 from rlhfjax.models import LanguageModel
 from rlhfjax.sharding.mesh import make_mesh
@@ -26,6 +27,7 @@ from rlhfjax.training.checkpoint import (
     meta_of,
     open_leaves,
     read_meta,
+    save_leaves,
     save_model,
     tokenizer_of,
 )
@@ -38,8 +40,8 @@ ITEMS = ("policy", "average", "value", "reward")
 def import_model(source: str, target: Path, *, dtype: str, force: bool, report: Callable[[str], None]) -> None:
     """A checkpoint, laid out as a finished stage, from a Hugging Face directory, a .gguf file or a known name.
 
-    OWNER/NAME is looked for in the hub's cache. Of several processes each reads and saves the part that its devices
-    hold, split over all of them (`fsdp`); one by itself holds the model in the host's memory.
+    OWNER/NAME is looked for in the hub's cache. One process holds a layer of a parameter at a time. Of several each
+    reads, holds and saves the part of the model that its devices have, split over all of them (`fsdp`).
 
     Raises ConfigError and IntegrityError as reading does; then `target` is as it was.
     """
@@ -47,9 +49,8 @@ def import_model(source: str, target: Path, *, dtype: str, force: bool, report: 
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype: expected float32 or bfloat16, got {dtype!r}")
     opened = _open(source)
-    mesh = make_mesh(data=1, fsdp=-1) if processes.count() > 1 else None
+    leaves = Imported(opened)
     with shared_directory(target, COMPLETE, force, processes) as part:
-        params = load_parameters(opened, mesh, dtype)
         for note in opened.notes:
             report(note)
         model = LanguageModel(replace(opened.config, dtype="float32"))
@@ -57,10 +58,16 @@ def import_model(source: str, target: Path, *, dtype: str, force: bool, report: 
         # What its chat template writes for today stays what it is from now on.
         tokenizer = opened.tokenizer and opened.tokenizer.with_chat(ChatSettings(date=today()))
         meta = meta_of(opened.role, model, tokenizer, imported=imported)
-        save_model(part / "checkpoints" / "0", opened.role, params, meta)
+        step_dir = part / "checkpoints" / "0"
+        if processes.count() > 1:
+            params = load_parameters(opened, make_mesh(data=1, fsdp=-1), dtype)
+            save_model(step_dir, opened.role, params, meta)
+        else:
+            save_leaves(step_dir, opened.role, leaves.tree, leaves, dtype, meta)
         complete = {"stage": "import", "step": 0, "imported": imported}
         processes.by_first(lambda: write_json(part / COMPLETE, complete), "complete")
-    report(f"wrote {target} ({opened.config.family}, {_count(params):,} parameters, {opened.role})")
+    count = sum(map(math.prod, leaves.shapes.values()))
+    report(f"wrote {target} ({opened.config.family}, {count:,} parameters, {opened.role})")
 
 
 def _open(source: str) -> Pretrained:
@@ -145,9 +152,3 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         return []
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else [json.loads(text)]
-
-
-def _count(params: Any) -> int:
-    import jax
-
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

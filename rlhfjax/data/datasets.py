@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from rlhfjax import stores
 from rlhfjax.data.files import is_data_path
-from rlhfjax.data.preparing import prepare_source
 from rlhfjax.data.reading import RECOGNISE, Reading
 from rlhfjax.data.records import PROMPTED, good_answer, parse_record
 from rlhfjax.data.storage import decode
@@ -158,6 +156,8 @@ def _locate(source: str, data_dir: Path, kind: str | None, reading: Reading) -> 
             return found
         if not source or not os.path.isdir(expanded(stores.fetched(source))):
             raise _missing(source, data_dir)
+    from rlhfjax.data.preparing import prepare_source  # which needs TFDS
+
     return prepare_source(source, kind, data_dir, reading)
 
 
@@ -184,6 +184,8 @@ def _missing(source: str, data_dir: Path) -> DataError:
 
 
 def _data_source(folder: Path, split: str) -> Any:
+    import tensorflow_datasets as tfds  # who reads rows of tokens does without it
+
     require_whole(folder)
     _refuse_foreign_code(folder)
     try:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhfjax import stores
+from rlhfjax.data.building import RecordBuilder, write_builder
 from rlhfjax.data.files import find_files
 from rlhfjax.data.reading import RECOGNISE, DataFile, Reading, Tally, data_file
 from rlhfjax.data.records import check_kind
-from rlhfjax.data.writing import VERSION, RecordBuilder, publish, read_manifest, staging, write_builder
+from rlhfjax.data.writing import VERSION, publish, read_manifest, staging
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.fetch import file_sha256
 from rlhfjax.places import expanded

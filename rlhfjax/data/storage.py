@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from rlhfjax.plain_json import dumps
 
@@ -29,7 +28,7 @@ _OPTIONAL = frozenset(
 
 
 class _Form(NamedTuple):
-    feature: Callable[[], Any]
+    feature: Callable[[Any], Any]  # of TFDS's features
     empty: Any
     encode: Callable[[Any], Any]
     decode: Callable[[Any], Any]
@@ -60,27 +59,25 @@ def _decode_messages(columns: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _vector(dtype: Any) -> Callable[[], Any]:
-    return lambda: tfds.features.Tensor(shape=(None,), dtype=dtype)
+def _vector(dtype: Any) -> Callable[[Any], Any]:
+    return lambda kinds: kinds.Tensor(shape=(None,), dtype=dtype)
 
 
-def _scalar(dtype: Any) -> Callable[[], Any]:
-    return lambda: tfds.features.Scalar(dtype=dtype)
+def _scalar(dtype: Any) -> Callable[[Any], Any]:
+    return lambda kinds: kinds.Scalar(dtype=dtype)
 
 
 _FORMS = {
-    "text": _Form(tfds.features.Text, "", _as_is, lambda raw: raw.decode()),
-    "texts": _Form(
-        lambda: tfds.features.Sequence(tfds.features.Text()), [], _as_is, lambda raw: [text.decode() for text in raw]
-    ),
+    "text": _Form(lambda kinds: kinds.Text(), "", _as_is, lambda raw: raw.decode()),
+    "texts": _Form(lambda kinds: kinds.Sequence(kinds.Text()), [], _as_is, lambda raw: [text.decode() for text in raw]),
     "messages": _Form(
-        lambda: tfds.features.Sequence({name: tfds.features.Text() for name in ("role", "content", "more")}),
+        lambda kinds: kinds.Sequence({name: kinds.Text() for name in ("role", "content", "more")}),
         [],
         _encode_messages,
         _decode_messages,
     ),
     "json": _Form(
-        tfds.features.Text,
+        lambda kinds: kinds.Text(),
         {},
         _json,
         lambda raw: json.loads(raw.decode()),
@@ -120,9 +117,13 @@ _TABLE: dict[str, dict[str, str]] = {
 }
 
 
-def features(kind: str) -> tfds.features.FeaturesDict:
-    """The TFDS features of one record kind."""
-    return tfds.features.FeaturesDict({name: _FORMS[form].feature() for name, form in _TABLE[kind].items()})
+def features(kind: str) -> Any:
+    """The TFDS features of one record kind, a FeaturesDict."""
+    import tensorflow_datasets as tfds  # who reads rows of tokens does without it
+
+    return tfds.features.FeaturesDict(
+        {name: _FORMS[form].feature(tfds.features) for name, form in _TABLE[kind].items()}
+    )
 
 
 def encode(kind: str, record: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 _MOST_DIMENSIONS, _LONGEST_NAME = 4, 1 << 16
 _ALIGNMENT = 32
+_AT_ONCE = 1 << 22  # numbers that are dequantised at a time
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,29 @@ class GgufFile:
         try:
             if plain:
                 return raw.view(plain).reshape(tensor.shape).copy()
-            rows = raw.reshape(*tensor.shape[:-1], -1)
-            return gguf.quants.dequantize(rows, kind).reshape(tensor.shape)
+            return self._dequantised(raw.reshape(math.prod(tensor.shape[:-1]), -1), kind).reshape(tensor.shape)
         except NotImplementedError as error:
             raise ConfigError(
                 f"{self.path}: expected a quantisation that can be undone, got {kind.name} in {name!r}; use a file of "
                 "another type, such as Q8_0"
             ) from error
         finally:
-            self.data.madvise(mmap.MADV_DONTNEED)  # pages of the file that were read are memory of this process
+            self._let_go()
+
+    def _dequantised(self, rows: np.ndarray, kind: Any) -> np.ndarray:
+        """A part of the rows at a time: what that takes beside them is several times as large as they."""
+        import gguf
+
+        first = gguf.quants.dequantize(rows[:1], kind)
+        made = np.empty((len(rows), first.shape[-1]), np.float32)
+        step = max(_AT_ONCE // made.shape[-1], 1)
+        for start in range(0, len(rows), step):
+            made[start : start + step] = gguf.quants.dequantize(rows[start : start + step], kind)
+            self._let_go()
+        return made
+
+    def _let_go(self) -> None:
+        self.data.madvise(mmap.MADV_DONTNEED)  # pages of the file that were read are memory of this process
 
 
 def open_file(path: Path) -> GgufFile:

@@ -77,7 +77,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
 def read_tensor(tensor: Tensor, name: str) -> np.ndarray:
     """One tensor in memory of its own. Raises IntegrityError where it is not finite or the file has become shorter."""
     read = _filled(tensor, name, np.empty(tensor.shape, DTYPES[tensor.dtype]))
-    if not np.isfinite(read).all():
+    if not _finite(read):
         raise _broken(tensor.path, f"tensor {name!r} with numbers that are infinite or none (NaN)")
     return read
 
@@ -153,9 +153,15 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     """A tensor in another type. Raises ConfigError when a number is too large for it."""
     with np.errstate(over="ignore"):
         made = array.astype(DTYPES[dtype])
-    if not np.isfinite(made).all():
+    if not _finite(made):
         raise ConfigError(f"tensor {name}: expected numbers that fit {dtype}, got larger ones; take another --dtype")
     return made
+
+
+def _finite(array: np.ndarray) -> bool:
+    if array.dtype == ml_dtypes.bfloat16:  # numpy asks it number by number, and its bits all at once
+        return bool((array.view(np.uint16) & np.uint16(0x7FFF)).max(initial=0) < 0x7F80)
+    return bool(np.isfinite(array).all())
 
 
 def _tensor(path: Path, name: str, entry: Any, base: int) -> Tensor:

@@ -13,7 +13,7 @@ from rlhfjax.interop.families import Weight, weights
 from rlhfjax.interop.huggingface import HEAD, WEIGHTS
 from rlhfjax.interop.pretrained import names_of
 from rlhfjax.interop.safetensors_files import DTYPES, STORED, Entry, Written, cast, write_file
-from rlhfjax.leaves import Leaves, read, region_at
+from rlhfjax.leaves import Leaves, put, read, region_at
 from rlhfjax.models import DecoderConfig
 
 Files = Mapping[str, Mapping[str, Entry]]  # the tensors of each file
@@ -57,7 +57,7 @@ class Plan:
         for weight in group:
             ours = weight.look(made)[(None,) * len(place)]
             for where, block in leaves.blocks(weight.path, region_at(leaves.shapes[weight.path], place)):
-                ours[where] = cast(block, stored, name)
+                put(ours[(*where, ...)], cast(block, stored, name))
         return made
 
     def index(self) -> str | None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfjax.errors import ConfigError, IntegrityError, RlhfjaxError
+from rlhfjax.interop import gguf_files
 from rlhfjax.interop.families import config_of, weights
 from rlhfjax.interop.gguf import open_gguf
 from rlhfjax.interop.gguf_files import open_file
@@ -178,7 +179,8 @@ def test_configuration_and_weights_come_back(model, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-def test_quantisations(kind, tmp_path):
+def test_quantisations(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_files, "_AT_ONCE", 256)  # a few rows
     hf, stored = MODELS["llama"], gguf.GGMLQuantizationType[kind]
     params = random_params(hf)
     opened = open_gguf(write(tmp_path / "m.gguf", "llama", hf, params, stored))

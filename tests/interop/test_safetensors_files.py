@@ -98,7 +98,7 @@ def test_types_that_are_not_known_are_named(tmp_path):
         read_header(path)
 
 
-@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("number", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_numbers_that_are_none_are_an_integrity_error(tmp_path, number, dtype):
     path = tmp_path / "model.safetensors"

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from rlhfjax.data.writing import RecordBuilder, publish, staging, write_builder
+from rlhfjax.data.building import RecordBuilder, write_builder
+from rlhfjax.data.writing import publish, staging
 from rlhfjax.fetch import PinnedFile, default_cache_dir, fetch
 from rlhfjax.places import expanded
 

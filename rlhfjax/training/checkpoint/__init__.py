@@ -20,6 +20,7 @@ from rlhfjax.training.checkpoint.meta import (
 from rlhfjax.training.checkpoint.models import Bases, load_model, model_shapes, reference_to, save_model, tree_digest
 from rlhfjax.training.checkpoint.saving import Checkpoints, Restored
 from rlhfjax.training.checkpoint.steps import require_writable
+from rlhfjax.training.checkpoint.streamed import save_leaves
 
 __all__ = [
     "COMPLETE",
@@ -36,6 +37,7 @@ __all__ = [
     "read_meta",
     "reference_to",
     "require_writable",
+    "save_leaves",
     "save_model",
     "stored_digests",
     "tokenizer_of",

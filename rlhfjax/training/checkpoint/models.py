@@ -5,7 +5,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,30 +37,39 @@ def save_model(step_dir: Path, item: str, params: Params, meta: Mapping[str, Any
     Orbax keeps every array that it compresses until it is written, so arrays are written in small pieces, without the
     database (OCDBT) whose cache would hold a hundred megabytes of them.
     """
-    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-    pieces = chunks_of(params, smallest=2 << 20)
+    write_model(step_dir, item, params, meta, lambda params: fetched(started(params)))
+
+
+def write_model(
+    step_dir: Path, item: str, arrays: Any, meta: Mapping[str, Any], digests: Callable[[Any], Any], **settings: Any
+) -> None:
+    """`save_model` of arrays in memory, or of others that `settings` of Orbax write; then their `digests` are asked."""
+    log = logging.getLogger("absl")
+    log.addFilter(_not_as_meant)
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    pieces = chunks_of(arrays, smallest=2 << 20)
     handlers = {
-        item: ocp.PyTreeCheckpointHandler(save_concurrent_gb=1.01 * largest / 1e9, use_ocdbt=False),  # pyright: ignore[reportArgumentType]
+        item: ocp.PyTreeCheckpointHandler(save_concurrent_gb=1.01 * largest / 1e9, use_ocdbt=False, **settings),  # pyright: ignore[reportArgumentType]
         "meta": ocp.JsonCheckpointHandler(),
     }
     items = {
-        item: ocp.args.PyTreeSave(params, save_args=pieces),
+        item: ocp.args.PyTreeSave(arrays, save_args=pieces),
         "meta": ocp.args.JsonSave(plain(dict(meta) | {"step": int(step_dir.name)})),
     }
-    log = logging.getLogger("absl")
-    log.addFilter(_not_about_merging)
     part = unfinished(step_dir)
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
             writer.save(part, args=ocp.args.Composite(**items), force=True)
-        digests = {item: fetched(started(params))}
-        processes.by_first(lambda: put_in_place(part, step_dir, digests), "model")
+        found = {item: digests(arrays)}
+        processes.by_first(lambda: put_in_place(part, step_dir, found), "model")
     finally:
-        log.removeFilter(_not_about_merging)
+        log.removeFilter(_not_as_meant)
 
 
-def _not_about_merging(record: logging.LogRecord) -> bool:
-    return "Skipping merge of OCDBT" not in record.getMessage()  # there is no such database here to merge
+def _not_as_meant(record: logging.LogRecord) -> bool:
+    """Not that there is no such database to merge, nor that what only keys of jax need is not written."""
+    said = record.getMessage()
+    return not any(each in said for each in ("Skipping merge of OCDBT", "ArrayMetadata persistence is disabled"))
 
 
 def _not_about_failed_reads(record: logging.LogRecord) -> bool:

@@ -1,8 +1,11 @@
 """Rows as a run reads them: any by its place, the same for any number of processes, and none that is not right."""
 
 import itertools
+import json
 import shlex
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -194,3 +197,36 @@ def test_inspect_shows_rows_as_pieces(corpus):
     assert result.exit_code == 0, result.output
     assert "40 rows of tokens, comparison" in result.stdout
     assert "\n[3]\n  <s> " in result.stdout
+
+
+LEAN = """
+import json, sys
+from pathlib import Path
+
+def heavy():
+    return [name for name in ("jax", "grain", "orbax", "tensorflow_datasets", "tensorflow") if name in sys.modules]
+
+from rlhfjax.data.tokens.items import PackedShards
+from rlhfjax.data.tokens.opening import TokenShards
+folder = Path(sys.argv[1])
+shards = TokenShards(folder)
+rows = PackedShards(shards, shards.facts["length"], 0)
+tokens = rows[len(rows) - 1]["tokens"]
+opened = heavy()
+from rlhfjax.config import schema
+from rlhfjax.data.pipeline import Reader
+from rlhfjax.text.loading import load_tokenizer
+reader = Reader(load_tokenizer(folder / "tokenizer"), folder, 0)
+batches = reader.documents([schema.Data(source=str(folder))], schema.Batch(size=2, length=rows.length))
+print(json.dumps([opened, heavy(), tokens.tolist(), batches[0].tokens.tolist()]))
+"""
+
+
+def test_rows_are_read_without_jax_and_batches_without_tfds(corpus):
+    words = [sys.executable, "-c", LEAN, str(corpus.rows["documents"])]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    opened, batched, tokens, batch = json.loads(done.stdout)
+    assert opened == []
+    assert "tensorflow_datasets" not in batched
+    assert "grain" in batched  # or names that are found nowhere would prove nothing
+    assert len(tokens) == len(batch[0]) == len(batch[1])
