@@ -31,6 +31,7 @@ _SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 _SIZES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what is written
 _LONGEST_HEADER = 100_000_000
+_CACHED = 1 << 17  # numbers that are looked at at a time
 Entry = tuple[str, tuple[int, ...]]  # type and shape of a stored tensor
 
 
@@ -160,7 +161,9 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 def _finite(array: np.ndarray) -> bool:
     if array.dtype == ml_dtypes.bfloat16:  # numpy asks it number by number, and its bits all at once
-        return bool((array.view(np.uint16) & np.uint16(0x7FFF)).max(initial=0) < 0x7F80)
+        bits = array.view(np.uint16).ravel("K")
+        parts = (bits[start : start + _CACHED] for start in range(0, bits.size, _CACHED))
+        return all((part & np.uint16(0x7FFF)).max() < 0x7F80 for part in parts)
     return bool(np.isfinite(array).all())
 
 
