@@ -1,9 +1,13 @@
 """Killed between two checkpoints, a run goes on from a local step and ends with the bits of one that was not."""
 
+import shutil
+import time
+
 import pytest
 
 from rlhfjax.training.checkpoint import stored_digests
 from stages.conftest import rows_of
+from stages.test_processes import HEARTBEAT, PATIENCE, launched, processes_of, running  # noqa: F401
 from stages.tiny_recipe import STEPS
 
 
@@ -37,3 +41,35 @@ def test_killed_between_checkpoints(copied, finished, config, command, tmp_path,
     assert rows_of(run_dir / "manifest.jsonl")[-1]["resumed_from"] == {"stage": stage, "step": 2, "local": True}
     assert list(disk.iterdir()) == []
     assert not (run_dir / stage / "local.json").exists()
+
+
+@pytest.mark.faults
+def test_two_processes_and_one_of_them_loses_its_disk(config, launched, start, tmp_path):  # noqa: F811
+    gone = [f"stages.{stage}=null" for stage in ("sft", "reward", "ppo", "evaluate")]
+    words = ["run", config, HEARTBEAT, "mesh.data=1", "mesh.fsdp=4", *gone]
+    code, _, err = launched(2, 2, *words, "--run-dir", tmp_path / "straight")
+    assert code == 0, err
+    disk = tmp_path / "disk"
+    words += ["checkpoints.every=100", f"checkpoints.local.dir={disk}", "checkpoints.local.every=2"]
+    words += ["--run-dir", tmp_path / "run"]
+    launch = ("launch", "local", "-n", 2, "--devices-per-process", 2, "--")
+    launcher = start(*launch, *words, fault="hang@pretrain:4")
+    try:
+        until = time.monotonic() + PATIENCE
+        while len(list(disk.glob("*/p*/2.shards"))) < 2:
+            assert time.monotonic() < until
+            assert launcher.poll() is None, launcher.communicate()
+            time.sleep(0.05)
+        children = processes_of(launcher).values()
+    finally:
+        launcher.kill()
+        launcher.communicate()
+    while any(running(child) for child in children):
+        time.sleep(0.05)  # they die with it
+    [root] = disk.iterdir()
+    assert {path.name for path in root.iterdir()} == {"p0", "p1"}
+    shutil.rmtree(root / "p0")
+    code, _, err = launched(2, 2, *words)
+    assert code == 0, err
+    assert f"pretrain: goes on from the local step 2 in {disk}" in err
+    assert_ends_the_same(tmp_path / "run", tmp_path / "straight", "pretrain")

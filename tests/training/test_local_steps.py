@@ -156,6 +156,7 @@ def test_training_does_not_wait_for_a_slow_disk(stage, monkeypatch):
     assert at_work.wait(60)
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x - x, tree), donate_argnums=0)
     jax.block_until_ready(overwrite((models["policy"], training)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(models["policy"]))  # nobody holds what was given away
     stage.local.save(2, *state_of(2), {"guards": 2})  # left out
     go.set()
     stage.local.close()

@@ -16,7 +16,7 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 def on_the_host(part: jax.Array) -> np.ndarray:
-    """A region in memory of its own, which no program writes over."""
+    """A region in memory of its own: an array that is viewed could not be given to the next step."""
     found = np.asarray(part)
     [device] = part.devices()
     view = device.platform == "cpu" or part.sharding.memory_kind not in (None, "device")
