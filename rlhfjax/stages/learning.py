@@ -90,6 +90,8 @@ class Learning(Generic[State]):
         self.local = job.local_steps()
         self.saved = 0  # the newest step that a checkpoint holds
         self.state, memory, self.finished = self._restored()
+        if self.finished and self.local:
+            self.local.finish()
         self.guard = Guard(job.run.reliability.guards, job.dir, job.stage, memory)
 
     def _restored(self) -> tuple[State, Memory, Facts | None]:

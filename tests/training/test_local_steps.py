@@ -18,7 +18,7 @@ from rlhfjax.training.checkpoint import Checkpoints
 from rlhfjax.training.digests import leaf_digests
 from rlhfjax.training.local import LocalSteps, require_local_dir, restored_newest, steps
 from rlhfjax.training.local.hosts import shift_of
-from rlhfjax.training.local.layout import Layout
+from rlhfjax.training.local.layout import layout_of, leaves_of
 from rlhfjax.training.local.moving import moved
 from rlhfjax.training.state import abstract
 
@@ -183,7 +183,7 @@ def test_a_step_that_cannot_be_written_is_said_once(stage):
 
 
 def test_regions_travel_along_the_line():
-    layout = Layout(dict(enumerate(jax.tree.leaves(state_of(1)))))
+    layout = layout_of(leaves_of(state_of(1)[0]))
     row = np.arange(8 * 2 * 3, dtype=np.int32).reshape(16, 3)
     parts = [jax.device_put(row[2 * i : 2 * i + 2], device) for i, device in enumerate(layout.devices)]
     pairs = tuple((i, (i + 4) % 8) for i in range(8))

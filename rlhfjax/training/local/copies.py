@@ -7,7 +7,7 @@ import jax
 
 from rlhfjax.training.digests import Sums
 from rlhfjax.training.local.file import Block
-from rlhfjax.training.local.layout import Layout
+from rlhfjax.training.local.layout import Layout, travelling
 from rlhfjax.training.local.moving import grouped, moved, on_the_host, pairs_of
 
 
@@ -19,14 +19,14 @@ def distinct(leaves: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]
     return once, {name: other for name, other in same.items() if name != other}
 
 
-def blocks_of(layout: Layout, shift: int) -> list[Block]:
+def blocks_of(layout: Layout, leaves: Mapping[str, Any], shift: int) -> list[Block]:
     """On the host, what this process holds, and what it keeps for the one `shift` places before it."""
     own = jax.process_index()
-    for leaf in layout.leaves.values():
+    for leaf in leaves.values():
         for shard in leaf.addressable_shards:
             shard.data.copy_to_host_async()
     found = {}
-    for name, leaf in layout.leaves.items():
+    for name, leaf in leaves.items():
         parts = {shard.device: shard.data for shard in leaf.addressable_shards}
         for device, start in zip(layout.of(own), layout.starts(name, own), strict=True):
             if (name, start) not in found:
@@ -35,8 +35,8 @@ def blocks_of(layout: Layout, shift: int) -> list[Block]:
         count = len(layout.processes)
         before = (own - shift) % count
         pairs = pairs_of(layout, {process: (process + shift) % count for process in layout.processes})
-        for group in grouped(layout, layout.travelling(shift)):
-            given = [_parts(layout, name) for name in group]
+        for group in grouped(layout, travelling(layout, shift)):
+            given = [_parts(layout, leaves[name]) for name in group]
             for name, parts in zip(group, moved(layout.line, pairs, given), strict=True):
                 for start, part in zip(layout.starts(name, before), parts, strict=True):
                     if (name, start) not in found:
@@ -44,9 +44,9 @@ def blocks_of(layout: Layout, shift: int) -> list[Block]:
     return [Block(name, start, data) for (name, start), data in found.items()]
 
 
-def _parts(layout: Layout, name: str) -> list[jax.Array]:
+def _parts(layout: Layout, leaf: jax.Array) -> list[jax.Array]:
     """Those of this process's devices, in the order of the line."""
-    parts = {shard.device: shard.data for shard in layout.leaves[name].addressable_shards}
+    parts = {shard.device: shard.data for shard in leaf.addressable_shards}
     return [parts[device] for device in layout.of(jax.process_index())]
 
 

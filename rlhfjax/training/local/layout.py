@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
@@ -21,9 +21,9 @@ def leaves_of(items: Mapping[str, Any]) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(dict(items))}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """Of every array its shape and where it lies, the same in all processes; `leaves` may be of shapes."""
+    """Of every array its shape and where it lies, the same in all processes."""
 
     leaves: Mapping[str, Any]
 
@@ -60,16 +60,6 @@ class Layout:
         """The regions that a process holds, each once."""
         return [(name, start) for name in self.leaves for start in dict.fromkeys(self.starts(name, process))]
 
-    def travelling(self, shift: int) -> list[str]:
-        """Arrays of which some process lacks what the one `shift` places before it holds."""
-        count = len(self.processes)
-        pairs = [(self.processes[(i - shift) % count], process) for i, process in enumerate(self.processes)]
-        return [
-            name
-            for name in self.leaves
-            if any(set(self.starts(name, before)) - set(self.starts(name, process)) for before, process in pairs)
-        ]
-
     @cached_property
     def told(self) -> str:
         """Processes and mesh, for people."""
@@ -88,6 +78,32 @@ class Layout:
             starts = sorted(set(self.starts(name, process)))
             digest.update(f"{name} {leaf.dtype}{list(leaf.shape)} {part_shape(leaf)} {starts}\n".encode())
         return digest.hexdigest()
+
+
+def layout_of(leaves: Mapping[str, Any]) -> Layout:
+    """The layout of some arrays, or shapes: found once, since a state lies where it lay at the step before."""
+    return _known(tuple((name, _shape_of(leaf)) for name, leaf in leaves.items()))
+
+
+@lru_cache(maxsize=8)
+def _known(leaves: tuple[tuple[str, Any], ...]) -> Layout:
+    return Layout(dict(leaves))
+
+
+def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+@lru_cache(maxsize=8)
+def travelling(layout: Layout, shift: int) -> list[str]:
+    """Arrays of which some process lacks what the one `shift` places before it holds."""
+    all_, count = layout.processes, len(layout.processes)
+    pairs = [(all_[(i - shift) % count], process) for i, process in enumerate(all_)]
+    return [
+        name
+        for name in layout.leaves
+        if any(set(layout.starts(name, before)) - set(layout.starts(name, process)) for before, process in pairs)
+    ]
 
 
 def part_shape(leaf: Any) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from rlhfjax.host import exchange, processes
 from rlhfjax.integrity import verifying
 from rlhfjax.training.checkpoint import Checkpoints, Restored
 from rlhfjax.training.digests import different_leaves
-from rlhfjax.training.local.layout import Key, Layout, leaves_of, part_shape, placed
+from rlhfjax.training.local.layout import Key, layout_of, leaves_of, part_shape, placed
 from rlhfjax.training.local.moving import grouped, moved, on_the_host, pairs_of
 from rlhfjax.training.local.steps import LocalSteps
 
@@ -81,7 +81,7 @@ class Found:
     """The local steps that processes find on their disks; all of them look together."""
 
     def __init__(self, local: LocalSteps, items: Mapping[str, Any]):
-        self._local, self._items, self.layout = local, items, Layout(leaves_of(items))
+        self._local, self._items, self.layout = local, items, layout_of(leaves_of(items))
         self._files, wrong = local.files()
         own = [[file.facts["step"], file.facts["holds"], file.facts["layout"]] for file in self._files]
         self._told: list[list[Told]] = []

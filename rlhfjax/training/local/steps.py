@@ -26,7 +26,7 @@ from rlhfjax.training.digests import Pending, fetched, started
 from rlhfjax.training.local.copies import blocks_of, digests_of, distinct
 from rlhfjax.training.local.file import ENDING, Block, ShardFile, write
 from rlhfjax.training.local.hosts import shift_of, this_host
-from rlhfjax.training.local.layout import Layout, leaves_of
+from rlhfjax.training.local.layout import Layout, layout_of, leaves_of
 
 TOKEN = "local.json"
 _log = logging.getLogger("rlhfjax")
@@ -72,10 +72,10 @@ class LocalSteps:
             self._writing.join()  # it has said that it is done
         items = {**models, "training": training}
         leaves, same = distinct(leaves_of(items))
-        layout, alone = Layout(leaves), processes.count() == 1 and jax.default_backend() == "cpu"
+        layout, alone = layout_of(leaves), processes.count() == 1 and jax.default_backend() == "cpu"
         digests = None if alone else started(items)  # alone the host takes as long, and need not keep training waiting
-        blocks = blocks_of(layout, self._shift)
-        holds = Layout(leaves_of(items)).digests
+        blocks = blocks_of(layout, leaves, self._shift)
+        holds = layout_of(leaves_of(items)).digests
         own, other = jax.process_index(), (jax.process_index() - self._shift) % processes.count()
         facts = {"step": step, "same": same, "layout": layout.told, "holds": sorted({holds[own], holds[other]})}
         work = partial(self._write, step, self._whole, blocks, facts | {"meta": dict(meta)}, digests, layout)
