@@ -58,10 +58,7 @@ def write_manifest(directory: Path, *, known: Mapping[str, Mapping[str, Any]] | 
     """
     given = known or {}
     files: dict[str, Mapping[str, Any]] = {name: given.get(name, {}) for name in _names(directory)}
-    new = [name for name, entry in files.items() if not entry]
-    with ThreadPoolExecutor(_WORKERS) as pool:
-        for name, entry in zip(new, pool.map(lambda name: _synced_entry(directory / name), new), strict=True):
-            files[name] = entry
+    files |= synced_entries(directory, [name for name, entry in files.items() if not entry])
     for folder in {path.parent for path in map(directory.joinpath, files)} - {directory}:
         sync(folder)
     held = {"format": _FORMAT, "files": files} | facts
@@ -91,15 +88,17 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 def _well_formed(held: Mapping[str, Any]) -> bool:
     """Whether a manifest has the parts that are read of it: a directory may come from anywhere."""
-    files, leaves = held.get("files"), held.get("leaves", {})
-    if held.get("format") != _FORMAT or not isinstance(files, dict) or not isinstance(leaves, dict):
+    files, leaves, arrays = held.get("files"), held.get("leaves", {}), held.get("arrays", {})
+    if held.get("format") != _FORMAT or not isinstance(files, dict):
+        return False
+    if not isinstance(leaves, dict) or not isinstance(arrays, dict):
         return False
     entries = all(
         isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
         for entry in files.values()
     )
     named = all(isinstance(item, dict) and all(map(_is_text, item.values())) for item in leaves.values())
-    return entries and named
+    return entries and named and all(map(_is_text, arrays.values()))
 
 
 def _is_text(value: Any) -> bool:
@@ -120,12 +119,38 @@ def check(directory: Path, digests: bool = True, small: int = 0) -> Checked:
 
 def require_intact(directory: Path, remedy: str, digests: bool = True, small: int = 0) -> Checked:
     """`check` that raises IntegrityError when something differs; it names the files, and `remedy` says what to do."""
-    checked = check(directory, digests, small)
+    return _required(directory, check(directory, digests, small), remedy)
+
+
+def require_part(directory: Path, part: str, remedy: str, digests: bool = True, small: int = 0) -> Checked:
+    """`require_intact` of a folder with a manifest of its own, and of files beside it; nothing of others is read."""
+    listed, name = (read_manifest(directory) or {"files": {}})["files"], f"{part}/{MANIFEST}"
+    if name not in listed:
+        raise IntegrityError(f"{directory}: expected {name} in its {MANIFEST}, got none; {remedy}")
+    beside = (
+        _differs(directory / file, file, entry, digests, small) for file, entry in listed.items() if "/" not in file
+    )
+    first = (_differs(directory / name, name, listed[name], True, 0), *beside)
+    if wrong := tuple(difference for difference in first if difference):
+        return _required(directory, Checked(0, 0, wrong), remedy)
+    inner = read_manifest(directory / part)
+    return _required(
+        directory, _compare(directory, f"{part}/", inner["files"] if inner else {}, digests, small), remedy
+    )
+
+
+def _required(directory: Path, checked: Checked, remedy: str) -> Checked:
     if checked.differences:
         shown = "; ".join(map(str, checked.differences[:_SHOWN]))
         more = len(checked.differences) - _SHOWN
         raise IntegrityError(f"{directory}: {shown}{f' and {more} more' if more > 0 else ''}; {remedy}")
     return checked
+
+
+def bytes_of(directory: Path) -> int:
+    """Bytes of all files that a manifest covers, by what it says. Raises IntegrityError as `read_manifest`."""
+    files = (read_manifest(directory) or {"files": {}})["files"]
+    return sum(entry["size"] for entry in files.values()) + sum(bytes_of(directory / name) for name in _nested(files))
 
 
 def sync(path: Path) -> None:
@@ -150,12 +175,6 @@ def verified_once(directory: Path, remedy: str) -> None:
     if key is None or key not in _found_whole:
         require_intact(directory, remedy)
         _found_whole.update([key] if key else [])
-
-
-def trusted(directory: Path) -> None:
-    """`directory` was written by this process, which need not read it again."""
-    if key := _identity(directory):
-        _found_whole.add(key)
 
 
 def verifying() -> bool:
@@ -196,6 +215,13 @@ def _walk(directory: Path) -> Iterator[Path]:
             continue
         yield from (here / file for file in files if here != directory or file not in (MANIFEST, f"{MANIFEST}.part"))
         yield from (here / name for name in folders if (here / name).is_symlink())  # listed, never followed
+
+
+def synced_entries(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of some files, which are on the disk afterwards."""
+    names = list(names)
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        return dict(zip(names, pool.map(lambda name: _synced_entry(directory / name), names), strict=True))
 
 
 def _synced_entry(path: Path) -> dict[str, Any]:

@@ -17,13 +17,26 @@ def tell_all(name: str, text: str) -> list[str]:
     if processes.count() == 1:
         return [text]
     store, key = processes.shared_store(), processes.turn_of(name)
-    store.key_value_set(f"{key}/{jax.process_index()}", text)
-    if not processes.is_first():
+    told = collected(key, text)
+    if told is None:
         return json.loads(store.blocking_key_value_get(f"{key}/all", processes.FOREVER_MS))
-    numbers = range(processes.count())
-    told = [store.blocking_key_value_get(f"{key}/{number}", processes.FOREVER_MS) for number in numbers]
     store.key_value_set(f"{key}/all", json.dumps(told))
     return told
+
+
+def collected(key: str, text: str) -> list[str] | None:
+    """The texts of all processes under a key of `turn_of`, by their number, for the first of them alone.
+
+    Any thread may ask: the turn was taken by the one that all processes run alike.
+    """
+    if processes.count() == 1:
+        return [text]
+    store = processes.shared_store()
+    store.key_value_set(f"{key}/{jax.process_index()}", text)
+    if not processes.is_first():
+        return None
+    numbers = range(processes.count())
+    return [store.blocking_key_value_get(f"{key}/{number}", processes.FOREVER_MS) for number in numbers]
 
 
 def by_each(what: Callable[[], object], name: str) -> None:

@@ -129,18 +129,18 @@ def fetched(source: str | Path) -> str | Path:
         return fetched_source(source)
 
 
-def need(step_dir: Path) -> None:
-    """Before a step is read: fetch what is not here yet."""
-    if shop := _shop_of(step_dir):
-        with _or_stopped(step_dir):
-            shop.need(step_dir)
+def need(folder: Path) -> None:
+    """Before a step, or an item of one, is read: fetch what is not here yet."""
+    if shop := _shop_of(folder):
+        with _or_stopped(folder):
+            shop.need(folder)
 
 
-def mend(step_dir: Path) -> bool:
-    """Where the copy of a step is damaged: fetch it again; whether that was done."""
-    shop = _shop_of(step_dir)
-    with _or_stopped(step_dir):
-        return bool(shop and shop.mend(step_dir))
+def mend(folder: Path) -> bool:
+    """Where the copy of a step, or of an item, is damaged: fetch it again; whether that was done."""
+    shop = _shop_of(folder)
+    with _or_stopped(folder):
+        return bool(shop and shop.mend(folder))
 
 
 def publish_step(step_dir: Path) -> None:

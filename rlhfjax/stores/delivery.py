@@ -41,7 +41,7 @@ def delivering(target: Path, force: bool = False) -> Iterator[Path]:
 def put_whole(store: Store, folder: Path, below: str, before_last: Callable[[], None] = lambda: None) -> None:
     """Put a directory with a manifest below a prefix of a store, and nothing else.
 
-    Its manifest comes last, after `before_last`, which may raise.
+    Manifests of folders in it come after all other files, and its own last, after `before_last`, which may raise.
     """
     inside = f"{below}/" if below else ""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
@@ -49,7 +49,9 @@ def put_whole(store: Store, folder: Path, below: str, before_last: Callable[[], 
     last = f"{inside}{MANIFEST}"
     store.delete([last] if last in there else [])
     store.delete(there - {f"{inside}{name}" for name in names})
-    in_parallel(lambda name: store.send(f"{inside}{name}", folder / name), [name for name in names if name != MANIFEST])
+    inner = [name for name in names if name.endswith(f"/{MANIFEST}")]
+    for some in ([name for name in names if name != MANIFEST and name not in inner], inner):
+        in_parallel(lambda name: store.send(f"{inside}{name}", folder / name), some)
     before_last()
     store.send(last, folder / MANIFEST)
 

@@ -34,7 +34,7 @@ class Workshop:
         self.store, self.root, self._lease = store, root, lease
         self._sent: dict[str, tuple[int, int, int]] = {}  # what files were when they were sent
         self._growing: dict[str, Growing] = {}
-        self._complete: set[Path] = set()  # steps of which this process has all files
+        self._complete: set[Path] = set()  # steps and items of which this process has all files
         self._turn = threading.RLock()
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -118,6 +118,9 @@ class Workshop:
             key = self.key(path)
             there = self.store.sizes(key)
             self.store.delete(sorted(each for each in there if each.endswith(f"/{COMPLETE}")))
+            self.store.delete(
+                sorted(f"{step}/{MANIFEST}" for step, held in Contents.of(there).steps.items() if MANIFEST in held)
+            )
             self.store.delete(sorted(each for each in there if each.endswith(f"/{MANIFEST}")))
             self.store.delete(sorted(there))
             below = (key, f"{key}/")
@@ -129,31 +132,42 @@ class Workshop:
         """Mark a step that was found damaged: it does not count any more, and can be looked at."""
         self._require()
         self.store.write(f"{self.key(step_dir)}/{DAMAGED}", b"")
-        self._complete.discard(step_dir)
+        self._complete = {folder for folder in self._complete if not folder.is_relative_to(step_dir)}
 
-    def need(self, step_dir: Path) -> None:
-        """Fetch what this machine lacks of a step. Of several processes that share the directory one does it."""
-        if step_dir in self._complete:
+    def need(self, folder: Path) -> None:
+        """Fetch what this machine lacks of a step, or of an item of one, and what the step has beside its items.
+
+        Of several processes that share the directory one does it.
+        """
+        if folder in self._complete or folder.parent in self._complete:
             return
         with self._turn, self._alone():
-            step = self.key(step_dir)
-            there = self.store.sizes(step)
+            there = self._of(folder)
             lacking = [key for key, size in there.items() if _size(self.root / key) != size]
             in_parallel(lambda key: self.store.fetch(key, self.root / key), lacking)
-            self._complete.add(step_dir)
+            self._complete.add(folder)
 
-    def mend(self, step_dir: Path) -> bool:
-        """Fetch a step anew whose copy here is damaged; whether the store has it."""
+    def mend(self, folder: Path) -> bool:
+        """Fetch a step, or an item of one, anew whose copy here is damaged; whether the store has it."""
         with self._turn, self._alone():
-            step = self.key(step_dir)
-            there = self.store.sizes(step)
-            if f"{step}/{MANIFEST}" not in there:
+            there = self._of(folder)
+            if f"{self.key(_step_of(folder))}/{MANIFEST}" not in there:
                 return False
-            for path in [path for path in step_dir.rglob("*") if path.is_file()]:
+            for path in [path for path in folder.rglob("*") if path.is_file()]:
                 if self.key(path) not in there:
                     path.unlink()
             in_parallel(lambda key: self.store.fetch(key, self.root / key), there)
             return True
+
+    def _of(self, folder: Path) -> dict[str, int]:
+        """What the store has of a step, or of an item and beside it."""
+        step = self.key(_step_of(folder))
+        whole, inside = self.key(folder) == step, f"{self.key(folder)}/"
+        return {
+            key: size
+            for key, size in self.store.sizes(step).items()
+            if whole or key.startswith(inside) or "/" not in key.removeprefix(f"{step}/")
+        }
 
     def close(self) -> None:
         """Send what is left, and let others have the lock. Raises Unreachable."""
@@ -225,14 +239,13 @@ class Workshop:
         self._growing[key] = growing
 
     def _stub(self, steps: dict[str, dict[str, int]]) -> None:
-        """Steps without their arrays: folders, small files, and the manifest last."""
-        small = [f"{step}/{name}" for step, held in steps.items() for name, size in held.items() if size <= _SMALL]
+        """Steps without their arrays: folders, small files, manifests of items, and the step's last."""
+        files = ((step, name, size) for step, held in steps.items() for name, size in held.items())
+        small = [f"{step}/{name}" for step, name, size in files if name != MANIFEST and _at_once(name, size)]
         for step, held in steps.items():
             for name in held:
                 (self.root / step / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        in_parallel(
-            lambda key: self.store.fetch(key, self.root / key), [key for key in small if not key.endswith(MANIFEST)]
-        )
+        in_parallel(lambda key: self.store.fetch(key, self.root / key), small)
         in_parallel(lambda step: self.store.fetch(f"{step}/{MANIFEST}", self.root / step / MANIFEST), steps)
 
     @contextmanager
@@ -240,6 +253,16 @@ class Workshop:
         with self.root.with_name(f".{self.root.name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _step_of(folder: Path) -> Path:
+    """The step of an item; another folder itself."""
+    above = folder.parent
+    return above if above.name.isdigit() and above.parent.name == "checkpoints" else folder
+
+
+def _at_once(name: str, size: int) -> bool:
+    return size <= _SMALL or name.endswith(f"/{MANIFEST}")
 
 
 def _older(meta: bytes) -> bool:

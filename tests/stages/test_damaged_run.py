@@ -79,12 +79,17 @@ def test_a_model_that_a_later_stage_needs(whole_copy, config):
 
 
 def test_a_model_that_is_asked_for(whole_copy, tmp_path):
-    bad = whole_copy / "ppo" / "checkpoints" / str(STEPS) / "policy" / "commit_success.txt"
-    flip(bad)  # a file that reading does not need
+    step = whole_copy / "ppo" / "checkpoints" / str(STEPS)
+    flip(arrays_of(step / "value"))  # another model, which nobody reads here
     said = ("generate", whole_copy, "--prompt", "the", "--max-new-tokens", 2)
-    for words in (said, ("export", whole_copy, tmp_path / "exported")):
-        assert "policy/commit_success.txt: expected digest" in invoke(*words, code=4).stderr
-        assert not (tmp_path / "exported").exists()
+    assert invoke(*said, code=0).stdout
+    for bad in (arrays_of(step / "average"), step / "average" / "commit_success.txt"):  # which reading does not need
+        flip(bad)
+        for words in (said, ("export", whole_copy, tmp_path / "exported")):
+            assert f"{bad.relative_to(step)}: expected digest" in invoke(*words, code=4).stderr
+            assert not (tmp_path / "exported").exists()
+        flip(bad)
+    flip(step / "average" / "commit_success.txt")
     assert invoke(*said, "--no-verify", code=0).stdout
 
 

@@ -41,7 +41,11 @@ def require_whole(objects):
             steps[stage, number][name] = data
     whole = {step: held for step, held in steps.items() if "MANIFEST.sha256.json" in held}
     for step, held in whole.items():
-        listed = json.loads(held.pop("MANIFEST.sha256.json"))["files"]
+        listed = json.loads(held["MANIFEST.sha256.json"])["files"]
+        for name in [name for name in listed if name.endswith("/MANIFEST.sha256.json")]:
+            inner = json.loads(held[name])["files"]
+            listed |= {f"{name.removesuffix('MANIFEST.sha256.json')}{file}": entry for file, entry in inner.items()}
+        del held["MANIFEST.sha256.json"]
         assert {name: hashlib.sha256(data).hexdigest() for name, data in held.items()} == {
             name: entry["sha256"] for name, entry in listed.items()
         }, step

@@ -27,7 +27,7 @@ from rlhfjax.sharding.rules import path_name
 from rlhfjax.stages import offline, online
 from rlhfjax.stages.job import Job
 from rlhfjax.stages.objectives import language_modelling
-from rlhfjax.training.checkpoint import find_checkpoint, load_model, read_meta
+from rlhfjax.training.checkpoint import find_checkpoint, load_model, read_meta, save_model
 from rlhfjax.training.update import offline_step
 from rlhfjax.types import TokenBatch, TrainState
 from stages.conftest import assert_same_bits, rows_of, saved
@@ -221,9 +221,9 @@ def test_adapters_may_be_chosen_anew_until_a_stage_has_trained_them(adapted, tmp
 
 def test_adapters_refuse_another_base(sharded, tmp_path):
     shutil.copytree(sharded.dir, tmp_path / "run")
-    base = find_checkpoint(tmp_path / "run" / "base") / "policy"
-    data = max((path for path in base.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    data.write_bytes(data.read_bytes()[:-1] + b"\0")
+    base = find_checkpoint(tmp_path / "run" / "base")
+    _, params = load_model(base)
+    save_model(base, "policy", jax.tree.map(lambda leaf: leaf + 1, params), read_meta(base))
     with pytest.raises(IntegrityError, match=r"expected the base with digest .* its adapters belong to another model"):
         rlhfjax.load(tmp_path / "run" / "ppo")
 

@@ -22,6 +22,8 @@ def step_of(folder, number, text):
     (step / "policy" / "d" / f"{text}{number}").write_bytes(text.encode() * 20_000)
     (step / "policy" / "_METADATA").write_text(text)
     (step / "meta" / "metadata").write_text(json.dumps({"format": 2, "step": number, "text": text}))
+    for item in ("policy", "meta"):
+        write_manifest(step / item)
     write_manifest(step)
     return step
 
@@ -40,11 +42,20 @@ def killed(shop):
     shop.store.objects[f".lock/{shop._lease.number:08d}"] = json.dumps(shop._lease._me | {"pid": 2**22 + 1}).encode()
 
 
+def listed_in(objects, below):
+    """What a manifest lists, and the manifests that it lists."""
+    listed = json.loads(objects[f"{below}MANIFEST.sha256.json"])["files"]
+    for name in [name for name in listed if name.endswith("/MANIFEST.sha256.json")]:
+        folder = name.removesuffix("MANIFEST.sha256.json")
+        listed |= {f"{folder}{inner}": entry for inner, entry in listed_in(objects, f"{below}{folder}").items()}
+    return listed
+
+
 def require_whole(objects):
     """Every step that counts is whole, looked at object by object; their numbers."""
     found = []
     for step, held in layout.Contents.of({key: len(data) for key, data in objects.items()}).whole().items():
-        listed = json.loads(objects[f"{step}/MANIFEST.sha256.json"])["files"]
+        listed = listed_in(objects, f"{step}/")
         assert listed.keys() == held.keys() - {"MANIFEST.sha256.json"}
         for name, entry in listed.items():
             assert hashlib.sha256(objects[f"{step}/{name}"]).hexdigest() == entry["sha256"], f"{step}/{name}"
@@ -102,6 +113,7 @@ def test_a_run_killed_at_any_operation_is_whole_in_the_store_and_elsewhere(tmp_p
     assert sorted(objects) == sorted(
         ["sft/complete.json", "sft/metrics.jsonl", ".lock/00000001"]
         + [f"sft/checkpoints/2/{name}" for name in ("MANIFEST.sha256.json", "meta/metadata", "policy/_METADATA")]
+        + [f"sft/checkpoints/2/{item}/MANIFEST.sha256.json" for item in ("meta", "policy")]
         + ["sft/checkpoints/2/policy/d/a2"]
     )
     assert json.loads(objects[".lock/00000001"])["released"]
@@ -115,6 +127,7 @@ def test_a_step_that_is_replaced_or_deleted_is_whole_or_does_not_count_whenever_
             step = step_of(shop.root, 1, "a")
             shop.publish_step(step)
             (step / "policy" / "_METADATA").write_text("b")
+            write_manifest(step / "policy")
             write_manifest(step)
             shop.store = MemoryStore(objects, count)
             try:
@@ -160,17 +173,30 @@ def test_what_another_machine_did_since_counts(tmp_path):
     killed(again)
 
 
-def test_arrays_are_fetched_when_a_step_is_read_and_not_before(tmp_path):
+def test_arrays_are_fetched_when_their_item_is_read_and_not_before(tmp_path):
+    # fails when all of a step is fetched: seen
     objects = {}
     shop = opened(objects, tmp_path / "here")
     for number in (1, 2):
-        shop.publish_step(step_of(shop.root, number, "a"))
+        step = step_of(shop.root, number, "a")
+        (step / "training" / "d").mkdir(parents=True)
+        (step / "training" / "d" / "moments").write_bytes(b"m" * 20_000)
+        write_manifest(step / "training")
+        write_manifest(step)
+        shop.publish_step(step)
     shop.close()
     other = Workshop(MemoryStore(objects), tmp_path / "elsewhere")
     other.begin()
-    assert not [key for key in other.store.fetched if "/policy/d/" in key]
-    other.need(tmp_path / "elsewhere" / "sft" / "checkpoints" / "2")
-    assert [key for key in other.store.fetched if "/policy/d/" in key] == ["sft/checkpoints/2/policy/d/a2"]
+    step = tmp_path / "elsewhere" / "sft" / "checkpoints" / "2"
+    assert (step / "training" / "MANIFEST.sha256.json").exists()  # without what it lists
+    assert not [key for key in other.store.fetched if "/d/" in key]
+    other.need(step / "policy")
+    assert [key for key in other.store.fetched if "/d/" in key] == ["sft/checkpoints/2/policy/d/a2"]
+    (step / "policy" / "d" / "a2").write_bytes(b"b" * 20_000)
+    assert other.mend(step / "policy")
+    assert not check(step / "policy").differences
+    other.need(step)
+    assert not check(step).differences
 
 
 def test_a_damaged_copy_is_fetched_anew_and_a_damaged_step_does_not_count(tmp_path):

@@ -27,9 +27,6 @@ from rlhfjax.training.checkpoint import Checkpoints, find_checkpoint, load_model
 from rlhfjax.training.state import abstract, init_state
 from rlhfjax.training.update import apply_gradients
 
-# After a read that failed, the other reads of Orbax come back to an event loop that is closed.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
-
 MODEL = tiny("llama-gqa", vocab_size=300)
 
 

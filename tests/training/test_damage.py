@@ -1,6 +1,5 @@
 """Damaged, half written and unwanted checkpoints: refused or fallen back from, never loaded."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,12 +12,10 @@ import pytest
 
 from rlhfjax.errors import ConfigError, IntegrityError, Stopped
 from rlhfjax.integrity import MANIFEST, unverified
-from rlhfjax.training.checkpoint import Checkpoints, read_meta, steps, stored_digests
+from rlhfjax.training.checkpoint import Checkpoints, items, steps, stored_digests
 from rlhfjax.training.digests import leaf_digests
 from rlhfjax.training.state import abstract
 
-# After a read that failed, the other reads of Orbax come back to an event loop that is closed.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 META = {"format": 2, "role": "policy"}
 
 
@@ -85,11 +82,9 @@ def test_any_damaged_file_is_noticed_and_the_step_before_is_taken(saved, tmp_pat
     for number, name in enumerate(path for path in files if (saved / "2" / path).stat().st_size):
         directory = Path(shutil.copytree(saved, tmp_path / str(number)))
         damage(directory / "2" / name)
-        with pytest.raises(IntegrityError, match=str(name).replace("+", ".")):
-            read_meta(directory / "2")
+        with pytest.raises(IntegrityError, match=str(name)):
+            newest(directory, fall_back=False)
         if number % 5 == 0:  # the rest of the way is the same for each
-            with pytest.raises(IntegrityError, match=str(name)):
-                newest(directory, fall_back=False)
             step, said = newest(directory)
             assert step == 1
             assert str(name) in said[0]
@@ -108,15 +103,17 @@ def test_none_that_is_whole_is_an_error_and_nothing_is_moved(copied):
 def test_other_bits_than_were_saved_are_noticed_when_the_files_are_whole(copied, monkeypatch):
     # as when memory or a restore onto another mesh goes wrong; fails without the check of the arrays: seen
     checkpoints = Checkpoints(copied, 5)
-    restore = checkpoints._saver.restore
+    read = items.read_tree
 
-    def wrong(*given, **more):
-        found = restore(*given, **more)
-        a = np.array(found["policy"]["a"])
-        a.view(np.uint32)[1, 2] ^= 1
-        return {"training": found["training"], "policy": found["policy"] | {"a": jnp.asarray(a)}}
+    def wrong(folder, target, stored):
+        found, _ = read(folder, target, stored)
+        if folder.name == "policy":
+            a = np.array(found["a"])
+            a.view(np.uint32)[1, 2] ^= 1
+            found["a"] = jnp.asarray(a)
+        return found, {}
 
-    monkeypatch.setattr(checkpoints._saver, "restore", wrong)
+    monkeypatch.setattr(items, "read_tree", wrong)
     with pytest.raises(IntegrityError, match="expected policy/a as it was saved, got other bits"):
         checkpoints.restore(2, abstract(models(0)), abstract(training(0)))
     with unverified():
@@ -186,7 +183,7 @@ def free(megabytes):
 def test_no_room_is_said_before_a_save_begins(copied, monkeypatch):
     # fails when the size of the last step is not asked for: seen
     checkpoints = Checkpoints(copied, 5)
-    size = sum(entry["size"] for entry in json.loads((copied / "2" / MANIFEST).read_text())["files"].values()) / 1e6
+    size = sum(path.stat().st_size for path in (copied / "2").rglob("*") if path.is_file()) / 1e6
     monkeypatch.setattr(shutil, "disk_usage", free(1.3 * size))
     checkpoints.save(3, models(3), training(3), META)
     checkpoints.wait()
@@ -215,7 +212,7 @@ def test_a_save_that_fails_is_raised_at_the_next_batch(copied, monkeypatch, wher
 
     with monkeypatch.context() as broken:
         if where == "manifest":
-            broken.setattr(steps, "write_manifest", full)
+            broken.setattr(steps, "write_manifests", full)
         else:  # Orbax itself asks for this before each save
             broken.setattr(checkpoints._saver, "save", lambda *_, **__: None)
             broken.setattr(checkpoints._saver, "wait_until_finished", full)

@@ -1,10 +1,11 @@
 """Checkpoints: the only place that knows Orbax.
 
 A step directory holds one item per model (`policy`, `value`, `reward`, `average`), so that each can be read alone, the
-`training` state, the tokenizer, and `meta`: what is needed to build the models again. Beside them lies a manifest of
-every file's digest and every array's; it is compared before anything is read.
+`training` state, and `meta`: what is needed to build the models again, with the tokenizer. In each lies a manifest of
+every file's digest and every array's, and one of these manifests in the step: what is read is verified, and no more.
 """
 
+from rlhfjax.training.checkpoint.items import stored_digests
 from rlhfjax.training.checkpoint.leaves import open_leaves
 from rlhfjax.training.checkpoint.meta import (
     COMPLETE,
@@ -13,9 +14,7 @@ from rlhfjax.training.checkpoint.meta import (
     find_checkpoint,
     meta_of,
     read_meta,
-    stored_digests,
     tokenizer_of,
-    verified_step,
 )
 from rlhfjax.training.checkpoint.models import Bases, load_model, model_shapes, reference_to, save_model, tree_digest
 from rlhfjax.training.checkpoint.saving import Checkpoints, Restored
@@ -42,5 +41,4 @@ __all__ = [
     "stored_digests",
     "tokenizer_of",
     "tree_digest",
-    "verified_step",
 ]

@@ -15,21 +15,19 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorstore as ts
 
-from rlhfjax.errors import IntegrityError
 from rlhfjax.integrity import verifying
 from rlhfjax.leaves import MOST, Region, cut, inside, region_at, shape_of
 from rlhfjax.models import SequenceModel
 from rlhfjax.models.heads import with_head, zero_head
 from rlhfjax.models.lora import init_lora
-from rlhfjax.training.checkpoint.meta import SCALAR, read_meta, stored_digests
-from rlhfjax.training.checkpoint.models import base_of, described, unreadable
+from rlhfjax.training.checkpoint.items import item_digests, named, other_bits, unreadable
+from rlhfjax.training.checkpoint.meta import SCALAR, read_meta, verified_item
+from rlhfjax.training.checkpoint.models import base_of, described
+from rlhfjax.training.checkpoint.reading import stored_array
 from rlhfjax.training.digests import Sums, leaf_name
 
 _WHOLE = 1 << 22  # bytes of an array that is held whole where its chunks hold several layers
-# Few chunks at a time are decoded, so that memory is bounded by blocks and not by threads.
-_CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 4}}
 
 
 @dataclass
@@ -62,10 +60,7 @@ class StoredLeaves:
         for path, sums in self._sums.items():
             array = self.arrays[path]
             if sums.count == math.prod(array.shape) and sums.text(array.dtype, array.shape) != array.digest:
-                raise IntegrityError(
-                    f"checkpoint {array.step_dir}: expected {array.item}/{array.name} as it was saved, got other bits; "
-                    "its files are whole, so reading them went wrong: try once more, and then on another machine"
-                )
+                raise named(array.step_dir, array.item, other_bits(array.step_dir, array.item, [array.name]))[1]
             self._right |= {path} if sums.count == math.prod(array.shape) else set()
         self._sums.clear()
 
@@ -87,7 +82,6 @@ def open_leaves(step_dir: Path, item: str, scratch: Path) -> tuple[SequenceModel
     places = {(step_dir, item): shapes}
     if lora := meta.get("lora"):
         base = base_of(step_dir, meta["base"])
-        read_meta(base[0])
         frozen = jax.eval_shape(model.init, jax.random.key(0))
         trained = jax.eval_shape(lambda key: init_lora(key, frozen, lora["rank"], lora["targets"]), jax.random.key(0))
         if scalar:
@@ -95,7 +89,8 @@ def open_leaves(step_dir: Path, item: str, scratch: Path) -> tuple[SequenceModel
         places = {base: frozen, (step_dir, item): trained}
     arrays: dict[str, _Stored] = {}
     for (directory, name), tree in places.items():
-        digests = stored_digests(directory).get(name, {})
+        verified_item(directory, name)
+        digests = item_digests(directory, name)
         for path, shape in _by_path(tree).items():
             arrays[path.removeprefix("decoder/")] = _Stored(directory, name, path, shape, digests.get(path), scratch)
     if lora and scalar:
@@ -132,7 +127,8 @@ class _Stored:
         try:
             yield from self._blocks(region)
         except (ValueError, OSError) as error:  # tensorstore parses the files of others here
-            raise unreadable(self.step_dir, f"has no readable array {self.item}/{self.name}", error) from error
+            said = unreadable(self.step_dir, f"has no readable array {self.item}/{self.name}", error)
+            raise named(self.step_dir, self.item, said)[1] from error
 
     def _blocks(self, region: Region) -> Iterator[tuple[Region, np.ndarray]]:
         store = self._open()
@@ -155,12 +151,7 @@ class _Stored:
 
     def _open(self) -> Any:
         if self.opened is None:
-            folder, name = (self.step_dir / self.item).absolute(), self.name.replace("/", ".")
-            store = {"driver": "file", "path": f"{folder}/{name}/"}
-            if (folder / "manifest.ocdbt").exists():
-                store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{name}/"}
-            spec = {"driver": "zarr", "kvstore": store, "context": _CONTEXT}
-            self.opened = ts.open(spec, read=True, open=True).result()
+            self.opened = stored_array(self.step_dir / self.item, self.name)
             if tuple(self.opened.shape) != self.shape:
                 raise ValueError(f"expected shape {list(self.shape)}, got {list(self.opened.shape)}")
         return self.opened

@@ -13,7 +13,7 @@ from typing import Any
 from rlhfjax import stores
 from rlhfjax.config.recipe import STAGES
 from rlhfjax.errors import ConfigError, IntegrityError
-from rlhfjax.integrity import MANIFEST, read_manifest, verified_once, verifying
+from rlhfjax.integrity import MANIFEST, read_manifest, require_part, verified_once, verifying
 from rlhfjax.models import SequenceModel
 from rlhfjax.text.chat_writing import ChatSettings
 from rlhfjax.text.loading import AnyTokenizer, tokenizer_from
@@ -21,7 +21,8 @@ from rlhfjax.text.tokenizer import Tokenizer
 
 SCALAR = ("reward", "value")  # items with a scalar head
 COMPLETE = "complete.json"
-FORMAT = 2  # since 2 a step has a manifest; one of format 1 can only be believed
+FORMAT = 3  # since 2 a step has a manifest, since 3 each item; one of format 1 can only be believed
+_SMALL = 1 << 14  # bytes of files that are hashed whenever an item is read
 _log = logging.getLogger("rlhfjax")
 _told: set[Path] = set()
 
@@ -96,14 +97,48 @@ def _chosen(mark: Path) -> int:
 def read_meta(step_dir: Path) -> dict[str, Any]:
     """The meta item of a step directory, which is verified first.
 
-    Raises IntegrityError when the directory is not what was written, ConfigError when a newer version wrote it.
+    Raises IntegrityError when it is not what was written, ConfigError when a newer version wrote it.
     """
-    verified_step(step_dir)
+    verified_item(step_dir, "meta", digests=True)
     return _meta(step_dir)
 
 
+def verified_item(step_dir: Path, item: str, digests: bool = False) -> bool:
+    """Compare an item of a step with its manifest: names, sizes and small files, and with `digests` all contents.
+
+    A step of an older format is compared as a whole. A copy of what an object store has is fetched anew before it is
+    called damaged; whether that was done. Raises IntegrityError naming the files that differ.
+    """
+    if not _has_items(step_dir):
+        verified_step(step_dir)
+        return False
+    folder = step_dir / item
+    stores.need(folder)
+    if not verifying():
+        return False
+    try:
+        require_part(step_dir, item, _remedy(step_dir), digests, _SMALL)
+    except IntegrityError:
+        if not stores.mend(folder):
+            raise
+        require_part(step_dir, item, _remedy(step_dir))
+        return True
+    return False
+
+
+def _has_items(step_dir: Path) -> bool:
+    """Whether the items of a step have manifests of their own."""
+    try:
+        manifest = read_manifest(step_dir)
+    except IntegrityError:
+        if verifying() and not stores.mend(step_dir):
+            raise
+        manifest = read_manifest(step_dir) if verifying() else None
+    return f"meta/{MANIFEST}" in (manifest or {"files": {}})["files"]
+
+
 def verified_step(step_dir: Path) -> None:
-    """Compare a step directory with its manifest, once in a process.
+    """Compare a step of format 1 or 2 with its manifest, once in a process.
 
     Raises IntegrityError naming the files that differ. A step of format 1 has no manifest, which is said once; a later
     one without is damaged, since none is put in its place before its manifest is on the disk.
@@ -128,14 +163,6 @@ def _verified(step_dir: Path) -> None:
         if not stores.mend(step_dir):
             raise
         verified_once(step_dir, _remedy(step_dir))
-
-
-def stored_digests(step_dir: Path) -> dict[str, dict[str, str]]:
-    """The digests of a step's arrays, by item and path; of a step of format 1 none.
-
-    Raises IntegrityError when the manifest is not what was written.
-    """
-    return (read_manifest(step_dir) or {}).get("leaves", {})
 
 
 def _meta(step_dir: Path) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 import hashlib
 import logging
 import os
-import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,53 +13,44 @@ import orbax.checkpoint as ocp
 
 from rlhfjax.errors import IntegrityError
 from rlhfjax.fetch import file_sha256
-from rlhfjax.host import processes
-from rlhfjax.integrity import verifying
+from rlhfjax.host import exchange, processes
+from rlhfjax.integrity import MANIFEST
 from rlhfjax.models import SequenceModel, compute_dtype, model_of
 from rlhfjax.models.heads import with_head, zero_head
 from rlhfjax.models.lora import init_lora, join
-from rlhfjax.plain_json import plain
 from rlhfjax.sharding import state_shardings
-from rlhfjax.training.checkpoint.chunks import chunks_of
-from rlhfjax.training.checkpoint.meta import SCALAR, read_meta, stored_digests
+from rlhfjax.training.checkpoint.items import joined, read_item, told_entries
+from rlhfjax.training.checkpoint.meta import SCALAR, read_meta
 from rlhfjax.training.checkpoint.steps import put_in_place, unfinished
-from rlhfjax.training.digests import different_leaves, fetched, started
+from rlhfjax.training.checkpoint.writing import arguments
+from rlhfjax.training.digests import fetched, started
 from rlhfjax.types import Params
-
-_BUGS = (MemoryError, jax.errors.JaxRuntimeError)  # of this machine, not of what was read
 
 
 def save_model(step_dir: Path, item: str, params: Params, meta: Mapping[str, Any]) -> None:
-    """Save a model by itself as a step without a training state, in little more memory than it has.
-
-    Orbax keeps every array that it compresses until it is written, so arrays are written in small pieces, without the
-    database (OCDBT) whose cache would hold a hundred megabytes of them.
-    """
+    """Save a model by itself as a step without a training state, in little more memory than it has."""
     write_model(step_dir, item, params, meta, lambda params: fetched(started(params)))
 
 
 def write_model(
     step_dir: Path, item: str, arrays: Any, meta: Mapping[str, Any], digests: Callable[[Any], Any], **settings: Any
 ) -> None:
-    """`save_model` of arrays in memory, or of others that `settings` of Orbax write; then their `digests` are asked."""
+    """`save_model` of arrays in memory, or of others that `settings` of Orbax write; then their `digests` are asked.
+
+    Arrays are files without the database (OCDBT) that would hold a hundred megabytes of them.
+    """
     log = logging.getLogger("absl")
     log.addFilter(_not_as_meant)
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-    pieces = chunks_of(arrays, smallest=2 << 20)
-    handlers = {
-        item: ocp.PyTreeCheckpointHandler(save_concurrent_gb=1.01 * largest / 1e9, use_ocdbt=False, **settings),  # pyright: ignore[reportArgumentType]
-        "meta": ocp.JsonCheckpointHandler(),
-    }
-    items = {
-        item: ocp.args.PyTreeSave(arrays, save_args=pieces),
-        "meta": ocp.args.JsonSave(plain(dict(meta) | {"step": int(step_dir.name)})),
-    }
-    part = unfinished(step_dir)
+    settings |= {"save_concurrent_gb": 1.01 * largest / 1e9, "use_ocdbt": False, "use_compression": False}
+    handlers = {item: ocp.PyTreeCheckpointHandler(**settings), "meta": ocp.JsonCheckpointHandler()}
+    part, turn = unfinished(step_dir), processes.turn_of("saved")
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
-            writer.save(part, args=ocp.args.Composite(**items), force=True)
+            writer.save(part, args=arguments({item: arrays}, dict(meta) | {"step": int(step_dir.name)}), force=True)
         found = {item: digests(arrays)}
-        processes.by_first(lambda: put_in_place(part, step_dir, found), "model")
+        told = exchange.collected(turn, told_entries(part, shared=True))
+        processes.by_first(lambda: put_in_place(part, step_dir, found, joined(told or [])), "model")
     finally:
         log.removeFilter(_not_as_meant)
 
@@ -69,13 +58,8 @@ def write_model(
 def _not_as_meant(record: logging.LogRecord) -> bool:
     """Not that there is no such database to merge, nor that what only keys of jax need is not written."""
     said = record.getMessage()
-    return not any(each in said for each in ("Skipping merge of OCDBT", "ArrayMetadata persistence is disabled"))
-
-
-def _not_about_failed_reads(record: logging.LogRecord) -> bool:
-    trace = record.exc_info[2] if record.exc_info else None
-    frames = [] if trace is None else [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
-    return not any("orbax" in name for name in [record.getMessage(), *frames])
+    unmeant = ("Skipping merge of OCDBT", "ArrayMetadata persistence is disabled", "target_byte_size too small")
+    return not any(each in said for each in unmeant)
 
 
 @dataclass(frozen=True)
@@ -150,7 +134,12 @@ def reference_to(base_dir: Path, stage_dir: Path) -> dict[str, str]:
     """What the checkpoints of a stage say of the base that their adapters belong to: where it is, and its digest."""
     item = read_meta(base_dir)["serve"]
     path = os.path.relpath(base_dir, stage_dir / "checkpoints" / "0")
-    return {"path": path, "item": item, "digest": tree_digest(base_dir / item)}
+    return {"path": path, "item": item, "digest": item_digest(base_dir / item)}
+
+
+def item_digest(folder: Path) -> str:
+    """What stands for all of an item: the SHA-256 of its manifest, or of an older one's files (`tree_digest`)."""
+    return file_sha256(folder / MANIFEST) if (folder / MANIFEST).exists() else tree_digest(folder)
 
 
 def tree_digest(folder: Path) -> str:
@@ -159,30 +148,6 @@ def tree_digest(folder: Path) -> str:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder)}\0{file_sha256(path)}\n".encode())
     return digest.hexdigest()
-
-
-def require_leaves(step_dir: Path, item: str, tree: Any, digests: Mapping[str, Mapping[str, str]]) -> None:
-    """Raises IntegrityError unless the arrays that were read are those that were saved, however they lie."""
-    if item not in digests or not verifying():
-        return
-    if different := different_leaves(tree, digests[item]):
-        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-        raise IntegrityError(
-            f"checkpoint {step_dir}: expected {item}/{different[0]} as it was saved, got other bits{more}; its files "
-            "are whole, so reading them went wrong: try once more, and then on another machine"
-        )
-
-
-def unreadable(step_dir: Path, what: str, error: Exception) -> Exception:
-    """What to raise for an error of Orbax: IntegrityError in one line, unless the error is not about the files."""
-    if isinstance(error, _BUGS):
-        return error
-    # Of the other arrays that were being read, asyncio would log a page each, at some time later, and of those that
-    # were still to be read Python would warn.
-    logging.getLogger("asyncio").addFilter(_not_about_failed_reads)
-    warnings.filterwarnings("ignore", "coroutine '_read_array_index_and_device_put' was never awaited", RuntimeWarning)
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return IntegrityError(f"checkpoint {step_dir} {what}: {said[:300]}")
 
 
 def _read_base(step_dir: Path, base: Mapping[str, str], mesh: jax.sharding.Mesh | None, bases: Bases) -> Params:
@@ -203,7 +168,7 @@ def base_of(step_dir: Path, base: Mapping[str, str], bases: Bases | None = None)
             "directories of a run together, or export the model as a whole"
         )
     if place not in bases.digests:
-        bases.digests[place] = tree_digest(place[0] / place[1])
+        bases.digests[place] = item_digest(place[0] / place[1])
     if bases.digests[place] != base["digest"]:
         raise IntegrityError(
             f"checkpoint {step_dir}: expected the base with digest {base['digest'][:12]}… in {place[0]}, got "
@@ -218,10 +183,4 @@ def _read_item(step_dir: Path, item: str, shapes: Params, mesh: jax.sharding.Mes
     else:
         places = state_shardings(mesh, shapes)
     target = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
-    try:
-        with ocp.StandardCheckpointer() as reader:
-            params = reader.restore((step_dir / item).absolute(), target)
-    except Exception as error:  # Orbax parses the files of others here, and raises whatever its parsers raise
-        raise unreadable(step_dir, f"has no readable item {item!r}", error) from error
-    require_leaves(step_dir, item, params, stored_digests(step_dir))
-    return params
+    return read_item(step_dir, item, target, f"has no readable item {item!r}")

@@ -10,18 +10,16 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from rlhfjax import faults
 from rlhfjax.errors import ConfigError, IntegrityError, RlhfjaxError, Stopped
-from rlhfjax.host import processes
-from rlhfjax.plain_json import plain
+from rlhfjax.host import exchange, processes
 from rlhfjax.training.checkpoint import steps as on_disk
-from rlhfjax.training.checkpoint.chunks import chunks_of
 from rlhfjax.training.checkpoint.interrupts import uninterrupted
-from rlhfjax.training.checkpoint.meta import read_meta, stored_digests, verified_step
-from rlhfjax.training.checkpoint.models import require_leaves, unreadable
+from rlhfjax.training.checkpoint.items import joined, read_item, told_entries
+from rlhfjax.training.checkpoint.meta import read_meta
 from rlhfjax.training.checkpoint.retention import Retention
+from rlhfjax.training.checkpoint.writing import arguments, by_item, saver
 from rlhfjax.training.digests import Pending, fetched, started
 
 _log = logging.getLogger("rlhfjax")
@@ -52,8 +50,7 @@ class Checkpoints:
         self._committing: threading.Thread | None = None
         self._failed: tuple[int, BaseException] | None = None
         processes.by_first(self._prepare, "checkpoints")
-        immediately = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-        self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=immediately)
+        self._saver = saver()
         logging.getLogger("absl").addFilter(_not_about_failed_saves)
 
     def latest(self) -> int | None:
@@ -99,18 +96,19 @@ class Checkpoints:
         self.wait()
         items = {**models, "training": training}
         processes.by_first(lambda: self._require_room(step, items), f"room for {step}")
-        args: dict[str, Any] = {name: ocp.args.StandardSave(tree, chunks_of(tree)) for name, tree in items.items()}
         described = dict(meta) | {"step": step} | self._retention.figures(score, metrics or {})
-        args["meta"] = ocp.args.JsonSave(plain(described))
+        args, turn = arguments(items, described), processes.turn_of("saved")
         part = on_disk.unfinished(self.directory / str(step))
         with uninterrupted():
             digests = started(items)
             try:
-                self._saver.save(part, args=ocp.args.Composite(**args), force=True)
+                self._saver.save(part, args=args, force=True)
             except Exception as error:
                 self._drop(part)
                 raise self._stopped(step, _reason(error)) from error
-            self._committing = threading.Thread(target=self._commit, args=(step, part, digests), name=f"commit {step}")
+            self._committing = threading.Thread(
+                target=self._commit, args=(step, part, digests, turn), name=f"commit {step}"
+            )
             self._committing.start()
             faults.reach("save", step)
 
@@ -140,18 +138,10 @@ class Checkpoints:
         Raises IntegrityError when the step is not what was written.
         """
         self.wait()
-        place = self.directory / str(step)
-        processes.by_first(lambda: verified_step(place), f"verify {step}")
-        items = {**models, "training": training}
-        args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
-        try:
-            found = self._saver.restore(place, args=ocp.args.Composite(**args))
-        except Exception as error:  # Orbax parses files here, and raises whatever its parsers raise
-            raise unreadable(place, "cannot be read", error) from error
-        digests = stored_digests(place)
-        for name in items:
-            require_leaves(place, name, found[name], digests)
-        return {name: found[name] for name in models}, found["training"], read_meta(place)
+        place, items = self.directory / str(step), {**models, "training": training}
+        meta = read_meta(place)
+        found = {name: read_item(place, name, tree, "cannot be read") for name, tree in items.items()}
+        return {name: found[name] for name in models}, found["training"], meta
 
     def restore_newest(self, models: Mapping[str, Any], training: Any) -> Restored | None:
         """`restore` of the newest step that is whole, None where there is no step.
@@ -187,13 +177,14 @@ class Checkpoints:
                 self._saver.close()
             logging.getLogger("absl").removeFilter(_not_about_failed_saves)
 
-    def _commit(self, step: int, part: Path, digests: Pending) -> None:
-        """In a thread: once Orbax is done, the manifest and then the name; after that, steps that need not stay go."""
+    def _commit(self, step: int, part: Path, digests: Pending, turn: str) -> None:
+        """In a thread: once Orbax is done, the manifests and then the name; after that, steps that need not stay go."""
         try:
             self._saver.wait_until_finished()
             if processes.is_first():
                 faults.reach("commit", step)
-                on_disk.put_in_place(part, self.directory / str(step), _by_item(fetched(digests)))
+            if told := exchange.collected(turn, told_entries(part)):
+                on_disk.put_in_place(part, self.directory / str(step), by_item(fetched(digests)), joined(told))
                 steps = on_disk.steps_in(self.directory)
                 for old in set(steps) - self._retention.of(self.directory, steps):
                     on_disk.remove(self.directory / str(old))
@@ -239,15 +230,6 @@ class Checkpoints:
         )
         stopped.everywhere = processes.count() == 1  # pyright: ignore[reportAttributeAccessIssue]  # others know nothing
         return stopped
-
-
-def _by_item(digests: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Digests by item and path, from those of all items together."""
-    found: dict[str, dict[str, str]] = {}
-    for name, digest in digests.items():
-        item, _, path = name.partition("/")
-        found.setdefault(item, {})[path] = digest
-    return found
 
 
 def _bytes(tree: Any) -> int:

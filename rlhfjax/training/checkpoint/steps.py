@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rlhfjax import stores
 from rlhfjax.errors import ConfigError, IntegrityError
-from rlhfjax.integrity import read_manifest, sync, trusted, write_manifest
+from rlhfjax.integrity import bytes_of, sync
+from rlhfjax.training.checkpoint.items import Entries, write_manifests
 
 _PART, _REPLACED, _REMOVED, DAMAGED = ".part", ".replaced", ".removed", ".damaged"
 _ORBAX = ".orbax-checkpoint-tmp"
@@ -30,18 +31,17 @@ def unfinished(step_dir: Path) -> Path:
     return Path(os.path.abspath(step_dir)).with_name(f"{step_dir.name}{_PART}")
 
 
-def put_in_place(part: Path, step_dir: Path, leaves: Mapping[str, Mapping[str, str]]) -> None:
-    """Write the manifest of a step that is whole, and give the step its name; what had that name before goes then."""
+def put_in_place(part: Path, step_dir: Path, arrays: Mapping[str, Mapping[str, str]], known: Entries) -> None:
+    """Write the manifests of a step that is whole, and give the step its name; what had that name before goes then."""
     for path in [*part.rglob("*"), part]:
         path.chmod(0o700 if path.is_dir() else 0o600)
-    write_manifest(part, leaves=leaves)
+    write_manifests(part, arrays, known)
     before = _aside(step_dir, _REPLACED)
     if step_dir.exists():
         os.rename(step_dir, before)
     os.rename(part, step_dir)
     sync(step_dir.parent)
     shutil.rmtree(before, ignore_errors=True)
-    trusted(step_dir)
     stores.publish_step(step_dir)
 
 
@@ -109,7 +109,6 @@ def shortage(directory: Path, estimate: int) -> str | None:
 
 def _size(step_dir: Path) -> int | None:
     try:
-        manifest = read_manifest(step_dir)
+        return bytes_of(step_dir) or None
     except IntegrityError:  # whoever reads the step will say so
         return None
-    return sum(entry["size"] for entry in manifest["files"].values()) if manifest else None
