@@ -73,3 +73,16 @@ def test_two_processes_and_one_of_them_loses_its_disk(config, launched, start, t
     assert code == 0, err
     assert f"pretrain: goes on from the local step 2 in {disk}" in err
     assert_ends_the_same(tmp_path / "run", tmp_path / "straight", "pretrain")
+
+
+@pytest.mark.faults
+def test_a_rollback_does_not_go_to_a_local_step(copied, config, command, tmp_path):
+    run_dir = copied("pretrain")
+    guards = ("reliability.guards.non_finite=1", "reliability.guards.on_divergence=rollback", "checkpoints.every=100")
+    local = (f"checkpoints.local.dir={tmp_path / 'disk'}", "checkpoints.local.every=1")
+    words = ("run", config, *guards, *local, "--run-dir", run_dir, "--only", "pretrain")
+    code, _, err = command(*words, fault="nan@update:3")
+    assert code == 0, err
+    assert "pretrain: rolled back from step 3 to 0" in err
+    assert "goes on from" not in err
+    assert [row["step"] for row in rows_of(run_dir / "pretrain" / "metrics.jsonl")] == [1, 2, 3, 4]
