@@ -41,6 +41,10 @@ class Layout(Protocol):
         """`x` where activations of this name lie; sizes that the axes do not divide stay whole."""
         ...
 
+    def gathered(self, name: str, kernel: jax.Array) -> jax.Array:
+        """The kernel of a layer as its product reads it."""
+        ...
+
     def attention(self, program: Program, kernel: bool) -> Program:
         """f(query, key, value, segments, …) that each device computes on its own rows and heads, of all tokens; XLA
         can't split a `kernel`.
@@ -119,6 +123,12 @@ def lay(name: str, x: jax.Array) -> jax.Array:
     """`x` laid out as activations of this name are."""
     layout = current()
     return x if layout is None else layout.lay(name, x)
+
+
+def gathered(name: str, kernel: jax.Array) -> jax.Array:
+    """The kernel of a layer as its product reads it."""
+    layout = current()
+    return kernel if layout is None else layout.gathered(name, kernel)
 
 
 def as_parameters(tree: Any) -> Any:

@@ -1,8 +1,8 @@
 """Programs compiled by libtpu for chips that are not here: what they send, hold and compute (docs/pods.md).
 
 The result file is asked, which `make compiled` makes anew. All layers of each model are compiled: they are one loop, so
-that a deep model takes no longer. What is compared with is reckoned from shapes (`benchmarks/bounds.py`), or what MaxText
-0.2.5's own ahead-of-time compile of the same step gives.
+that a deep model takes no longer. What is compared with is reckoned from shapes (`benchmarks/bounds.py`), or what
+MaxText 0.2.5's own ahead-of-time compile of the same step gives.
 """
 
 import json

@@ -122,7 +122,7 @@ def _linear(
         use_bias=config.biases or bias,
         dtype=config.compute_dtype,
         kernel_init=nn.initializers.normal(std or config.init_std),
-        dot_general=partial(dot_general, kernel_first=True) if kernel_first else dot_general,
+        dot_general=partial(dot_general, name=name, kernel_first=kernel_first),
         lora_alpha=config.lora_alpha,
         name=name,
     )

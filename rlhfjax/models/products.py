@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from rlhfjax import layout
 from rlhfjax.models.remat import PRODUCT
 from rlhfjax.target import current
 
@@ -18,15 +19,17 @@ def dot_general(
     precision=None,
     preferred_element_type=None,
     *,
+    name: str = "",
     kernel_first: bool = False,
 ) -> Array:
     """`jax.lax.dot_general` of the last axes of `inputs` with the first of `kernel`; nothing else is a linear layer.
 
-    With `kernel_first` the gradient of the inputs waits for that of the kernel on TPUs, where XLA would put products
-    off that nothing reads soon, and hold what they read: half a GiB of each layer's backward pass of a model of 8B.
+    A layout may know kernels of a `name`. With `kernel_first` the gradient of the inputs waits for that of the kernel
+    on TPUs, where XLA would put products off that nothing reads soon, and hold what they read: half a GiB of each
+    layer's backward pass of a model of 8B.
     """
     (axes, _), _ = dimension_numbers
-    return checkpoint_name(_product(len(axes), kernel_first, inputs, kernel), PRODUCT)
+    return checkpoint_name(_product(len(axes), name, kernel_first, inputs, kernel), PRODUCT)
 
 
 def settled(x: Array) -> Array:
@@ -38,16 +41,16 @@ def settled(x: Array) -> Array:
     return x @ jnp.eye(x.shape[-1], dtype=x.dtype) if current().platform == "cpu" else x
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(count, kernel_first, inputs, kernel):
-    return _contract(inputs, range(inputs.ndim - count, inputs.ndim), kernel, range(count))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(count, name, kernel_first, inputs, kernel):
+    return _contract(inputs, range(inputs.ndim - count, inputs.ndim), layout.gathered(name, kernel), range(count))
 
 
-def _forward(count, kernel_first, inputs, kernel):
-    return _product(count, kernel_first, inputs, kernel), (inputs, kernel)
+def _forward(count, name, kernel_first, inputs, kernel):
+    return _product(count, name, kernel_first, inputs, kernel), (inputs, kernel)
 
 
-def _backward(count, kernel_first, residuals, g):
+def _backward(count, name, kernel_first, residuals, g):
     inputs, kernel = residuals
     lead, features = inputs.ndim - count, kernel.ndim - count
     of_inputs = _contract(g, range(lead, g.ndim), kernel, range(kernel.ndim - features, kernel.ndim))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax.sharding.experts import by_experts
 from rlhfjax.sharding.per_device import by_heads, by_rows_and_heads
-from rlhfjax.sharding.rules import ACTIVATIONS, MESH_AXES, dividing, path_name, sampled_axes, state_shardings
+from rlhfjax.sharding.rules import ACTIVATIONS, GATHERED, MESH_AXES, dividing, path_name, sampled_axes, state_shardings
 from rlhfjax.sharding.vocabulary import PartOfWords, embedded, over_words
 
 
@@ -35,6 +35,18 @@ class MeshLayout:
         if len(axes) != x.ndim:
             raise ValueError(f"layout: expected {len(axes)} axes of {name!r}, got the shape {x.shape}")
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
+
+    def gathered(self, name: str, kernel: jax.Array) -> jax.Array:
+        """Whole over `fsdp`, where XLA may not choose.
+
+        Where tokens are fewer than a kernel is wide, it moves rows to where the kernel lies. Those that lie over `fsdp`
+        and a second axis it then calls by other numbers, if `tensor` splits what comes out, and never moves them back
+        (jax 0.10 to 0.12).
+        """
+        size = self.mesh.shape
+        if name not in GATHERED or 1 in (size["fsdp"], size["tensor"], size["data"] * size["expert"]):
+            return kernel
+        return jax.lax.with_sharding_constraint(kernel, self.sharding(GATHERED[name], kernel.shape))
 
     def attention(self, program: Callable[..., Any], kernel: bool) -> Callable[..., Any]:
         return by_rows_and_heads(self.mesh, program) if kernel else by_heads(self.mesh, program)

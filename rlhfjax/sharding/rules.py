@@ -80,6 +80,9 @@ ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
     "cross_cache": (None, "batch", None, "heads", None),
 }
 
+# Kernels whose products come out split over `tensor`, gathered over `fsdp`.
+GATHERED: dict[str, tuple[str | None, ...]] = {"out": ("heads", None, None), "down": ("mlp", None)}
+
 
 def named(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Mesh axes as an entry of a partition has them, one by one."""

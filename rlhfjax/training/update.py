@@ -81,8 +81,7 @@ def apply_gradients(
 ) -> TrainState:
     """One optimizer step, after which the average moves; skipped updates do not count for it."""
     updates, moments = optimizer.update(grads, on_device(state.optimizer), state.params)
-    # Moments lie apart over `data`: what a loop carries from one step to the next would lie as they do.
-    params: Any = as_parameters(optax.apply_updates(state.params, updates))
+    params: Any = optax.apply_updates(state.params, updates)
     average = state.average
     if average is not None and kept is not None:
         taken = state.step - state.skipped.total + 1
@@ -206,7 +205,9 @@ def online_update(
         grads, metrics = gradients(objective, state.params, batch, key, passes.parts, passes.pack)
         norms = {f"grad/{name}_norm": optax.tree.norm(tree) for name, tree in grads.items()}
         finite = all_finite(minibatch, metrics["loss/total"], online.divergence(metrics), norms)
-        return apply_if_finite(finite, optimizer, state, grads, kept), (metrics | norms, finite)
+        state = apply_if_finite(finite, optimizer, state, grads, kept)
+        # What the loop carries to its next step would lie as moments do, apart over `data`.
+        return replace(state, params=as_parameters(state.params)), (metrics | norms, finite)
 
     take_step = jax.jit(take_step, inline=True)  # traced once, however often it is asked for
 

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import params_of
 
 from benchmarks.hlo import Program
 from rlhfjax import layout
 from rlhfjax.config import schema
 from rlhfjax.layout import laid_out_by
-from rlhfjax.sharding import make_mesh
+from rlhfjax.models import LanguageModel, decoder_config
+from rlhfjax.sharding import batch_sharding, make_mesh, put, state_shardings
 from rlhfjax.sharding.activations import layout_of
 from rlhfjax.stages.building import Vocabulary, build
 from rlhfjax.target import target_of
@@ -99,6 +101,24 @@ def test_tokens_are_looked_up_where_the_table_lies():
         np.testing.assert_array_equal(rows, table[tokens])
         np.testing.assert_allclose(found, (table[tokens] * weights).sum(), rtol=1e-4)
         np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_few_tokens_of_wide_layers_stay_in_their_rows(family):
+    """Where tokens are fewer than a kernel is wide, XLA moves them to the kernel; over three axes not back (seen)."""
+    model = LanguageModel(decoder_config(family, vocab_size=64, layers=2, width=64, heads=4, context=16))
+    params = params_of(model)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 60, (16, 3)).astype(np.int32)
+    places, segments = np.broadcast_to(np.arange(3, dtype=np.int32), (16, 3)), np.ones((16, 3), np.int32)
+    wanted = jax.jit(model.hidden)(params, tokens, places, segments)
+    for axes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2, "expert": 2}):
+        mesh = make_mesh(**axes)
+        laid = jax.device_put(params, state_shardings(mesh, params))
+        rows = [put(array, batch_sharding(mesh)) for array in (tokens, places, segments)]
+        with laid_out_by(layout_of(mesh)):
+            found = jax.jit(model.hidden)(laid, *rows)
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)  # sums over `tensor` are in another order
 
 
 def test_an_activation_that_no_table_names_is_an_error():
