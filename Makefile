@@ -37,7 +37,8 @@ faults: $(VENV)/.installed-test
 
 # Runs, data and exports in buckets, on stand-ins for them that nothing else needs.
 stores: $(VENV)/.installed-test
-	@$(PIP) install --editable '.[s3,gcs]' 'moto[server]>=5.1'
+	@$(PIP) install --editable '.[s3,gcs]'
+	@$(PIP) install s3fs 'moto[server]>=5.1'
 	$(BIN)/python -m pytest -m 'faults or not faults' tests/stores tests/stages/test_killed_in_a_store.py
 
 # Whole recipes and models that learn: what `make test` has in small.
