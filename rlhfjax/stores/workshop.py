@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhfjax.errors import ConfigError
+from rlhfjax.errors import ConfigError, IntegrityError
+from rlhfjax.integrity import check
 from rlhfjax.stores.client import Store, in_parallel
 from rlhfjax.stores.delivery import put_whole
 from rlhfjax.stores.growing import Growing
@@ -203,7 +204,10 @@ class Workshop:
         steps = {self.key(path): path for path in local_steps(self.root) if (path / MANIFEST).exists()}
         self._stub({step: held for step, held in whole.items() if step not in steps})
         for step in sorted(steps.keys() - whole.keys(), key=lambda step: int(step.rpartition("/")[2])):
-            self.publish_step(steps[step])
+            if _whole(steps[step]):
+                self.publish_step(steps[step])
+            else:  # it came without its arrays, and a launch was killed that deleted it
+                shutil.rmtree(steps[step])
         lacking = [key for key in contents.files if not (self.root / key).exists()]
         in_parallel(lambda key: self.store.fetch(key, self.root / key), lacking)
         self.send(self.root)
@@ -263,6 +267,14 @@ def _step_of(folder: Path) -> Path:
 
 def _at_once(name: str, size: int) -> bool:
     return size <= _SMALL or name.endswith(f"/{MANIFEST}")
+
+
+def _whole(step_dir: Path) -> bool:
+    """Whether all files of a step are here."""
+    try:
+        return not check(step_dir, digests=False).differences
+    except IntegrityError:
+        return False
 
 
 def _older(meta: bytes) -> bool:

@@ -154,6 +154,28 @@ def test_on_the_same_machine_nothing_is_lost_that_the_store_has_not(tmp_path):
     killed(again)
 
 
+def test_a_step_whose_arrays_were_never_fetched_is_not_given_back(tmp_path):
+    for count in itertools.count(0):
+        objects = {}
+        shop = opened(objects, tmp_path / "before" / f"{count}")
+        for number in (1, 2):
+            shop.publish_step(step_of(shop.root, number, "a"))
+        killed(shop)
+        elsewhere = opened(objects, tmp_path / f"{count}")
+        elsewhere.need(elsewhere.root / "sft" / "checkpoints" / "2" / "policy")
+        elsewhere.store = MemoryStore(objects, count)
+        try:
+            elsewhere.remove(elsewhere.root / "sft" / "checkpoints" / "1")
+            break
+        except Killed:
+            killed(elsewhere)
+        again = opened(objects, tmp_path / f"{count}")  # the process ended before it deleted the step here, too
+        assert require_whole(objects) == steps_here(again.root)
+        assert 2 in steps_here(again.root)
+        killed(again)
+    assert count > 3
+
+
 def test_what_another_machine_did_since_counts(tmp_path):
     objects = {}
     here = opened(objects, tmp_path / "here")
