@@ -51,8 +51,6 @@ def import_model(source: str, target: Path, *, dtype: str, force: bool, report: 
     opened = _open(source)
     leaves = Imported(opened)
     with shared_directory(target, COMPLETE, force, processes) as part:
-        for note in opened.notes:
-            report(note)
         model = LanguageModel(replace(opened.config, dtype="float32"))
         imported = {"name": Path(source).name, "dtype": dtype}
         # What its chat template writes for today stays what it is from now on.
@@ -66,6 +64,8 @@ def import_model(source: str, target: Path, *, dtype: str, force: bool, report: 
             save_leaves(step_dir, opened.role, leaves.tree, leaves, dtype, meta)
         complete = {"stage": "import", "step": 0, "imported": imported}
         processes.by_first(lambda: write_json(part / COMPLETE, complete), "complete")
+    for note in opened.notes:
+        report(note)
     count = sum(map(math.prod, leaves.shapes.values()))
     report(f"wrote {target} ({opened.config.family}, {count:,} parameters, {opened.role})")
 

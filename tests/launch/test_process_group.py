@@ -134,7 +134,7 @@ import sys
 from rlhfjax.launch import process_group
 from rlhfjax.launch.process_group import Restarts, supervise
 process_group.COMMAND = (sys.executable, sys.argv[1])
-sys.exit(supervise([], 2, None, Restarts(5, 5, None), 5.0, lambda text: print(text, file=sys.stderr)))
+sys.exit(supervise([], 2, None, Restarts(5, 5, None), 60.0, lambda text: print(text, file=sys.stderr)))
 """
 CHILD = """
 import os, pathlib, signal, sys, time
