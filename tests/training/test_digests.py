@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhfjax.sharding import make_mesh
 from rlhfjax.training import digests
-from rlhfjax.training.digests import different_leaves, leaf_digests
+from rlhfjax.training.digests import different_leaves, fetched, leaf_digests, started
 
 RNG = np.random.default_rng(0)
 ARRAY = RNG.normal(size=(8, 4, 6)).astype(np.float32)
@@ -62,6 +62,27 @@ def test_any_layout_on_any_mesh_gives_the_same(dtype):
 def test_arrays_longer_than_what_the_host_mixes_at_a_time():
     long = RNG.normal(size=3 * digests._CHUNK + 5).astype(np.float32)
     assert np.array_equal(on_devices(jnp.asarray(long)), digests._on_host(long, "float32"))
+
+
+def test_blocks_of_every_size_are_added_up(monkeypatch):
+    # fails when a block begins where the one before began: seen
+    long = RNG.normal(size=(3, 9, 1 << 9)).astype(np.float32)
+    wanted = digests._on_host(long, "float32")
+    monkeypatch.setattr(digests, "_BLOCKS", (1 << 12, 1 << 10))
+    assert digests._on_host(long, "float32") == digests._on_host(long.reshape(-1), "float32") == wanted
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_digests_are_of_what_was_there_when_they_began():
+    # fails when arrays themselves are kept and not their memory, and when those of NumPy are read later: seen
+    split = NamedSharding(make_mesh(2, 2, 1, 2), PartitionSpec("data", None, "tensor"))
+    tree = {"one": jax.jit(jnp.negative)(ARRAY), "split": jax.jit(jnp.negative, out_shardings=split)(ARRAY)}
+    tree |= {"keys": jax.random.split(jax.random.key(3), 4), "numpy": ARRAY.copy()}
+    wanted, pending = leaf_digests(tree), started(tree)
+    for name in ("one", "split"):
+        tree[name] = jax.block_until_ready(jax.jit(lambda leaf: leaf * 0, donate_argnums=0)(tree[name]))
+    tree["numpy"][:] = 0
+    assert fetched(pending) == wanted
 
 
 def test_keys_have_digests_too():

@@ -6,9 +6,11 @@ devices one after the other, and the host keeps no copy.
 
 import ctypes
 import math
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,12 @@ _BLOCK, _UNDER_WAY = 1 << 24, 1 << 26  # bytes
 _SMALL, _ALIGNED = 1 << 16, 64  # bytes
 # The nodes of Orbax's database are needed for each chunk, so they are kept; chunks are needed once. Few are decoded at
 # a time, so that memory is bounded by blocks and not by threads.
-_CONTEXT = ts.Context({
+_SETTINGS = {
     "cache_pool": {"total_bytes_limit": 0},
     "cache_pool#ocdbt": {"total_bytes_limit": 1 << 24},
     "data_copy_concurrency": {"limit": 4},
     "file_io_concurrency": {"limit": 4},
-})  # fmt: skip
+}
 _FROM_0 = ts.d[:].translate_to[0]
 
 
@@ -37,7 +39,7 @@ def stored_names(folder: Path) -> set[str]:
     """The names of the arrays that an item has."""
     end = "/.zarray"
     if (folder / "manifest.ocdbt").exists():
-        keys = ts.KvStore.open(_database(folder.absolute()), context=_CONTEXT).result().list().result()
+        keys = ts.KvStore.open(_database(folder.absolute()), context=_context(folder)).result().list().result()
         return {key.decode().removesuffix(end) for key in keys if key.endswith(end.encode())}
     return {path.name for path in folder.iterdir() if (path / ".zarray").exists()}
 
@@ -48,7 +50,18 @@ def stored_array(folder: Path, path: str) -> ts.TensorStore:
     store = {"driver": "file", "path": f"{folder}/{name}/"}
     if (folder / "manifest.ocdbt").exists():
         store = _database(folder) | {"path": f"{name}/"}
-    return ts.open({"driver": "zarr", "kvstore": store}, context=_CONTEXT, read=True, open=True).result()
+    return ts.open({"driver": "zarr", "kvstore": store}, context=_context(folder), read=True, open=True).result()
+
+
+def _context(folder: Path) -> ts.Context:
+    """One for each database: of a step that was saved again nothing is left of the one that had its name before."""
+    found = os.stat(folder)
+    return _contexts(f"{folder.absolute()}", found.st_ino, found.st_ctime_ns)
+
+
+@lru_cache(maxsize=4)
+def _contexts(*_: Any) -> ts.Context:
+    return ts.Context(_SETTINGS)
 
 
 def name_of(path: str) -> str:

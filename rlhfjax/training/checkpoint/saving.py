@@ -180,11 +180,12 @@ class Checkpoints:
     def _commit(self, step: int, part: Path, digests: Pending, turn: str) -> None:
         """In a thread: once Orbax is done, the manifests and then the name; after that, steps that need not stay go."""
         try:
+            arrays = by_item(fetched(digests))  # while Orbax writes
             self._saver.wait_until_finished()
             if processes.is_first():
                 faults.reach("commit", step)
             if told := exchange.collected(turn, told_entries(part)):
-                on_disk.put_in_place(part, self.directory / str(step), by_item(fetched(digests)), joined(told))
+                on_disk.put_in_place(part, self.directory / str(step), arrays, joined(told))
                 steps = on_disk.steps_in(self.directory)
                 for old in set(steps) - self._retention.of(self.directory, steps):
                     on_disk.remove(self.directory / str(old))
