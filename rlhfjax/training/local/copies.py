@@ -1,11 +1,10 @@
 """What a process keeps of a step: copies on the host of what its devices hold, and of what another process's do."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from rlhfjax.training.digests import Sums
 from rlhfjax.training.local.file import Block
 from rlhfjax.training.local.layout import Layout, travelling
 from rlhfjax.training.local.moving import grouped, moved, on_the_host, pairs_of
@@ -48,12 +47,3 @@ def _parts(layout: Layout, leaf: jax.Array) -> list[jax.Array]:
     """Those of this process's devices, in the order of the line."""
     parts = {shard.device: shard.data for shard in leaf.addressable_shards}
     return [parts[device] for device in layout.of(jax.process_index())]
-
-
-def digests_of(layout: Layout, blocks: Sequence[Block], same: Mapping[str, str]) -> dict[str, str]:
-    """Those of whole arrays, of which this process holds all regions."""
-    sums = {name: Sums() for name in layout.leaves}
-    for block in blocks:
-        sums[block.name].add(block.data, layout.leaves[block.name].shape, block.start)
-    found = {name: sums[name].text(str(leaf.dtype), leaf.shape) for name, leaf in layout.leaves.items()}
-    return found | {name: found[other] for name, other in same.items()}

@@ -23,10 +23,10 @@ from rlhfjax.errors import IntegrityError
 from rlhfjax.files import write_json
 from rlhfjax.host import exchange, processes
 from rlhfjax.training.digests import Pending, fetched, started
-from rlhfjax.training.local.copies import blocks_of, digests_of, distinct
+from rlhfjax.training.local.copies import blocks_of, distinct
 from rlhfjax.training.local.file import ENDING, Block, ShardFile, write
 from rlhfjax.training.local.hosts import shift_of, this_host
-from rlhfjax.training.local.layout import Layout, layout_of, leaves_of
+from rlhfjax.training.local.layout import layout_of, leaves_of
 
 TOKEN = "local.json"
 _log = logging.getLogger("rlhfjax")
@@ -72,13 +72,12 @@ class LocalSteps:
             self._writing.join()  # it has said that it is done
         items = {**models, "training": training}
         leaves, same = distinct(leaves_of(items))
-        layout, alone = layout_of(leaves), processes.count() == 1 and jax.default_backend() == "cpu"
-        digests = None if alone else started(items)  # alone the host takes as long, and need not keep training waiting
+        layout, digests = layout_of(leaves), started(items)
         blocks = blocks_of(layout, leaves, self._shift)
         holds = layout_of(leaves_of(items)).digests
         own, other = jax.process_index(), (jax.process_index() - self._shift) % processes.count()
         facts = {"step": step, "same": same, "layout": layout.told, "holds": sorted({holds[own], holds[other]})}
-        work = partial(self._write, step, self._whole, blocks, facts | {"meta": dict(meta)}, digests, layout)
+        work = partial(self._write, step, self._whole, blocks, facts | {"meta": dict(meta)}, digests)
         self._writing = threading.Thread(target=work, name=f"local {step}")
         self._writing.start()
 
@@ -178,8 +177,7 @@ class LocalSteps:
         whole: int | None,
         blocks: Sequence[Block],
         facts: Mapping[str, Any],
-        digests: Pending | None,
-        layout: Layout,
+        digests: Pending,
     ) -> None:
         """In a thread: the file, and then word of it; steps that are no longer needed go before."""
         try:
@@ -187,8 +185,7 @@ class LocalSteps:
                 for path in self._mine():
                     if _step_of(path) != whole:
                         path.unlink(missing_ok=True)
-            found = digests_of(layout, blocks, facts["same"]) if digests is None else fetched(digests)
-            write(self._folder / f"{step}{ENDING}", blocks, dict(facts) | {"digests": found})
+            write(self._folder / f"{step}{ENDING}", blocks, dict(facts) | {"digests": fetched(digests)})
             if processes.is_first():
                 stores.send(self._stage_dir)  # the rows up to this step, without which it is not taken
             self._ended = step, ""
