@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: quickstart test test-short test-newer faults slow stores compiled lint lock clean
+.PHONY: quickstart test test-short test-newer faults slow slurm launch-files launch-checks stores compiled lint lock clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/rlhfjax data prepare movies
@@ -34,6 +34,25 @@ test-newer: $(VENV)/.installed-test
 # Every fault: what `make test` leaves out because it waits for deadlines and heartbeats.
 faults: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m faults
+
+# Renders the files of launch/ anew, each by the command in its first comment.
+launch-files: $(VENV)/.installed-test
+	$(BIN)/python -m tests.launch.launch_files
+
+# The files of launch/ before the validators of those who read them, which have an environment of their own.
+launch-checks: $(VENV)/.installed-test .venv-launch/.installed
+	RLHFJAX_LAUNCH_VENV="$(CURDIR)/.venv-launch" $(BIN)/python -m pytest -p no:xdist -m launch -rs tests/launch
+
+.venv-launch/.installed: pyproject.toml
+	@$(PYTHON) -m venv .venv-launch
+	@.venv-launch/bin/python -m pip --disable-pip-version-check --quiet install $(VALIDATORS)
+	@touch $@
+VALIDATORS := $(shell sed -n 's/^launch = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
+
+# The launch file for SLURM under a real SLURM of two nodes on this machine, as root: `apt-get install --no-install-recommends
+# slurmctld slurmd slurm-client munge`. Without them it is skipped.
+slurm: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -p no:xdist -m slurm -rs tests/launch/slurm
 
 # Runs, data and exports in buckets, on stand-ins for them that nothing else needs.
 stores: $(VENV)/.installed-test
@@ -75,7 +94,15 @@ $(VENV)/.installed-test: requirements-test.lock $(VENV)/.installed
 lock:
 	uv pip compile pyproject.toml --extra judges --output-file requirements.lock $(LOCK)
 	uv pip compile pyproject.toml --extra test --constraints requirements.lock --output-file requirements-test.lock $(LOCK)
-LOCK := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --quiet --custom-compile-command "make lock"
+	for kind in cpu cuda tpu; do \
+	  sed -n 's/^\([a-z0-9_.-]*==[^\\]*\) \\$$/\1/p' requirements.lock | grep -vE '^($(FREE))==' | \
+	  uv pip compile pyproject.toml launch/docker/build.in $$(test $$kind = cpu || echo --extra $$kind) --extra gcs --extra s3 --extra judges \
+	    --constraints - --python-version 3.12 --python-platform x86_64-manylinux_2_31 $(PINNED) --output-file launch/docker/$$kind.lock || exit 1; \
+	done
+PINNED := --generate-hashes --no-emit-index-url --no-annotate --quiet --custom-compile-command "make lock"
+LOCK := --universal --python-version 3.11 $(PINNED)
+# What images have, with buckets, in older versions: their clients bound it from above.
+FREE := fsspec|wrapt|aiohttp|aiosignal|aiohappyeyeballs|urllib3|python-dateutil|typing-extensions|multidict|yarl|propcache|frozenlist|attrs|idna
 
 clean:
-	rm -rf $(VENV) .venv-3.* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-3.* .venv-launch build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

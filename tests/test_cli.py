@@ -147,7 +147,7 @@ def examples():
 def test_the_verbs_are_these():
     assert {" ".join(names) for names, _ in verbs()} == {
         "run", "ls", "cp", "show", "validate", "schema", "generate", "import", "export", "env", "metrics",
-        "data prepare", "data inspect", "launch local", "verify", "verify-export", "reproduce", "score",
+        "data prepare", "data inspect", "launch local", "launch render", "verify", "verify-export", "reproduce", "score",
     }  # fmt: skip
 
 

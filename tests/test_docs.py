@@ -24,7 +24,7 @@ from rlhfjax.config.rewards import KINDS as KINDS_OF_REWARDS
 from rlhfjax.data.records import KINDS, parse_record
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "launch" / "README.md"]
 README = ROOT / "README.md"
 BUGS, CONFIGURATION, DATA, PYTHON = (
     ROOT / "docs" / f"{name}.md" for name in ("bugs", "configuration", "data", "python")

@@ -53,7 +53,7 @@ def files_in(folder):
     return {str(path) for path in found if not path.name.endswith((".pyc", ".pyo"))}
 
 
-@pytest.mark.parametrize("folder", [".ci", "benchmarks", "configs", "docs", "rlhfjax", "tests"])
+@pytest.mark.parametrize("folder", [".ci", "benchmarks", "configs", "docs", "launch", "rlhfjax", "tests"])
 def test_source_distribution_has_every_file_of(unpacked, folder):
     assert files_in(ROOT / folder) <= files_in(unpacked / folder)
 
@@ -61,7 +61,7 @@ def test_source_distribution_has_every_file_of(unpacked, folder):
 def test_source_distribution_has_what_make_needs_and_nothing_built(unpacked):
     expected = {path.name for pattern in ("*.md", "*.lock", "*.toml", "*.py") for path in ROOT.glob(pattern)}
     there = {path.name for path in unpacked.iterdir()}
-    assert expected | {"Makefile", "MANIFEST.in", ".gitignore", "LICENSE"} <= there
+    assert expected | {"Makefile", "MANIFEST.in", ".gitignore", ".dockerignore", "LICENSE"} <= there
     assert there & {".venv", ".git", "runs", "dist"} == set()
     with_leftover = [path for path in unpacked.rglob("removed.py") if path != unpacked / LEFTOVER]  # ours of the wheel
     assert with_leftover == []
@@ -101,7 +101,7 @@ def links(markdown):
 
 
 def test_lock_files_name_no_host_and_pin_every_file():
-    for path in ROOT.glob("*.lock"):
+    for path in [*ROOT.glob("*.lock"), *(ROOT / "launch" / "docker").glob("*.lock")]:
         lines = path.read_text(encoding="utf-8").splitlines()
         assert [line for line in lines if "://" in line or "index" in line.split("=")[0] or "--find" in line] == []
         pins = [line for line in lines if re.match(r"[a-z0-9]", line)]

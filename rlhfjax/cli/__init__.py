@@ -14,6 +14,7 @@ from rlhfjax.cli import (
     describing,
     generating,
     launching,
+    rendering,
     reproducing,
     running,
     transferring,
@@ -23,6 +24,7 @@ from rlhfjax.xla_flags import check_flags
 
 app = typer.Typer(cls=Door, no_args_is_help=True, **datasets.OPTIONS)
 app.add_typer(datasets.data, name="data")
+launching.launch.command("render")(rendering.render)
 app.add_typer(launching.launch, name="launch")
 
 
