@@ -146,8 +146,8 @@ def examples():
 
 def test_the_verbs_are_these():
     assert {" ".join(names) for names, _ in verbs()} == {
-        "run", "ls", "cp", "show", "validate", "schema", "generate", "import", "export", "env", "metrics",
-        "data prepare", "data inspect", "launch local", "launch render", "verify", "verify-export", "reproduce", "score",
+        "run", "ls", "cp", "show", "validate", "schema", "generate", "import", "export", "env", "metrics", "score",
+        "data prepare", "data inspect", "launch local", "launch render", "verify", "verify-export", "reproduce",
     }  # fmt: skip
 
 

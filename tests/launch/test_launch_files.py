@@ -29,7 +29,7 @@ def test_each_target_has_a_file():
     assert {command_of(path)[2] for path in RENDERED} == TARGETS.keys()
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
+@pytest.mark.parametrize("path", [*SHELL, *YAML], ids=name)
 def test_command_lines_are_ones_that_the_command_line_takes(path):
     for words in command_lines(path):
         command = typer.main.get_command(app)
@@ -61,6 +61,14 @@ def test_bash_reads_it(path):
 def test_yaml_reads_it(path):
     for document in yaml.safe_load_all(path.read_text(encoding="utf-8")):
         assert document
+
+
+@pytest.mark.parametrize("path", sorted((LAUNCH / "docker").glob("Dockerfile.*")), ids=name)
+def test_images_run_rlhfjax_itself_as_nobody(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert 'ENTRYPOINT ["rlhfjax"]' in lines  # no shell between it and SIGTERM
+    assert "USER 10001:10001" in lines
+    assert not any(re.search("KEY|TOKEN|SECRET|PASSWORD", line) for line in lines)
 
 
 # Kubernetes ----------------------------------------------------------------------------------------------------------
