@@ -7,13 +7,15 @@
 import ctypes
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 
 from rlhfjax.errors import ConfigError
 
 _SIGNALS = {name: getattr(signal, name.upper()) for name in ("sigkill", "sigterm", "sigint", "sigstop", "sigsegv")}
-KINDS = (*_SIGNALS, "abort", "exception", "hang", "lock_gil", "nan", "inf")
+KINDS = (*_SIGNALS, "abort", "exception", "hang", "spin", "lock", "lock_gil", "nan", "inf")
+_held = threading.Lock()
 _FOREVER = 3600  # seconds; whoever waits for a hang has a shorter deadline
 
 
@@ -72,6 +74,12 @@ def reach(point: str, step: int) -> None:
         time.sleep(_FOREVER)
     elif fault.kind == "lock_gil":
         ctypes.PyDLL(None).sleep(_FOREVER)  # a PyDLL keeps the interpreter's lock while it is in C
+    elif fault.kind == "spin":
+        while True:
+            pass
+    elif fault.kind == "lock":
+        _held.acquire()
+        _held.acquire()  # by the one that has it already
     else:
         raise InjectedFault(f"{fault.kind} at {point}:{step}, as RLHFJAX_FAULT asked")
 

@@ -20,6 +20,7 @@ from rlhfjax.cli import app
 from rlhfjax.cli.launching import _SEVERAL, one_of_several
 from rlhfjax.config import load_config, resolved_yaml
 from rlhfjax.errors import ConfigError, DataError, IntegrityError, Stopped
+from rlhfjax.host.goodput import Account
 from rlhfjax.integrity import Checked
 from rlhfjax.training.metrics_catalogue import METRICS
 
@@ -148,6 +149,7 @@ def test_the_verbs_are_these():
     assert {" ".join(names) for names, _ in verbs()} == {
         "run", "ls", "cp", "show", "validate", "schema", "generate", "import", "export", "env", "metrics", "score",
         "data prepare", "data inspect", "launch local", "launch render", "verify", "verify-export", "reproduce",
+        "goodput",
     }  # fmt: skip
 
 
@@ -161,6 +163,7 @@ def test_every_help_shows_an_example(names):
 @pytest.mark.parametrize(("names", "line"), list(examples()))
 def test_every_example_runs(names, line, calls, monkeypatch):
     monkeypatch.setattr("rlhfjax.cli.asking._encoded", lambda model, record, where: ([1], [[2]]))
+    monkeypatch.setattr("rlhfjax.host.goodput.account_of", lambda run_dir: Account())
     words = shlex.split(line.split(" > ")[0])[1:]
     assert words[: len(names)] == names
     result = call(*words)

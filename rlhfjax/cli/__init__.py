@@ -17,6 +17,7 @@ from rlhfjax.cli import (
     rendering,
     reproducing,
     running,
+    timing,
     transferring,
 )
 from rlhfjax.terminal import Door
@@ -61,6 +62,7 @@ for verb in (
     transferring.export,
     transferring.verify_export,
     reproducing.reproduce,
+    timing.goodput,
     describing.env,
     describing.metrics,
 ):

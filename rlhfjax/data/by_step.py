@@ -7,6 +7,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from rlhfjax import faults
 from rlhfjax.data.numbering import Listed, numbers_of
 
 
@@ -83,6 +84,7 @@ class _Steps:
         return 2**31
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        faults.reach("data", index)
         rows = [self._dataset[index * self._size + row] for row in self._rows]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 
 from rlhfjax.errors import RlhfjaxError
-from rlhfjax.host import processes
+from rlhfjax.host import marks, processes
 
 
 def tell_all(name: str, text: str) -> list[str]:
@@ -19,8 +19,10 @@ def tell_all(name: str, text: str) -> list[str]:
     store, key = processes.shared_store(), processes.turn_of(name)
     told = collected(key, text)
     if told is None:
-        return json.loads(store.blocking_key_value_get(f"{key}/all", processes.FOREVER_MS))
-    store.key_value_set(f"{key}/all", json.dumps(told))
+        told = json.loads(processes.awaited(f"{key}/all", name))
+    else:
+        store.key_value_set(f"{key}/all", json.dumps(told))
+    marks.met()
     return told
 
 
@@ -36,7 +38,7 @@ def collected(key: str, text: str) -> list[str] | None:
     if not processes.is_first():
         return None
     numbers = range(processes.count())
-    return [store.blocking_key_value_get(f"{key}/{number}", processes.FOREVER_MS) for number in numbers]
+    return [processes.awaited(f"{key}/{number}", "the others' word") for number in numbers]
 
 
 def by_each(what: Callable[[], object], name: str) -> None:

@@ -15,6 +15,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from rlhfjax.errors import ConfigError, DataError, IntegrityError, RewardError, RlhfjaxError, Stopped
+from rlhfjax.host import marks
 from rlhfjax.host.rendezvous import Place, meet
 from rlhfjax.xla_flags import refused, words_of
 
@@ -204,7 +205,9 @@ def preempted() -> bool:
 def barrier(name: str) -> None:
     """Wait until every process is here."""
     if count() > 1:
-        shared_store().wait_at_barrier(turn_of(name), FOREVER_MS)
+        with marks.inside(marks.PROCESSES, name):
+            shared_store().wait_at_barrier(turn_of(name), FOREVER_MS)
+        marks.met()
 
 
 def by_first(what: Callable[[], Any], name: str) -> str:
@@ -213,7 +216,8 @@ def by_first(what: Callable[[], Any], name: str) -> str:
         return what() or ""
     key = turn_of(name)
     if not is_first():
-        told = shared_store().blocking_key_value_get(key, FOREVER_MS)
+        told = awaited(key, name)
+        marks.met()
         raise_verdict("" if told.startswith("+") else told)
         return told[1:]
     try:
@@ -222,6 +226,7 @@ def by_first(what: Callable[[], Any], name: str) -> str:
         shared_store().key_value_set(key, json.dumps([type(error).__name__, str(error)]))
         raise raised_by_all(error) from None
     shared_store().key_value_set(key, f"+{said}")
+    marks.met()
     return said
 
 
@@ -235,15 +240,15 @@ def agree(facts: Mapping[str, str], error: type[RlhfjaxError] = ConfigError) -> 
     key, own = turn_of("agree"), dict(facts)
     shared_store().key_value_set(f"{key}/{jax.process_index()}", json.dumps(own))
     if not is_first():
-        raise_verdict(shared_store().blocking_key_value_get(f"{key}/verdict", FOREVER_MS))
+        verdict = awaited(f"{key}/verdict", "agreement")
+        marks.met()
+        raise_verdict(verdict)
         return
-    others = {
-        index: json.loads(shared_store().blocking_key_value_get(f"{key}/{index}", FOREVER_MS))
-        for index in range(1, jax.process_count())
-    }
+    others = {index: json.loads(awaited(f"{key}/{index}", "agreement")) for index in range(1, jax.process_count())}
     message = difference({0: own} | others)
     verdict = json.dumps([error.__name__, message]) if message else ""
     shared_store().key_value_set(f"{key}/verdict", verdict)
+    marks.met()
     raise_verdict(verdict)
 
 
@@ -273,7 +278,8 @@ def fetch(tree: Any) -> Any:
 def _whole(x: Any) -> Any:
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return jax.device_get(x)
-    return multihost_utils.process_allgather(x, tiled=True)
+    with marks.inside(marks.PROGRAM, "allgather"):
+        return multihost_utils.process_allgather(x, tiled=True)
 
 
 def shared_store() -> Any:
@@ -282,6 +288,12 @@ def shared_store() -> Any:
     from jax._src import distributed
 
     return distributed.global_state.client
+
+
+def awaited(key: str, name: str) -> str:
+    """What another process writes there, however late; `name` says what for."""
+    with marks.inside(marks.PROCESSES, name):
+        return shared_store().blocking_key_value_get(key, FOREVER_MS)
 
 
 _turns = 0

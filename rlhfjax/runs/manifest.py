@@ -60,6 +60,10 @@ class Manifest:
         """The process ends now, with nobody left to raise anything."""
         self.note(status="preempted" if code == Stopped.exit_code else "interrupted", exit_code=code, ended=now())
 
+    def hung(self, why: str) -> None:
+        """The process ends now, because one of those of the run does not go on."""
+        self.note(status="hung", exit_code=Stopped.exit_code, ended=now(), error=why)
+
     @property
     def date(self) -> datetime.date:
         """What chat templates write in this run; of several processes, as the first has written it."""

@@ -20,7 +20,7 @@ from rlhfjax.config import Run
 from rlhfjax.config.recipe import FACTS, TOKENIZER, stages_of
 from rlhfjax.errors import ConfigError
 from rlhfjax.files import saved_or_stopped, write_json
-from rlhfjax.host import stopping
+from rlhfjax.host import marks, stopping, time_ledger
 from rlhfjax.host.determinism import use_determinism
 from rlhfjax.runs.agreement import facts_of
 from rlhfjax.runs.directory import COMPLETE, require_own, settle
@@ -34,7 +34,11 @@ console = Console(stderr=True, highlight=False)
 def report(text: str) -> None:
     """One line of progress; of several processes the first says it."""
     if _speaks():
-        console.print(stores.named(text), markup=False, soft_wrap=True)
+        _anyone(text)
+
+
+def _anyone(text: str) -> None:
+    console.print(stores.named(text), markup=False, soft_wrap=True)
 
 
 def run_recipe(
@@ -69,10 +73,11 @@ def run_recipe(
         _by_first(lambda: held.enter_context(run_lock(run_dir, report)), "lock")
         _by_first(lambda: settle(run, run_dir, start_from, stages), "settle")
         manifest = Manifest(run, run_dir, sources, _speaks(), lost, date)
-        _run_open_stages(run, run_dir, [only] if only else stages, manifest)
+        redone = stages[stages.index(start_from) :] if start_from else []
+        _run_open_stages(run, run_dir, [only] if only else stages, manifest, redone)
 
 
-def _run_open_stages(run: Run, run_dir: Path, wanted: list[str], manifest: Manifest) -> None:
+def _run_open_stages(run: Run, run_dir: Path, wanted: list[str], manifest: Manifest, redone: list[str]) -> None:
     """Run those of the stages that are not done yet; nothing is imported or started where all are."""
     stages = stages_of(run)
     open_stages = [stage for stage in wanted if not is_complete(run_dir, stage)]
@@ -83,9 +88,17 @@ def _run_open_stages(run: Run, run_dir: Path, wanted: list[str], manifest: Manif
     for stage in stages[: stages.index(open_stages[0])]:
         if not is_complete(run_dir, stage):
             raise ConfigError(f"stage {open_stages[0]} needs {stage}, which is not done in {run_dir}; run it first")
-    with manifest:
-        stopping.before_exit(manifest.leave)
-        _run_stages(run, run_dir, open_stages, manifest)
+
+    def leave(code: int) -> None:
+        time_ledger.end(code)
+        manifest.leave(code)
+
+    with time_ledger.kept(run_dir, _speaks(), redone), manifest:
+        from rlhfjax.host import lookout  # which imports jax
+
+        stopping.before_exit(leave)
+        with lookout.kept(run.reliability.heartbeat, _anyone, manifest.hung):
+            _run_stages(run, run_dir, open_stages, manifest)
     if any(FACTS[stage].measures for stage in open_stages) and _speaks():
         _print_results(run_dir)
     _point_to_report(run_dir)
@@ -159,6 +172,7 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
         report(f"{job.stage}: started")
         manifest.began(job.stage, parents(run, run_dir, job.stage))
         job.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        marks.stage(job.stage, marks.WORKING if job.stage == TOKENIZER else marks.STARTING)
         with building_for(target):
             facts = execute(job)
         seconds = round(time.monotonic() - began, 1)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhfjax import layout
-from rlhfjax.host import processes
+from rlhfjax.host import marks, processes
 from rlhfjax.target import Target, building_for, current, machine
 from rlhfjax.training.online import OnlineSteps
 from rlhfjax.xla_flags import refused
@@ -115,10 +115,12 @@ class Program:
 
     def __call__(self, *arguments: Any) -> Any:
         if not self._called:
-            self.ready.result()
+            with marks.inside(marks.COMPILING):
+                self.ready.result()
             processes.barrier("compiled")  # on CPUs a collective gives up when another process still compiles
             self._called = True
-        return self._function(*arguments)
+        with marks.inside(marks.PROGRAM):  # on CPUs some programs run in the call
+            return self._function(*arguments)
 
 
 def in_turn(

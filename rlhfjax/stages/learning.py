@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import numpy as np
 
+from rlhfjax.host import marks
 from rlhfjax.host.stopping import held
 from rlhfjax.models import SequenceModel
 from rlhfjax.models.lora import join, split
@@ -96,7 +97,8 @@ class Learning(Generic[State]):
 
     def _restored(self) -> tuple[State, Memory, Facts | None]:
         shapes, stored = self._shapes, self._stored
-        restored = self._newest(stored.models(shapes), stored.training(shapes))
+        with marks.inside(marks.RESTORING):
+            restored = self._newest(stored.models(shapes), stored.training(shapes))
         self.saved = self.checkpoints.latest() or 0
         if restored is None:
             return self._fresh(self._begun.whole()), Memory(), None
@@ -125,7 +127,8 @@ class Learning(Generic[State]):
         told = self._meta | {"facts": facts, "guards": self.guard.memory.saved()}
         models, training = self._stored.models(state), self._stored.training(state)
         self.saved = self._stored.step(state)
-        self.checkpoints.save(self.saved, models, training, told, score, self.writer.latest)
+        with marks.inside(marks.SAVING):
+            self.checkpoints.save(self.saved, models, training, told, score, self.writer.latest)
 
     def spare(self, state: State, step: int) -> Callable[[], None] | None:
         """What saves a step on the hosts' own disks, when that is due."""
@@ -137,7 +140,7 @@ class Learning(Generic[State]):
 
     def batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Batches on the mesh, between which failed saves show."""
-        return self.checkpoints.watched(self._job.put(batches))
+        return marks.followed(marks.DATA, self.checkpoints.watched(self._job.put(batches)))
 
     def beside(
         self,

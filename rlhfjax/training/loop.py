@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from rlhfjax.host import marks, time_ledger
 from rlhfjax.training.flops import machine_peak
 from rlhfjax.training.guards import Guard, write_row
 from rlhfjax.training.ledger import Taken
@@ -54,9 +57,11 @@ class Log:
         self._progress = ProgressLine(beside.stage, start, total)
         self._pending: tuple | None = None
         self._latest: dict[str, float] = {}
+        marks.done(start)
 
     def step_done(self, step: int) -> None:
         """After each step; the first one has compiled."""
+        marks.done(step)
         if step != self._first:
             return
         if self._beside.first_step:
@@ -80,12 +85,14 @@ class Log:
         if self._pending is None:
             return
         (step, metrics, seconds, rates, taken), self._pending = self._pending, None
+        with marks.inside(marks.PROGRAM):
+            jax.block_until_ready(metrics)
         counts = {name: float(metrics[name]) for name in metrics if name in _COUNTED or name.startswith("work/")}
         row = {name: value for name, value in metrics.items() if name not in ("tokens", "updates")}
         row = {name: value for name, value in row.items() if not name.startswith("work/")}
         # The schedule follows the optimizer's own count: steps that were skipped, or left out, do not move it.
         row["lr"] = self._beside.learning_rate(int(metrics["updates"]))
-        row |= rates(counts)
+        row |= rates(counts) | time_ledger.facts()
         if self._beside.flops and "work/pairs" in counts:
             row["perf/mfu"] = self._beside.flops(counts) / (seconds * machine_peak())
         self._latest |= write_row(self._beside.guard, self._beside.writer, self._progress, step, row, taken)

@@ -174,6 +174,8 @@ _SPEED = (
     Metric("timing/update_s", "s", "-", "per iteration",
            "wall time of all updates of an iteration; the metrics of the one before are written meanwhile"),
     Metric("timing/host_s", "s", "-", "per iteration", "wall time in which no step ran: batches, keys, clocks"),
+    Metric("timing/goodput", "fraction", "-", "since the run's first start",
+           "productive share of the wall time, pauses between starts included (`rlhfjax goodput`)"),
     *(Metric(f"timing/{part}_share", "fraction", "-", "per iteration", f"{part}_s over step_s")
       for part in ("reshard", "rollout", "score", "rewards", "estimate", "update", "host")),
 )  # fmt: skip

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from rlhfjax import faults
-from rlhfjax.host import stopping
+from rlhfjax.host import marks, stopping
 from rlhfjax.training.ledger import Taken
 from rlhfjax.training.loop import Beside, Counts, Log
 from rlhfjax.types import TrainState
@@ -43,7 +43,8 @@ def train_offline(
             state, metrics = step_fn(state, next(batches), jax.random.fold_in(key, step), *_poison(step))
             log.write()  # the row of the step before, while the device takes this one
             if step == start + 1 or trace.running:
-                jax.block_until_ready(metrics)
+                with marks.inside(marks.PROGRAM):
+                    jax.block_until_ready(metrics)
         log.step_done(step)
         seconds, began = time.monotonic() - began, time.monotonic()
         watch.begin("measure", step)

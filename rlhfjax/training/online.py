@@ -9,7 +9,7 @@ import jax
 
 from rlhfjax import faults
 from rlhfjax.errors import RewardError, Stopped
-from rlhfjax.host import stopping
+from rlhfjax.host import marks, stopping
 from rlhfjax.training.ledger import Taken
 from rlhfjax.training.loop import Beside, Counts, Log, Metrics
 from rlhfjax.training.profiling import Clock
@@ -97,7 +97,8 @@ def train_online(
                 state, update_metrics = steps.update(state, experience, extra, metrics, update_key)
                 log.write()  # the row of the iteration before, while the device updates
                 taken = sampled(iteration, rollout)
-                jax.block_until_ready(state)
+                with marks.inside(marks.PROGRAM):
+                    jax.block_until_ready(state)
         metrics |= update_metrics | clock.metrics() | {"episode": iteration * steps.episodes}
         log.later(iteration, metrics, metrics["timing/step_s"], partial(_rates, metrics), taken)
         log.step_done(iteration)
@@ -157,7 +158,8 @@ def _collect(
         if asked:
             timed.beside.watch.begin("rewards", timed.iteration)
             with timed.clock("rewards"):
-                timed.beside.watch.until(asked.done)
+                with marks.inside(marks.REWARDS):
+                    timed.beside.watch.until(asked.done)
                 scored, counts = asked.put(scored)
             counted.update({name: counted.get(name, 0.0) + count for name, count in counts.items()})
         return scored

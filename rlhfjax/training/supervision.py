@@ -9,7 +9,7 @@ import jax
 
 from rlhfjax import faults
 from rlhfjax.config.upkeep import Deadlines
-from rlhfjax.host import stopping
+from rlhfjax.host import lookout, marks, stopping
 from rlhfjax.host.watchdog import Watchdog
 
 _BROKEN_OFF = ("rollout", "score", "rewards")
@@ -31,6 +31,7 @@ class Watch:
         index = jax.process_index()
         stacks = f"stacks.{index}.txt" if index else "stacks.txt"
         self._dog = Watchdog(directory / stacks) if directory and deadlines else None
+        self._stacks = str(directory / stacks) if self._dog and directory else ""
         self._deadlines, self._agree = deadlines, agree
         self._seen: set[str] = set()
         self._unit, self._began = "", time.monotonic()
@@ -39,10 +40,11 @@ class Watch:
     def begin(self, unit: str, step: int) -> None:
         """A unit of work of the loop begins, and the one before it has ended."""
         self.end()
-        if self._dog and self._deadlines:
-            limits = self._deadlines
+        limits, seconds = self._deadlines, 0.0
+        if self._dog and limits:
             seconds = limits.save if unit == "save" else limits.step if unit in self._seen else limits.compile
-            self._dog.arm(seconds)
+            self._dog.arm(seconds + lookout.grace())
+        marks.unit(unit, step, seconds, self._stacks)
         if unit != "save":  # which has a fault of its own, in the middle
             faults.reach(unit, step)
         self._unit, self._began = unit, time.monotonic()
@@ -53,6 +55,7 @@ class Watch:
             self.longest[self._unit] = max(self.longest.get(self._unit, 0.0), time.monotonic() - self._began)
         self._seen.add(self._unit)
         self._unit = ""
+        marks.over()
 
     def asked(self) -> bool:
         """Whether the loop has to save and stop here."""
@@ -66,8 +69,9 @@ class Watch:
     def wait(self, values: Any) -> Any:
         """`values` once they are there. A request to stop does not wait for them, if this process is alone."""
         arrays = jax.tree.leaves(values)
-        self.until(lambda: all(_is_there(array) for array in arrays))
-        jax.block_until_ready(values)
+        with marks.inside(marks.PROGRAM):
+            self.until(lambda: all(_is_there(array) for array in arrays))
+            jax.block_until_ready(values)
         self.poll()
         return values
 
@@ -90,6 +94,7 @@ class Watch:
     def close(self) -> None:
         """The loop has ended: no deadline any more."""
         self.end()
+        marks.closed()
         if self._dog:
             self._dog.close()
 

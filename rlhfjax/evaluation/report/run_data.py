@@ -11,13 +11,14 @@ from jaxtyping import Float
 from rlhfjax.config.recipe import FACTS, NAMES, TOKENIZER
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.evaluation.results import Evaluation
+from rlhfjax.host.goodput import Account, account_of
 from rlhfjax.plain_json import number
 
 
 @dataclass(frozen=True)
 class ReportData:
     """A run as the report sees it; whatever did not run is empty. `metrics[stage]` is one dict per step,
-    `served[stage]` the step that a finished stage hands on."""
+    `served[stage]` the step that a finished stage hands on, `time` what became of each second."""
 
     name: str
     config: str = ""
@@ -25,6 +26,7 @@ class ReportData:
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     served: dict[str, int] = field(default_factory=dict)
+    time: Account | None = None
 
     @property
     def stages(self) -> list[str]:
@@ -87,6 +89,7 @@ def read_run(run_dir: str | Path) -> ReportData:
         metrics={stage: _last_of_each_step(_read_lines(root / stage / "metrics.jsonl")) for stage in folders},
         evaluation=Evaluation.from_json(evaluation.read_text("utf-8"), evaluation) if evaluation.is_file() else None,
         served={path.parent.name: step for path in root.glob("*/complete.json") if (step := _step(path)) is not None},
+        time=account_of(root),
     )
 
 

@@ -14,6 +14,7 @@ from rlhfjax.evaluation.report import plots
 from rlhfjax.evaluation.report.display import NONE, number, number_interval, percent, percent_interval
 from rlhfjax.evaluation.report.run_data import ReportData, unit_of
 from rlhfjax.evaluation.report.summary import summary_rows
+from rlhfjax.evaluation.report.time import restart_rows, spent_rows, steps_line
 from rlhfjax.evaluation.results import AccuracyRow, Evaluation, PolicyRow, Sample
 from rlhfjax.evaluation.rows import MEASURES
 
@@ -67,6 +68,7 @@ def sections(run: ReportData) -> list[Section]:
     online = run.online_stages or (planned if run.recipe else planned[:1])
     return [
         _summary(run),
+        *([_time(run)] if run.time and run.time.wall else []),
         _losses(run),
         *[_online(run, stage) for stage in online],
         *[_frontier(run, stage) for stage in online],
@@ -82,6 +84,18 @@ def sections(run: ReportData) -> list[Section]:
 def _summary(run: ReportData) -> Section:
     rows = [[row.stage, row.time, row.figure] for row in summary_rows(run)]
     return Section("Summary", "", tables=[Table(["Stage", "Time", "Key figure"], rows)])
+
+
+def _time(run: ReportData) -> Section:
+    assert run.time
+    tables = [Table(["Time", "Wall time", "Share"], spent_rows(run.time))]
+    if restarts := restart_rows(run.time):
+        tables.append(Table(["Start", "The one before", "To the first new step"], restarts))
+    note = (
+        f"Where the time since the first start went, until this page was written: {steps_line(run.time)}. Work "
+        "that was done again after a restart, and the time until the restart, are lost to what ended the start before."
+    )
+    return Section("Time", note, tables=tables)
 
 
 def _losses(run: ReportData) -> Section:

@@ -6,6 +6,7 @@ from rich.text import Text
 from rlhfjax.evaluation.report.display import number, one_line
 from rlhfjax.evaluation.report.run_data import ReportData
 from rlhfjax.evaluation.report.summary import summary_rows
+from rlhfjax.evaluation.report.time import goodput_line
 from rlhfjax.evaluation.results import Evaluation, Response
 
 
@@ -17,6 +18,8 @@ def summary_table(run: ReportData) -> Table:
     table.add_column("key figure", overflow="fold")
     for row in summary_rows(run):
         table.add_row(Text(one_line(row.stage)), Text(one_line(row.time)), Text(one_line(row.figure)))
+    if told := goodput_line(run.time):
+        table.caption, table.caption_justify = Text(told), "left"
     return table
 
 
