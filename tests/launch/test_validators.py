@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from launch.launch_files import FILES, LAUNCH
-from launch.test_rendering import DOCTOR, RUN, order
+from launch.test_rendering import DOCTOR, RUN, as_kubernetes, order
 from rlhfjax.launch.needs import of_topology
 from rlhfjax.launch.rendering import TARGETS, render
 from rlhfjax.xla_flags import refused
@@ -117,6 +117,19 @@ def test_a_jobset_has_fields_of_jobsets_alone(path):
     assert strange_fields(next(yaml.safe_load_all(wrong))) == {"maxRestart"}
 
 
+def said_by_stand_in(command, folder):
+    """What a command gives to a stand-in for rlhfjax, call by call."""
+    (folder / "rlhfjax").write_text('#!/bin/bash\n{ printf "%s\\0" "$@"; echo; } >> "${0%/*}/calls"\n')
+    (folder / "rlhfjax").chmod(0o755)
+    (folder / "calls").write_text("")
+    variables = {"SKYPILOT_NODE_IPS": "a", "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"}
+    variables |= {"DSTACK_MASTER_NODE_IP": "a", "DSTACK_NODES_NUM": "1", "DSTACK_NODE_RANK": "0"}
+    environment = os.environ | variables | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line.split("\0")[:-1] for line in (folder / "calls").read_text(encoding="utf-8").splitlines()]
+
+
 # XPK -----------------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +165,16 @@ def test_xpk_makes_a_jobset_of_our_slices_hosts_and_grace(topology, slices, tmp_
     assert pod["terminationGracePeriodSeconds"] == 330
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 100
     assert "rlhfjax doctor x --run-dir gs://b/x && exec rlhfjax run x a=1 --run-dir gs://b/x" in json.dumps(pod)
+
+
+def test_xpk_changes_no_word(tmp_path):
+    made, said = manifest(render("xpk", order("xpk", needs=of_topology("v6e:4x4", None, 1))), tmp_path)
+    assert made, said
+    [jobset] = [each for each in made if each["kind"] == "JobSet"]
+    [job] = jobset["spec"]["replicatedJobs"]
+    [container] = job["template"]["spec"]["template"]["spec"]["containers"]
+    command = [as_kubernetes(word) for word in container["command"]]
+    assert said_by_stand_in(command, tmp_path) == [DOCTOR, RUN]
 
 
 def test_xpk_takes_the_file_and_no_other_option(tmp_path):
@@ -206,18 +229,7 @@ def test_skypilot_and_dstack_change_no_word(tmp_path):
         text = render(target, order(target))
         commands = read(program, text, tmp_path)[2]
         script = commands if isinstance(commands, str) else commands[0]
-        (tmp_path / "rlhfjax").write_text('#!/bin/bash\nprintf "%s\\0" "$@"\nprintf "\\n"\n')
-        (tmp_path / "rlhfjax").chmod(0o755)
-        variables = {"SKYPILOT_NODE_IPS": "a", "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"}
-        variables |= {"DSTACK_MASTER_NODE_IP": "a", "DSTACK_NODES_NUM": "1", "DSTACK_NODE_RANK": "0"}
-        done = subprocess.run(
-            ["bash", "-c", script],
-            env=os.environ | variables | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert [line.split("\0")[:-1] for line in done.stdout.splitlines()] == [DOCTOR, RUN]
+        assert said_by_stand_in(["bash", "-c", script], tmp_path) == [DOCTOR, RUN]
 
 
 def test_dstack_reads_what_we_mean(tmp_path):
