@@ -53,7 +53,7 @@ def compiled(case: dict[str, Any]) -> tuple[Any, dict[str, float]]:
 
 def described(program: Any, layers: int) -> dict[str, Any]:
     """Bytes that a device needs, products, bytes of collectives: those in loops over layers, and the others."""
-    from benchmarks.hlo import Program
+    from rlhfjax.planning.hlo import Program
 
     memory = program.memory_analysis()
     walked = Program(program.as_text()).walked()
@@ -69,8 +69,8 @@ def described(program: Any, layers: int) -> dict[str, Any]:
         "host_arguments_gib": memory.host_argument_size_in_bytes / GIB,
         "host_temporaries_gib": memory.host_temp_size_in_bytes / GIB,
         "peak_gib": getattr(memory, "peak_memory_in_bytes", 0) / GIB,
-        "product_flops": walked.total_flops(),
-        "cached_flops": walked.total_cached_flops(),
+        "product_flops": walked.total("flops"),
+        "cached_flops": walked.total("cached_flops"),
         **{f"outside_{how}_gib": sums[f"all_{how}_gib"] - sums[f"inside_{how}_gib"] for how in ("result", "ring")},
         **{name: size for name, size in sums.items() if name.startswith("inside")},
         "between_gib": {what: size / GIB for what, size in walked.total_between().items()},

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from benchmarks.compiled import measured
-from benchmarks.hlo import Program
 from benchmarks.shapes import CASES
+from rlhfjax.planning.hlo import Program
 from rlhfjax.sharding import make_mesh
 
 MESH = {"data": 2, "fsdp": 4}
@@ -49,7 +49,7 @@ ENTRY %main (lhs: f32[4,1,6], rhs: f32[3,6,5]) -> f32[4,3,5] {
 
 def test_windows_that_are_products_and_loops_that_step_by_two():
     top = Program(TPU).walked()
-    assert top.total_flops() == 2 * (4 * 3 * 5) * 6
+    assert top.total("flops") == 2 * (4 * 3 * 5) * 6
     (loop,) = top.loops
     assert loop.trips == 4
     assert [one.kind for one in loop.collectives] == ["permute"]
@@ -68,7 +68,7 @@ def test_products_of_a_loop_count_as_often_as_it_runs():
 
     text = jax.jit(scanned).lower(jnp.zeros((8, 16)), jnp.zeros((5, 16, 16))).compile().as_text()
     top = Program(text).walked()
-    assert top.total_flops() == 5 * 2 * 8 * 16 * 16
+    assert top.total("flops") == 5 * 2 * 8 * 16 * 16
     assert [(loop.flops, times) for loop, times in top.of_turns(5)] == [(2 * 8 * 16 * 16, 1.0)]
 
 
@@ -81,7 +81,7 @@ def test_a_loop_that_data_ends_counts_all_parts():
         return jax.lax.fori_loop(0, count, add, jnp.zeros((16, 16)))
 
     text = jax.jit(some).lower(jnp.zeros((7, 16, 16)), jnp.int32(3)).compile().as_text()
-    assert Program(text).walked().total_flops() == 7 * 2 * 16**3
+    assert Program(text).walked().total("flops") == 7 * 2 * 16**3
 
 
 # As libtpu writes a sampler's experts, attention through its cache, and a sum over slices that hosts carry.
@@ -116,8 +116,8 @@ ENTRY %main (x: (s32[], s32[], f32[32,4,6]), q: f32[8,3,5], k: f32[8,7,5]) -> f3
 
 def test_another_pass_over_experts_is_none_and_attention_is_apart():
     top = Program(SAMPLER).walked()
-    assert top.total_flops() == 2 * 4 * 4 * 6  # the first pass; the arrays have 32 parts
-    assert top.total_cached_flops() == 2 * 8 * 3 * 7 * 5
+    assert top.total("flops") == 2 * 4 * 4 * 6  # the first pass; the arrays have 32 parts
+    assert top.total("cached_flops") == 2 * 8 * 3 * 7 * 5
     assert top.total_between() == {"all_reduce": 8 * 3 * 4}
     assert top.total_bytes() == 0
 

@@ -14,6 +14,7 @@ from rlhfjax.cli import (
     describing,
     generating,
     launching,
+    planning,
     rendering,
     reproducing,
     running,
@@ -51,6 +52,7 @@ def _door(
 for verb in (
     checking.verify,
     running.run,
+    planning.plan,
     configurations.ls,
     configurations.cp,
     configurations.show,

@@ -27,6 +27,9 @@ def run(
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
     no_verify: NoVerify = False,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Programs and expectations of `rlhfjax plan --programs DIR`.")
+    ] = None,
 ) -> None:
     """Run the stages of a configuration in order. The same command again continues a run that was killed.
 
@@ -43,8 +46,13 @@ def run(
     from rlhfjax import runs
     from rlhfjax.host.memory import collect_seldom, keep_freed_memory_of
 
+    contract = None
+    if plan is not None:
+        from rlhfjax.planning.shipped import contract_of
+
+        contract = contract_of(plan, loaded)
     among = (coordinator, num_processes, process_id)
     collect_seldom()
     keep_freed_memory_of(loaded, alone=not one_of_several(*among))
     with among_processes(loaded.reliability, *among), unverified(no_verify):
-        runs.run_recipe(loaded, run_dir or Path("runs") / loaded.name, only, start_from, sources)
+        runs.run_recipe(loaded, run_dir or Path("runs") / loaded.name, only, start_from, sources, plan=contract)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from rlhfjax.config.recipe import offline, online, sampling
 from rlhfjax.config.schema import Run
@@ -136,21 +137,30 @@ def _lengths(run: Run) -> Iterator[tuple[str, str, int]]:
         yield "evaluate", "model.context (the length of stages.evaluate.losses)", run.model.context
 
 
+def meshes_that_fit(run: Run, devices: int) -> Iterator[dict[str, int]]:
+    """Other meshes of the recipe's own on so many devices, those most like it first."""
+    mesh, held = run.mesh, _held(run)
+    stages = [name for name, section in run.stages if section and mesh.of(name) is mesh]
+    now = mesh_shape(mesh, devices)
+    others = [sizes for sizes in _meshes(devices, mesh.slices) if sizes != now]
+    fit = (sizes for sizes in others if not any(_on_mesh(run, sizes, "mesh", stages, held)))
+    yield from sorted(fit, key=lambda sizes: _unlike(now, sizes))
+
+
+def _unlike(asked: Sizes, sizes: Sizes) -> tuple[int, float]:
+    far = {axis: abs(math.log(sizes[axis] / size)) for axis, size in asked.items() if size != -1}
+    return sum(value > 0 for value in far.values()), sum(far.values())
+
+
 def _others(run: Run, mesh: Axes, devices: int, key: str, stages: list[str], held: Sizes) -> str:
     """Meshes of these devices that fit and are most like the one that was asked for; else of the most that any fits."""
-
-    def unlike(sizes: Sizes) -> tuple[int, float]:
-        asked = {axis: size for axis, size in mesh.axes.items() if size != -1}
-        far = {axis: abs(math.log(sizes[axis] / size)) for axis, size in asked.items()}
-        return sum(value > 0 for value in far.values()), sum(far.values())
-
     if devices > _MOST:
         return ""
     for count in (count for count in range(devices, 0, -1) if devices % count == 0):
         fit = [sizes for sizes in _meshes(count, mesh.slices) if not any(_on_mesh(run, sizes, key, stages, held))]
         if fit:
             shown = [" x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "data 1"
-                     for sizes in sorted(fit, key=unlike)[:_SHOWN]]  # fmt: skip
+                     for sizes in sorted(fit, key=partial(_unlike, mesh.axes))[:_SHOWN]]  # fmt: skip
             none = "" if count == devices else f"no mesh of {devices} devices does; "
             return f" ({none}of {count} {'device' if count == 1 else 'devices'} fit {', '.join(shown)})"
     return ""

@@ -23,11 +23,12 @@ def use_compile_cache(report: Callable[[str], None], directory: Path | None = No
     """Let jax keep what it compiles; False, with the reason reported, where that is not safe or not possible.
 
     An entry is machine code that later runs execute: the directory must be the user's own and nobody else may write
-    there. Where `JAX_COMPILATION_CACHE_DIR` names one, that is used as it is; `JAX_ENABLE_COMPILATION_CACHE=false`
-    keeps nothing. Entries that were not read for longest are removed beyond 2 GiB.
+    there. Without a `directory`, where `JAX_COMPILATION_CACHE_DIR` names one, that is used as it is;
+    `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing. Entries that were not read for longest are removed beyond 2 GiB.
     """
     config: Any = jax.config
-    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
+    given, chosen = directory is not None, config.jax_compilation_cache_dir and directory is None
+    if chosen or not config.jax_enable_compilation_cache:
         return bool(config.jax_compilation_cache_dir)
     try:
         directory = directory or compile_cache_dir()
@@ -44,6 +45,8 @@ def use_compile_cache(report: Callable[[str], None], directory: Path | None = No
         report(f"compiled programs are not kept: {directory}: {problem}")
         return False
     config.update("jax_compilation_cache_dir", str(directory))
+    if given:  # a plan's, made elsewhere: the place of XLA's own caches is a part of each program's key
+        config.update("jax_persistent_cache_enable_xla_caches", "none")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # Reading an entry takes a few milliseconds, compiling the smallest program some twenty.
         config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -48,12 +48,13 @@ def run_recipe(
     start_from: str | None = None,
     sources: Mapping[str, str] | None = None,
     date: datetime.date | None = None,
+    plan: Any = None,
 ) -> None:
     """Run what is not done yet of the recipe; `only` one stage, or again from `start_from` on.
 
     `sources` says where keys of the configuration were set, for the manifest; `date` is what chat templates write,
-    where it is not the run's own. Raises ConfigError when the run directory was made with another configuration, is in
-    use or somebody else's, or for a stage that the recipe lacks.
+    where it is not the run's own; `plan` is a `Contract` that the run is held to. Raises ConfigError when the run
+    directory was made with another configuration, is in use or somebody else's, or for a stage that the recipe lacks.
     """
     stages = stages_of(run)
     for name in (only, start_from):
@@ -74,10 +75,12 @@ def run_recipe(
         _by_first(lambda: settle(run, run_dir, start_from, stages), "settle")
         manifest = Manifest(run, run_dir, sources, _speaks(), lost, date)
         redone = stages[stages.index(start_from) :] if start_from else []
-        _run_open_stages(run, run_dir, [only] if only else stages, manifest, redone)
+        _run_open_stages(run, run_dir, [only] if only else stages, manifest, redone, plan)
 
 
-def _run_open_stages(run: Run, run_dir: Path, wanted: list[str], manifest: Manifest, redone: list[str]) -> None:
+def _run_open_stages(
+    run: Run, run_dir: Path, wanted: list[str], manifest: Manifest, redone: list[str], plan: Any
+) -> None:
     """Run those of the stages that are not done yet; nothing is imported or started where all are."""
     stages = stages_of(run)
     open_stages = [stage for stage in wanted if not is_complete(run_dir, stage)]
@@ -98,7 +101,7 @@ def _run_open_stages(run: Run, run_dir: Path, wanted: list[str], manifest: Manif
 
         stopping.before_exit(leave)
         with lookout.kept(run.reliability.heartbeat, _anyone, manifest.hung):
-            _run_stages(run, run_dir, open_stages, manifest)
+            _run_stages(run, run_dir, open_stages, manifest, plan)
     if any(FACTS[stage].measures for stage in open_stages) and _speaks():
         _print_results(run_dir)
     _point_to_report(run_dir)
@@ -138,7 +141,7 @@ def is_complete(run_dir: Path, stage: str) -> bool:
     return (run_dir / stage / COMPLETE).exists()
 
 
-def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) -> None:
+def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest, plan: Any) -> None:
     began = time.monotonic()
     # jax and the models are imported here, so that a finished run answers at once.
     from rlhfjax.host.compile_cache import use_compile_cache
@@ -148,9 +151,10 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
     from rlhfjax.runs.parents import parents, tokenizer_facts
     from rlhfjax.runs.sizes import agree_on_sizes, next_target
     from rlhfjax.runs.sources import refuse_other_inputs
+    from rlhfjax.stages.contract import under
     from rlhfjax.target import building_for
 
-    use_compile_cache(report)
+    use_compile_cache(report, Path(plan.directory) if plan else None)
     run_in_caller()
     _by_first(lambda: None, "manifest")  # the first process has written it
     jobs = make_jobs(run, run_dir, stages, report, manifest.date)
@@ -173,7 +177,7 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest) 
         manifest.began(job.stage, parents(run, run_dir, job.stage))
         job.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         marks.stage(job.stage, marks.WORKING if job.stage == TOKENIZER else marks.STARTING)
-        with building_for(target):
+        with building_for(target), under(plan):
             facts = execute(job)
         seconds = round(time.monotonic() - began, 1)
         done = {"stage": job.stage, "seconds": seconds, "finished": now()}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhfjax.config import schema
-from rlhfjax.config.recipe import FACTS, compared, section_of, starts_of
+from rlhfjax.config.recipe import FACTS, compared, section_of, stages_of, starts_of
 from rlhfjax.generation import SamplingParams
 from rlhfjax.host_memory import on_device
 from rlhfjax.layout import laid_out_by
@@ -30,8 +30,10 @@ from rlhfjax.stages.measures.responses import sampler
 from rlhfjax.stages.measures.validation import loss_meter
 from rlhfjax.stages.models import new_model, sampling_params
 from rlhfjax.stages.starts import Started, offloads
+from rlhfjax.stages.work import offline_work, online_work
 from rlhfjax.target import Target, building_for
 from rlhfjax.training.checkpoint import find_checkpoint, model_shapes
+from rlhfjax.training.digests import program_on
 from rlhfjax.training.optimizer import make_optimizer
 from rlhfjax.training.state import init_state_shapes
 from rlhfjax.types import PromptBatch, RankedBatch, TokenBatch
@@ -49,12 +51,19 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Built:
-    """A jitted function with what it is called with, as shapes with their layouts, for a mesh and a target."""
+    """A jitted function with what it is called with, as shapes with their layouts, for a mesh and a target.
+
+    `held` is what the stage keeps all the time, among the arguments or beside them, as a tree of the same shapes.
+    `flops` are those of the model in one run where all rows are full, on all devices together, as `training/flops.py`
+    counts them.
+    """
 
     function: Any
     arguments: tuple[Any, ...]
     mesh: jax.sharding.Mesh
     target: Target
+    held: Any = ()
+    flops: float = 0.0
 
     def lower(self) -> Any:
         """jax's `Lowered`, traced once. What `partial` binds is among the arguments of the program."""
@@ -84,8 +93,9 @@ def build(
     """The programs of a stage on a mesh, whose devices need not be here, by name.
 
     Of a stage that trains on data: `step`, and `validation` where it has held-out data. Of one that samples: `rollout`,
-    `score`, `estimate`, `update`, and where it draws more than once `informative` and `merged`. Of an evaluation:
-    `responses` of each policy that is compared, and `losses`. The tokenizer's has none.
+    `score`, `estimate`, `update`, and where it draws more than once `informative` and `merged`. Of both, where the host
+    does not hold the arrays, the `digests` of a save. Of an evaluation: `responses` of each policy that is compared,
+    and `losses`. The tokenizer's has none.
 
     Two numbers are of the data: `steps` of a stage that is measured in epochs (the learning rate follows them), and
     `longest`, the tokens of the longest comparison with its prompt counted once. Left out, they are 1, and the most
@@ -167,11 +177,20 @@ def _offline(c: Any, starts: Shapes, target: Target, steps: int | None, longest:
     state = init_state_shapes(mesh, split(learner.params)[1], *how)
     batch, fixed = _batch(mesh, c.batch), learner.fixed
     step = partial(offline.build(c, mesh, learner, state, optimizer), fixed)
-    built = {"step": Built(step, (state, batch, starts.key("steps")), mesh, target)}
+    held = state, fixed
+    work = offline_work(c, learner)
+    built = {"step": Built(step, (state, batch, starts.key("steps")), mesh, target, held, work)}
     if c.validation:
         whole = on_device(join(fixed, state.params))
-        built["validation"] = Built(learner.meter.total, (whole, batch, c.batch.size), mesh, target)
-    return built
+        built["validation"] = Built(learner.meter.total, (whole, batch, c.batch.size), mesh, target, held, work / 3)
+    return built | _saving(state, mesh, target, held)
+
+
+def _saving(state: Any, mesh: jax.sharding.Mesh, target: Target, held: Any) -> dict[str, Built]:
+    """What a save runs on devices whose memory the host does not share."""
+    leaves = tuple(jax.tree.leaves(state))
+    types = tuple(str(leaf.dtype) for leaf in leaves)
+    return {} if target.platform == "cpu" else {"digests": Built(program_on(mesh), (leaves, types), mesh, target, held)}
 
 
 def _online(c: Any, starts: Shapes, target: Target) -> dict[str, Built]:
@@ -183,15 +202,18 @@ def _online(c: Any, starts: Shapes, target: Target) -> dict[str, Built]:
         mixed = _batch(mesh, mixed_batch(c))
 
     def later(function: Any, arguments: Callable[[], tuple]) -> Built:
-        return Built(function, arguments(), mesh, target)
+        return Built(function, arguments(), mesh, target, held)
 
+    held = state, learner.frozen
     made = in_turn(steps, state, learner.frozen, prompts, mixed, later)
     built = {name: getattr(made, name) for name in ("rollout", "score", "estimate", "update", "reshard")}
     if steps.refill:
         scored = built["score"].shapes()
-        built["informative"] = Built(steps.refill.informative, (scored,), mesh, target)
-        built["merged"] = Built(steps.refill.merged, (scored, scored), mesh, target)
-    return {name: program for name, program in built.items() if program is not None}
+        built["informative"] = Built(steps.refill.informative, (scored,), mesh, target, held)
+        built["merged"] = Built(steps.refill.merged, (scored, scored), mesh, target, held)
+    work = online_work(c, learner)
+    built = {name: replace(made, flops=work.get(name, 0.0)) for name, made in built.items() if made is not None}
+    return built | _saving(state, mesh, target, held)
 
 
 def _evaluation(c: schema.Evaluate, starts: Shapes, target: Target) -> dict[str, Built]:
@@ -202,13 +224,15 @@ def _evaluation(c: schema.Evaluate, starts: Shapes, target: Target) -> dict[str,
     reward = starts.load("reward") if run.stages.reward else None
     settings = _sampling(c.sampling, starts.vocabulary)
     prompts = _prompts(mesh, c.batch.size, c.batch.prompt_length)
+    everyone = {stage: starts.load(stage) for stage in stages_of(run) if FACTS[stage].role == "policy"} | policies
+    held = {stage: params for stage, (_, params) in everyone.items()}, reward and reward[1]
     for stage, policy in policies.items():
         respond = sampler(c, mesh, policy, next(iter(policies.values())), reward, settings)
-        built[f"responses/{stage}"] = Built(respond, (prompts, starts.key("samples")), mesh, target)
+        built[f"responses/{stage}"] = Built(respond, (prompts, starts.key("samples")), mesh, target, held)
     if c.losses and policies:
         model, params = next(iter(policies.values()))
         documents = _batch(mesh, loss_batch(run, c))
-        built["losses"] = Built(loss_meter(mesh, model).total, (params, documents, c.batch.size), mesh, target)
+        built["losses"] = Built(loss_meter(mesh, model).total, (params, documents, c.batch.size), mesh, target, held)
     return built
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from rlhfjax import layout
 from rlhfjax.host import marks, processes
+from rlhfjax.stages import contract
 from rlhfjax.target import Target, building_for, current, machine
 from rlhfjax.training.online import OnlineSteps
 from rlhfjax.xla_flags import refused
@@ -97,13 +98,17 @@ class Program:
         self._function, self._called = function, False
         bound, jitted = unbound(function)
         here = current(), layout.current()  # of this thread; those that trace and compile have none
+        plan = contract.current()
 
         def lower() -> Any:
             with building_for(here[0]), layout.laid_out_by(here[1]):
                 return jitted.lower(*bound, *arguments())
 
         def compile_it() -> float:
-            self._lowered.result().compile()
+            lowered, before = self._lowered.result(), contract.hits()
+            lowered.compile()
+            if plan:
+                plan.note(plan.recognised(lowered), getattr(jitted, "__name__", "program"), contract.hits() > before)
             return time.monotonic()
 
         self._lowered: Future = tracer.submit(lower)
@@ -194,4 +199,6 @@ class Ahead:
         self._tracer.shutdown(wait=False)
         self._compiler.shutdown(wait=False)
         self.facts = {"timing/compile_s": round(compiled, 2), "timing/first_step_s": round(first, 2)}
-        return f"{self._stage}: compiled in {compiled:.1f} s, first step after {first:.1f} s"
+        said = f"{self._stage}: compiled in {compiled:.1f} s, first step after {first:.1f} s"
+        plan = contract.current()
+        return f"{said}; {plan.said()}" if plan else said

@@ -12,10 +12,12 @@ from typing import Any, Generic, TypeVar
 import jax
 import numpy as np
 
+from rlhfjax.config.recipe import FACTS
 from rlhfjax.host import marks
 from rlhfjax.host.stopping import held
 from rlhfjax.models import SequenceModel
 from rlhfjax.models.lora import join, split
+from rlhfjax.stages import contract
 from rlhfjax.stages.compilation import Ahead
 from rlhfjax.stages.job import Job
 from rlhfjax.training.checkpoint import Checkpoints, meta_of
@@ -150,18 +152,19 @@ class Learning(Generic[State]):
         flops: Callable[[Counts], float] | None,
     ) -> Beside:
         """The companions of the loop. After a rollback all is compiled."""
-        job = self._job
+        job, plan = self._job, contract.current()
         return Beside(
             stage=job.stage,
             writer=self.writer,
             learning_rate=rate,
-            shown=shown,
+            shown=(*shown, "plan/step_ratio") if plan else shown,
             flops=flops,
             watch=self.watch,
             guard=self.guard,
             trace=Trace(job.dir, job.run.profile, job.stage),
             first_step=None if ahead.facts else ahead.first_step,
             spare=self.spare,
+            expected=plan and plan.expected(job.stage, FACTS[job.stage].online),
         )
 
     def run(self, train: Callable[[State], State], finish: Callable[[State], Facts], order: Order) -> Facts:

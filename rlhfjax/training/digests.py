@@ -140,11 +140,15 @@ def _mesh_of(leaf: jax.Array) -> Any:
 
 
 def _on_devices(leaves: Sequence[jax.Array], dtypes: tuple[str, ...]) -> UInt32[Array, "leaves 2"]:
-    mesh = _mesh_of(leaves[0])
+    return program_on(_mesh_of(leaves[0]))(tuple(leaves), dtypes)
+
+
+def program_on(mesh: jax.sharding.Mesh | None) -> Any:
+    """The jitted function of (leaves, their types in text) that finds digests on the devices of a mesh."""
     if mesh not in _compiled:
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         _compiled[mesh] = jax.jit(_digests, static_argnums=1, out_shardings=everywhere)
-    return _compiled[mesh](tuple(leaves), dtypes)
+    return _compiled[mesh]
 
 
 _compiled: dict[Any, Any] = {}

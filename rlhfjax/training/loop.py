@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from rlhfjax.host import marks, time_ledger
+from rlhfjax.training.expected import Expected
 from rlhfjax.training.flops import machine_peak
 from rlhfjax.training.guards import Guard, write_row
 from rlhfjax.training.ledger import Taken
@@ -30,7 +31,8 @@ class Beside:
 
     `learning_rate(updates)` is that after so many optimizer steps; `shown` are the metrics of the progress line;
     `flops(counts)` the model FLOPs of a step; `first_step` is called when the first step is done, for a line to show;
-    `spare(state, step)` gives what saves a state on the hosts' own disks, when that is due.
+    `spare(state, step)` gives what saves a state on the hosts' own disks, when that is due; `expected` is what a plan
+    says of its steps.
     """
 
     stage: str
@@ -43,6 +45,7 @@ class Beside:
     trace: Trace = field(default_factory=lambda: Trace(Path(), None, ""))
     first_step: Callable[[], str] | None = None
     spare: Callable[[Any, int], Callable[[], None] | None] = lambda state, step: None
+    expected: Expected | None = None
 
 
 class Log:
@@ -95,6 +98,8 @@ class Log:
         row |= rates(counts) | time_ledger.facts()
         if self._beside.flops and "work/pairs" in counts:
             row["perf/mfu"] = self._beside.flops(counts) / (seconds * machine_peak())
+        if self._beside.expected and step != self._first:
+            row |= self._beside.expected.compared(row, self._progress.note)
         self._latest |= write_row(self._beside.guard, self._beside.writer, self._progress, step, row, taken)
 
     def show(self, step: int) -> None:

@@ -166,6 +166,8 @@ _SPEED = (
     Metric("perf/train_tokens_per_s", "tokens/s", "tokens of the batch without padding", "per step",
            "tokens trained on; in PPO response tokens x inner epochs"),
     Metric("timing/step_s", "s", "-", "per step", "wall time of a step or an iteration, without validation and saving"),
+    Metric("plan/step_ratio", "-", "-", "per step", "wall time of the programs over what the plan says (--plan)"),
+    Metric("plan/memory_ratio", "-", "-", "value", "most memory of a device so far over the plan's peak of the stage"),
     Metric("timing/reshard_s", "s", "-", "per iteration", "wall time of making what sampling reads of the parameters"),
     Metric("timing/rollout_s", "s", "-", "per iteration", "wall time of sampling"),
     Metric("timing/score_s", "s", "-", "per iteration", "wall time of scores, values and log-probabilities"),
@@ -181,7 +183,17 @@ _SPEED = (
 )  # fmt: skip
 
 _SERVED = ("loss/validation", "eval/")
-_OF_NO_MODEL = ("step", "episode", "lr", "guard/", "objective/kl_coef", "policy/epochs_run", "perf/", "timing/")
+_OF_NO_MODEL = (
+    "step",
+    "episode",
+    "lr",
+    "guard/",
+    "objective/kl_coef",
+    "policy/epochs_run",
+    "perf/",
+    "plan/",
+    "timing/",
+)
 
 
 def _weights(name: str) -> str:

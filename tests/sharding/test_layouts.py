@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from tiny import params_of
 
-from benchmarks.hlo import Program
 from rlhfjax import layout
 from rlhfjax.config import schema
 from rlhfjax.layout import laid_out_by
 from rlhfjax.models import LanguageModel, decoder_config
+from rlhfjax.planning.hlo import Program
 from rlhfjax.sharding import batch_sharding, make_mesh, put, state_shardings
 from rlhfjax.sharding.activations import layout_of
 from rlhfjax.stages.building import Vocabulary, build

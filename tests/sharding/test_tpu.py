@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.hlo import Program
 from rlhfjax.config import schema
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.layout import laid_out_by
 from rlhfjax.models import LanguageModel, decoder_config
 from rlhfjax.models.attention import Scoring, attend
 from rlhfjax.models.experts import dropless, route
+from rlhfjax.planning.hlo import Program
 from rlhfjax.sharding import make_mesh, state_shardings
 from rlhfjax.sharding.activations import layout_of
 from rlhfjax.sharding.sampling import sampling_layout, sampling_on
@@ -134,7 +134,7 @@ def test_each_device_computes_its_own_experts(mesh, way):
         compiled = jax.jit(both_ways).lower(x, logits, kernels).compile()
     share = rows * length * per_token // 4
     needed = 2 * share * width * inner * (3 + 2 + 6)
-    assert needed < Program(compiled.as_text()).walked().total_flops() < 1.3 * needed
+    assert needed < Program(compiled.as_text()).walked().total("flops") < 1.3 * needed
 
 
 def outside_fusions(text):

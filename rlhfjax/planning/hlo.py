@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from benchmarks.hlo_text import (
+from rlhfjax.planning.hlo_kernels import attention, products
+from rlhfjax.planning.hlo_text import (
     HEAD,
     LINE,
     Instruction,
@@ -24,10 +25,10 @@ from benchmarks.hlo_text import (
     instruction,
     places,
 )
+from rlhfjax.planning.hlo_traffic import Traffic, cycles_of
 
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|called_computations)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)")
 _BRANCHES = re.compile(r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%[\w.\-]+))")
-_GROUPED = re.compile(r"gmm\)+/pallas_call")
 # Products of queries with the cache of a sampler, which meet the keys of all heads (`models/stacked_cache.py`).
 _CACHED = re.compile(r"/bh[cs],bsc->bh[cs]/")
 _BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
@@ -45,13 +46,14 @@ KINDS = {
 @dataclass(frozen=True)
 class Collective:
     """Bytes of one collective each time it runs: of its result (a reduce-scatter: of its input), and what a device
-    sends in a ring of its group."""
+    sends in a ring of its `group`, so many devices."""
 
     name: str
     kind: str
     shape: str
     result: float
     ring: float
+    group: int = 2
 
 
 @dataclass
@@ -63,9 +65,22 @@ class Loop:
     source: str = ""  # the path of operations that it comes from
     flops: float = 0.0
     cached_flops: float = 0.0  # of attention in a sampler, not among `flops`
+    attended_flops: float = 0.0  # of attention kernels, not among `flops`
+    kernel_flops: float = 0.0  # of all kernels, for which the compiler reckons no cycles
+    moved: float = 0.0  # bytes that its operations read and write in the device's memory
+    cycles: float = 0.0  # that libtpu reckons for them; collectives have none
     between: dict[str, float] = field(default_factory=dict)  # bytes that go to other slices, by what for
     collectives: list[Collective] = field(default_factory=list)
     loops: list["Loop"] = field(default_factory=list)
+    open: bool = False  # data alone end it: nothing says how often it runs
+
+    def bound(self, turns: int) -> None:
+        """Let open loops with products, and none of them inside, run so often: those of a sampler, by its tokens."""
+        for loop in self.loops:
+            loop.bound(turns)
+            inner = [within for within, _ in loop.every() if within is not loop and within.open]
+            if loop.open and loop.flops and not any(within.flops for within in inner):
+                loop.trips = turns
 
     def every(self, times: float = 1.0) -> Iterator[tuple["Loop", float]]:
         """This and the loops within, with how often each runs."""
@@ -86,11 +101,9 @@ class Loop:
             else:
                 yield from loop.of_turns(count, times * self.trips)
 
-    def total_flops(self) -> float:
-        return sum(loop.flops * times for loop, times in self.every())
-
-    def total_cached_flops(self) -> float:
-        return sum(loop.cached_flops * times for loop, times in self.every())
+    def total(self, what: str) -> float:
+        """The sum of a count of every loop, `flops`, `cached_flops`, `moved` or `cycles`."""
+        return sum(getattr(loop, what) * times for loop, times in self.every())
 
     def total_between(self) -> dict[str, float]:
         """Bytes that a device sends to other slices, through hosts and their network: no ring has them."""
@@ -130,6 +143,10 @@ class Program:
         return {one.name: one.shapes for lines in self.computations.values() for one in lines}
 
     @cached_property
+    def _traffic(self) -> Traffic:
+        return Traffic(self.computations)
+
+    @cached_property
     def _named(self) -> dict[str, Instruction]:
         return {one.name: one for lines in self.computations.values() for one in lines}
 
@@ -139,11 +156,15 @@ class Program:
         self._walk(self.entry, loop)
         return loop
 
-    def _walk(self, computation: str, loop: Loop) -> None:
+    def _walk(self, computation: str, loop: Loop, fused: bool = False) -> None:
         for one in self.computations.get(computation, ()):
+            if not fused:
+                loop.moved += self._traffic.of(one)
+                loop.cycles += cycles_of(one.rest)
             if one.opcode == "while":
                 path = re.search(r'op_name="([^"]*)"', one.rest)
-                inner = Loop(attribute(one.rest, "body"), self.trip_count(one), path[1] if path else "")
+                turns = self.trip_count(one)
+                inner = Loop(attribute(one.rest, "body"), turns or 1, path[1] if path else "", open=not turns)
                 self._walk(inner.name, inner)
                 loop.loops.append(inner)
                 continue
@@ -156,8 +177,11 @@ class Program:
             if one.opcode == "send" and (what := _BETWEEN.search(one.rest)):
                 kind = what[1].lower()
                 loop.between[kind] = loop.between.get(kind, 0.0) + bytes_of(one.shapes[:1])
-            if one.opcode == "custom-call" and _GROUPED.search(one.rest):
-                loop.flops += self._grouped(one)
+            if one.opcode == "custom-call":
+                multiplied, attended = products(one, self._shape), attention(one, self._shape)
+                loop.flops += multiplied
+                loop.attended_flops += attended
+                loop.kernel_flops += multiplied + attended
             if collective := self._collective(one, computation):
                 loop.collectives.append(collective)
                 continue  # its `to_apply` adds two numbers
@@ -166,15 +190,18 @@ class Program:
                 taken = [Loop(name.strip(" %")) for name in branches.split(",")]
                 for branch in taken:
                     self._walk(branch.name, branch)
-                dearest = max(taken, key=lambda b: (b.total_flops(), b.total_bytes()))
+                dearest = max(taken, key=lambda b: (b.total("flops"), b.total_bytes()))
                 loop.loops.append(dearest)
             elif one.opcode not in ("reduce", "scatter", "sort", "map", "reduce-window", "select-and-scatter"):
                 for names in _CALLED.findall(one.rest):
                     for name in names.split(","):
-                        self._walk(name.strip(" %"), loop)
+                        self._walk(name.strip(" %"), loop, fused or one.opcode == "fusion")
 
     def trip_count(self, loop: Instruction) -> int:
-        """From `known_trip_count`, the constant that the index is compared with, or the parts that it goes over."""
+        """From `known_trip_count`, the constant that the index is compared with, or the parts that it goes over.
+
+        0 where nothing says it.
+        """
         if known := re.search(r'known_trip_count[^}]*?"?n"?:"?(\d+)', loop.rest):
             return int(known[1])
         body = attribute(loop.rest, "body")
@@ -200,7 +227,7 @@ class Program:
                 first = bool(part and part[0][1] and part[0][1][0] == 1)
             if whole and first and one.opcode in ("dynamic-slice", "dynamic-update-slice") and len(whole[0][1]) > 1:
                 counts[whole[0][1][0]] += 1
-        return counts.most_common(1)[0][0] if counts else 1
+        return counts.most_common(1)[0][0] if counts else 0
 
     def _within(self, computation: str) -> Iterator[Instruction]:
         for one in self.computations.get(computation, ()):
@@ -231,6 +258,10 @@ class Program:
             one = self._named.get(one.operands[0])
         return one
 
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        shapes = self._shapes.get(name)
+        return shapes[0][1] if shapes else None
+
     def _constant(self, name: str) -> int | None:
         one = self._source(name)
         found = re.match(r"constant\((-?\d+)\)", one.rest) if one is not None and one.opcode == "constant" else None
@@ -247,13 +278,6 @@ class Program:
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
         inner = [left[int(d)] for d in contracted[1].split(",") if d] if contracted else []
         return 2.0 * math.prod(one.shapes[0][1]) * math.prod(inner)
-
-    def _grouped(self, one: Instruction) -> float:
-        """Rows [R, D] times a matrix of their group, to [R, F]; or times rows [R, F], to a matrix of each group."""
-        out = one.shapes[0][1]
-        rows = [shape for name in one.operands for _, shape in self._shapes.get(name, ())[:1] if len(shape) == 2]
-        inner = [size for shape in rows if shape[0] == out[0] for size in shape[1:]] if len(out) == 2 else rows[0][:1]
-        return 2.0 * math.prod(out[-2:]) * inner[0]
 
     def _convolution(self, one: Instruction) -> float:
         """XLA writes products for a TPU as these; its batch axes are windows of which one place alone is valid."""
@@ -282,4 +306,4 @@ class Program:
         result, n = bytes_of(shapes), devices_together(one.rest)
         shares = {"all_reduce": 2 * (n - 1) / n, "permute": 1.0}
         shown = ", ".join(f"{kind}[{','.join(map(str, sizes))}]" for kind, sizes in shapes[:3])
-        return Collective(one.name, kind, shown, result, result * shares.get(kind, (n - 1) / n))
+        return Collective(one.name, kind, shown, result, result * shares.get(kind, (n - 1) / n), n)

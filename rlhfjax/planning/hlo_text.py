@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 _WIDTHS = {"pred": 1, "s4": 1, "u4": 1, "bf16": 2, "token": 0, "opaque": 0}
-_ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[suf]\d+(?:e\d+m\d+\w*)?|c\d+)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[suf]\d+(?:e\d+m\d+\w*)?|c\d+)\[([\d,]*)\](\{[^}]*\})?")
 HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: `shapes` are the arrays of its result, `rest` what follows the name of the operation."""
+    """One line: `shapes` are the arrays of its result, `rest` what follows the name of the operation.
+
+    `near` says of each array whether it lies in a core's own memory (`S(1)`), not in that of the device.
+    """
 
     name: str
     opcode: str
@@ -21,6 +24,7 @@ class Instruction:
     operands: tuple[str, ...]
     rest: str
     root: bool
+    near: tuple[bool, ...] = ()
 
 
 class Window:
@@ -61,8 +65,10 @@ def instruction(found: re.Match) -> Instruction:
     opcode = re.match(r"[\w\-]*", rest)[0]  # pyright: ignore[reportOptionalSubscript]
     inside = rest[len(opcode) + 1 :].partition(")")[0]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    arrays = tuple((kind, tuple(int(n) for n in sizes.split(",") if n)) for kind, sizes in _ARRAY.findall(shape))
-    return Instruction(found[2], opcode, arrays, operands, rest, bool(found[1]))
+    found_arrays = _ARRAY.findall(shape)
+    arrays = tuple((kind, tuple(int(n) for n in sizes.split(",") if n)) for kind, sizes, _ in found_arrays)
+    near = tuple("S(1)" in layout for _, _, layout in found_arrays)
+    return Instruction(found[2], opcode, arrays, operands, rest, bool(found[1]), near)
 
 
 def attribute(rest: str, name: str) -> str:
