@@ -12,6 +12,7 @@ from rlhfjax.cli.configurations import Config
 from rlhfjax.cli.datasets import Overrides, pairs
 from rlhfjax.config.recipe import NAMES
 from rlhfjax.errors import ConfigError
+from rlhfjax.planning.assumed import Assumed
 from rlhfjax.terminal import printable, say
 
 
@@ -29,19 +30,18 @@ def plan(
     programs: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keeps the compiled programs, for `run --plan DIR`.")
     ] = None,
-    rows: Annotated[
-        list[str] | None, typer.Option(metavar="STAGE=N", help="Rows of a stage that is measured in epochs.")
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=N", help="rows.STAGE, longest, disk or minutes; may be given again.", parser=str),
     ] = None,
-    longest: Annotated[
-        int | None, typer.Option(metavar="TOKENS", min=2, help="The longest comparison, its prompt counted once.")
-    ] = None,
-    disk: Annotated[float, typer.Option(metavar="BYTES/S", min=1, help="What a host writes of a checkpoint.")] = 1e9,
-    minutes: Annotated[float, typer.Option(metavar="M", min=0.1, help="For the compiler of one program.")] = 10.0,
     search: Annotated[bool, typer.Option(help="Look for changes where something does not fit.")] = True,
 ) -> None:
     """Compile every program of every stage for hardware that is not here, and say whether it fits.
 
-    Exit code 2 where it does not, with what to change. Nothing runs on a device, and no data are read.
+    Exit code 2 where it does not, with what to change. Nothing runs on a device, and no data are read. What these would
+    say is assumed: `rows.STAGE` of a stage that is measured in epochs, and tokens of the `longest` comparison, its
+    prompt counted once. `disk` is what a host writes of a checkpoint, bytes/s (1e9), `minutes` what the compiler of one
+    program gets (10).
 
     \b
     Example:
@@ -53,9 +53,8 @@ def plan(
         raise ConfigError("--topology and --devices: give one of them")
     loaded = configuration.load_config(config, pairs(overrides))
     question = asked(
-        loaded, topology, devices, num_slices, rows=counted(rows or []), longest=longest, disk=disk,
-        programs=programs, seconds=60 * minutes, say=say,
-    )  # fmt: skip
+        loaded, topology, devices, num_slices, programs=programs, assumed=assumptions(assume or []), say=say
+    )
     found = kept(question, search, programs, say)
     from rlhfjax.planning.table import table
 
@@ -69,12 +68,18 @@ def plan(
         raise ConfigError(f"{found['name']} does not fit {found['topology']}: {found['reasons'][0]}")
 
 
-def counted(words: list[str]) -> dict[str, int]:
-    """Rows by stage."""
-    found = {}
+def assumptions(words: list[str]) -> Assumed:
+    """What `--assume` says. Raises ConfigError for a key or a number that makes no sense."""
+    found: dict[str, float] = {}
+    known = [*(f"rows.{name}" for name in NAMES), "longest", "disk", "minutes"]
     for word in words:
-        stage, _, number = word.partition("=")
-        if stage not in NAMES or not number.replace("_", "").isdigit():
-            raise ConfigError(f"--rows: expected STAGE=N with a stage among {', '.join(NAMES)}, got {word!r}")
-        found[stage] = int(number)
-    return found
+        key, _, number = word.partition("=")
+        try:
+            found[key] = float(number)
+        except ValueError:
+            found[key] = 0.0
+        if key not in known or not found[key] > 0 or found[key] == float("inf"):
+            raise ConfigError(f"--assume: expected KEY=N with N above 0 and KEY among {', '.join(known)}; got {word!r}")
+    rows = {key.removeprefix("rows."): int(value) for key, value in found.items() if key.startswith("rows.")}
+    longest = int(found["longest"]) if "longest" in found else None
+    return Assumed(rows, longest, found.get("disk", 1e9), 60 * found.get("minutes", 10.0))

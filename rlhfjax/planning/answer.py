@@ -1,11 +1,12 @@
 """From words of a command line to a plan with remedies, and to the folder of programs that it leaves."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rlhfjax.config import Run
+from rlhfjax.planning.assumed import Assumed
 from rlhfjax.planning.chips import this_machine
 from rlhfjax.planning.plan import Question, planned
 from rlhfjax.planning.programs import Limits, memory_of_host
@@ -15,8 +16,8 @@ from rlhfjax.planning.topology import Topology, of_cpu, parsed
 
 
 def asked(
-    run: Run, topology: str | None, devices: int | None, slices: int, *, rows: Mapping[str, int],
-    longest: int | None, disk: float, programs: Path | None, seconds: float, say: Callable[[str], None],
+    run: Run, topology: str | None, devices: int | None, slices: int, *, programs: Path | None, assumed: Assumed,
+    say: Callable[[str], None],
 ) -> Question:  # fmt: skip
     """The question; a recipe whose mesh names no slices is laid over those of the machine."""
     machine = parsed(topology, slices) if topology else of_cpu(devices or 1)
@@ -27,7 +28,7 @@ def asked(
         run = run.model_copy(update={"mesh": run.mesh.model_copy(update={"slices": machine.slices})})
     chip = machine.chip if machine.kind != "cpu" else _here(machine)
     kept = None if programs is None else str(programs.absolute() / COMPILED)
-    return Question(recipe, run, machine, chip, vocabulary, rows, longest, disk, kept, Limits(seconds))
+    return Question(recipe, run, machine, chip, vocabulary, assumed, kept, Limits(assumed.seconds))
 
 
 def _here(machine: Topology) -> Any:

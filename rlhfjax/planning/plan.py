@@ -8,6 +8,7 @@ from typing import Any
 from rlhfjax.config import Run, check, config_hash, resolved
 from rlhfjax.config.recipe import FACTS, TOKENIZER, section_of, stages_of
 from rlhfjax.config.schema import RankedBatch
+from rlhfjax.planning.assumed import Assumed
 from rlhfjax.planning.chips import GIB, Chip
 from rlhfjax.planning.compiler import Job
 from rlhfjax.planning.programs import Answers, Limits, compiled
@@ -16,7 +17,6 @@ from rlhfjax.planning.topology import Topology
 from rlhfjax.planning.versions import versions
 
 VERSION = 1
-DISK = 1e9  # bytes/s that a host writes of a checkpoint: an assumption, `--disk` says another
 STAGING = 5e9  # bytes/s from the devices of a host to its memory, while training waits
 PROCESS = 4 * 10**9  # bytes of a host's memory that Python, jax and batches take
 SLOW = 0.2  # a share of the peak below which a step of training is called slow
@@ -24,11 +24,10 @@ SLOW = 0.2  # a share of the peak below which a step of training is called slow
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be planned: a recipe on a machine, and what the configuration does not say.
+    """What is to be planned: a recipe on a machine, and what is assumed.
 
-    `run` is the `recipe` as it can be built here, where that names a checkpoint that is elsewhere. `rows` are those of
-    stages that are measured in epochs, `longest` the tokens of the longest comparison; `disk` is what a host writes,
-    bytes/s. Compiled programs are kept in `programs`.
+    `run` is the `recipe` as it can be built here, where that names a checkpoint that is elsewhere. Compiled programs
+    are kept in `programs`.
     """
 
     recipe: Run
@@ -36,16 +35,14 @@ class Question:
     machine: Topology
     chip: Chip
     vocabulary: Mapping[str, Any]
-    rows: Mapping[str, int]
-    longest: int | None = None
-    disk: float = DISK
+    assumed: Assumed
     programs: str | None = None
     limits: Limits = field(default_factory=Limits)
 
     @property
     def job(self) -> Job:
         where = {"kind": self.machine.kind, "sizes": self.machine.sizes, "slices": self.machine.slices}
-        return Job(resolved(self.run), where, dict(self.vocabulary), self.longest, self.programs)
+        return Job(resolved(self.run), where, dict(self.vocabulary), self.assumed.longest, self.programs)
 
     def on(self, run: Run) -> "Question":
         """The same of a changed recipe; programs are not kept."""
@@ -145,7 +142,7 @@ def _whole(question: Question, held: Answers, steps: Mapping[str, Any]) -> dict[
     for stage in stages.values():
         total += Seconds(**{end: stage["seconds"][end] for end in ("least", "most")})
     saved = max((stage["saved"] for stage in stages.values()), default=0)
-    save_s = saved / machine.hosts / question.disk
+    save_s = saved / machine.hosts / question.assumed.disk
     longest = max((step["seconds"]["most"] for step in steps.values() if "seconds" in step), default=0.0)
     offloaded = max((step.get("host", 0) for step in steps.values()), default=0)
     on_host = min(machine.devices, question.chip.on_host)
@@ -180,7 +177,7 @@ def _stage(question: Question, stage: str, held: Mapping[str, Any], steps: Mappi
         if "seconds" in step:
             ends = step["seconds"]
             one += Seconds(ends["least"], ends["most"]) * _each_step(run, stage, name)
-    count = steps_of(run, stage, question.rows)
+    count = steps_of(run, stage, question.assumed.rows)
     whole = one * (count or 0)
     return {
         "held": held["held"],

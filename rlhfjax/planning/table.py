@@ -72,7 +72,7 @@ def _links(steps: Mapping[str, Any]) -> Iterator[str]:
 def _whole(plan: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     for stage, found in plan["stages"].items():
-        steps = "steps unknown (--rows)" if found["steps"] is None else f"{found['steps']:,} steps"
+        steps = "steps unknown (--assume rows)" if found["steps"] is None else f"{found['steps']:,} steps"
         one, whole = found["step_seconds"], found["seconds"]
         yield (
             f"{stage}: {steps} of {duration(one['expected'])}, {span(whole)}; peak {gib(found['peak'])}, "
