@@ -105,6 +105,7 @@ def calls(monkeypatch):
 
     records = Records({"prompt": f"p{i}", "text": "\x1b]0;title\x07x"} for i in range(9))
     module("data.datasets", open_source=record("open_source", records), default_data_dir=lambda: "DEFAULT")
+    module("runs.doctor", examine=record("examine", 0))
     module("host.environment", environment_report=record("environment_report", "python  3"))
     monkeypatch.setattr(rlhfjax, "load", record("load", Model()), raising=False)
     monkeypatch.setattr("rlhfjax.cli.launching.supervise", record("supervise", 0))
@@ -149,7 +150,7 @@ def test_the_verbs_are_these():
     assert {" ".join(names) for names, _ in verbs()} == {
         "run", "ls", "cp", "show", "validate", "schema", "generate", "import", "export", "env", "metrics", "score",
         "data prepare", "data inspect", "launch local", "launch render", "verify", "verify-export", "reproduce",
-        "goodput",
+        "goodput", "doctor",
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from rlhfjax.cli import (
     configurations,
     datasets,
     describing,
+    examining,
     generating,
     launching,
     planning,
@@ -65,6 +66,7 @@ for verb in (
     transferring.verify_export,
     reproducing.reproduce,
     timing.goodput,
+    examining.doctor,
     describing.env,
     describing.metrics,
 ):

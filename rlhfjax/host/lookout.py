@@ -117,7 +117,8 @@ class Lookout:
         self._say, self._noted = say, noted
         self._index, self._count = jax.process_index(), processes.count()
         self._most_silent = max(0.8 * heartbeat, 2.0)
-        self._period = min(PERIOD, self._most_silent / 4)
+        self._most_waited = 0.4 * heartbeat  # for the store of process 0: jax ends the others after half of it
+        self._period = min(PERIOD, self._most_waited / 4)
         self._store = processes.shared_store() if self._count > 1 else None
         devices = [f"{device.platform}:{device.id}" for device in jax.local_devices()]
         shown = devices[0] + (f" to {devices[-1].rpartition(':')[2]}" if devices[1:] else "")
@@ -174,9 +175,9 @@ class Lookout:
             if self._store is None:
                 self._seen = {0: Seen(self._told(), now)}
             found, speaks = None, True
-            if now - self._answered > self._most_silent and self._index:
+            if self._silent_store():
                 first = {0: self._seen[0]} if 0 in self._seen else {}
-                found, speaks = verdict(first, now, self._most_silent), self._index == 1
+                found, speaks = verdict(first, now, self._most_waited), self._index == 1
             elif self._index < 2:
                 found = verdict(dict(self._seen), now, self._most_silent)
             if found and not self._over.is_set():
@@ -186,7 +187,7 @@ class Lookout:
         """The process ends here; the first that says why is the only one."""
         if not self._once.acquire(blocking=False):
             return
-        if speaks and self._store and self._silent_store() is False:
+        if speaks and self._store and not self._silent_store():
             try:
                 self._store.key_value_set(f"{_VERDICT}/line", json.dumps(told))
             except jax.errors.JaxRuntimeError:
@@ -205,7 +206,7 @@ class Lookout:
         os._exit(_DEAD if "(gone)" in told["line"] else Stopped.exit_code)
 
     def _silent_store(self) -> bool:
-        return time.monotonic() - self._answered > self._most_silent
+        return self._index > 0 and time.monotonic() - self._answered > self._most_waited
 
 
 _running = False

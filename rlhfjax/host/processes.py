@@ -39,7 +39,10 @@ def place_of(
     Raises ConfigError when a part is missing or makes no sense.
     """
     flags = (coordinator, count, index)
-    names, given = ("--coordinator", "--num-processes", "--process-id"), [*map(_text, flags)]
+    names, given = (
+        ("--coordinator", "--num-processes", "--process-id"),
+        [None if flag is None else str(flag) for flag in flags],
+    )
     if all(value is None for value in given):
         names, given = VARIABLES, [environment.get(name) for name in VARIABLES]
     if all(value is None for value in given):
@@ -58,10 +61,6 @@ def place_of(
     if not place.index < place.count:
         raise ConfigError(f"{names[2]}: expected a number below {place.count} ({names[1]}), got {place.index}")
     return place
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
@@ -130,15 +129,20 @@ def started(
 
 def _settings(several: bool, say: Callable[[str], None]) -> None:
     """What must be set before jax starts its devices."""
-    if DEVICES in os.environ:
-        if not os.environ[DEVICES].isdigit() or int(os.environ[DEVICES]) == 0:
-            raise ConfigError(f"{DEVICES}: expected a whole number above 0, got {os.environ[DEVICES]!r}")
-        jax.config.update("jax_num_cpu_devices", int(os.environ[DEVICES]))
+    split_devices()
     if not several:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     use_order(say)
     _use_threads(int(os.environ.get(DEVICES, "1")))
+
+
+def split_devices() -> None:
+    """Let jax make as many devices of a CPU as the variable says."""
+    if DEVICES in os.environ:
+        if not os.environ[DEVICES].isdigit() or int(os.environ[DEVICES]) == 0:
+            raise ConfigError(f"{DEVICES}: expected a whole number above 0, got {os.environ[DEVICES]!r}")
+        jax.config.update("jax_num_cpu_devices", int(os.environ[DEVICES]))
 
 
 def _use_threads(devices: int) -> None:

@@ -7,6 +7,7 @@ that were told different numbers. The meeting is at the coordinator's address, w
 import json
 import socket
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -58,16 +59,16 @@ def _gather(place: Place, deadline: float, timeout: float) -> None:
                 if told is None:
                     guest.close()  # a stranger: a port scanner, a health check
                     continue
-                problem = _problem(place, told, set(joined))
+                problem = problem_of(place, told, set(joined))
                 if problem:
                     for each in (guest, *joined.values()):
-                        _send(each, {"problem": problem})
+                        send(each, {"problem": problem})
                     guest.close()
                     raise ConfigError(problem)
                 joined[told["index"]] = guest
         finally:
             for each in joined.values():
-                _send(each, {"all": len(joined) == place.count - 1})
+                send(each, {"all": len(joined) == place.count - 1})
                 each.close()
 
 
@@ -75,9 +76,9 @@ def _join(place: Place, deadline: float, timeout: float) -> None:
     while True:
         try:
             with socket.create_connection(_address(place.coordinator), timeout=_left(deadline)) as door:
-                _send(door, {"greeting": _GREETING, "count": place.count, "index": place.index})
+                send(door, {"greeting": _GREETING, "count": place.count, "index": place.index})
                 door.settimeout(_left(deadline))
-                answer = _receive(door)
+                answer = receive(door)
         except OSError:
             answer = None
         if answer and answer.get("all"):
@@ -105,14 +106,15 @@ def _listen(place: Place) -> socket.socket:
         ) from None
 
 
-def _hello(guest: socket.socket) -> dict | None:
+def _hello(guest: socket.socket, greeting: str = _GREETING, longest: int = _LONGEST) -> dict | None:
     guest.settimeout(5.0)
-    told = _receive(guest)
-    whole = isinstance(told, dict) and told.get("greeting") == _GREETING
+    told = receive(guest, longest)
+    whole = isinstance(told, dict) and told.get("greeting") == greeting
     return told if told and whole and all(isinstance(told.get(key), int) for key in ("count", "index")) else None
 
 
-def _problem(place: Place, told: dict, joined: set[int]) -> str | None:
+def problem_of(place: Place, told: dict, joined: set[int]) -> str | None:
+    """Why a process does not fit those that came, if so."""
     if told["count"] != place.count:
         return (
             f"--num-processes: expected {place.count}, as process 0 has it, got {told['count']} in process "
@@ -140,17 +142,44 @@ def _left(deadline: float) -> float:
     return max(deadline - time.monotonic(), 0.01)
 
 
-def _send(to: socket.socket, message: dict) -> None:
+def guests(place: Place, deadline: float, greeting: str, longest: int) -> Iterator[tuple[socket.socket, dict]]:
+    """Those that come to process 0 with a greeting until the deadline, and what they say; strangers are sent away."""
+    with _listen(place) as door:
+        while True:
+            door.settimeout(_left(deadline))
+            try:
+                guest, _ = door.accept()
+            except TimeoutError:
+                return
+            told = _hello(guest, greeting, longest)
+            if told is None:
+                guest.close()
+            else:
+                yield guest, told
+
+
+def knock(place: Place, deadline: float, told: dict) -> socket.socket | None:
+    """A connection to process 0 that has heard what is told; None where nobody answers."""
+    try:
+        door = socket.create_connection(_address(place.coordinator), timeout=_left(deadline))
+    except OSError:
+        return None
+    send(door, told)
+    return door
+
+
+def send(to: socket.socket, message: dict) -> None:
+    """One line of JSON."""
     with suppress(OSError):  # it is gone, and hears nothing
         to.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _receive(of: socket.socket) -> dict | None:
+def receive(of: socket.socket, longest: int = _LONGEST) -> dict | None:
     """One line of JSON; None where what comes is something else, too long, or nothing."""
     data = b""
     try:
-        while b"\n" not in data and len(data) < _LONGEST:
-            part = of.recv(_LONGEST)
+        while b"\n" not in data and len(data) < longest:
+            part = of.recv(longest)
             if not part:
                 return None
             data += part
