@@ -88,10 +88,9 @@ def started(
     """The run inside is one of several processes, where `place` or the cluster says so.
 
     A process that is silent for `heartbeat` seconds is taken for dead, and the others end with 134 (SIGABRT), as does
-    one whose collectives fail because another is gone. What
-    only this process failed with is given to `failed`, which says it and gives the exit code, and ends the process
-    at once: the others are waiting for it. Raises ConfigError or Stopped when not all of them come within `timeout`
-    seconds.
+    one whose collectives fail because another is gone. What only this process failed with is given to `failed`, which
+    says it and gives the exit code, and ends the process at once: the others are waiting for it. Raises ConfigError or
+    Stopped when not all of them come within `timeout` seconds.
     """
     cluster = place is None and in_cluster(os.environ)
     _settings(cluster or (place is not None and place.count > 1), say)
