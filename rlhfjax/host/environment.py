@@ -13,7 +13,7 @@ PACKAGES = (
     "jaxlib",
     "flax",
     "optax",
-    "orbax-checkpoint",
+    "tensorstore",
     "tensorflow-datasets",
     "array-record",
     "grain",
