@@ -35,7 +35,7 @@ def test_orbax_and_tensorstore_read_what_is_saved_on_any_mesh(tmp_path, monkeypa
     mesh = make_mesh(1, 2, 1, 2, devices=jax.devices()[:4])
     placed = jax.device_put(params, state_shardings(mesh, params))
     kinds = {dtype: numbers((4, 6), dtype) for dtype in TYPES}
-    training = ({"mu": placed, "kinds": kinds}, [jnp.int32(7), np.float32(0.5)])
+    training = ((), {"mu": placed, "kinds": kinds}, [None, jnp.int32(7), np.float32(0.5)])
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, {"policy": placed}, training, {"format": 4})
     checkpoints.close()
@@ -50,7 +50,7 @@ def test_orbax_and_tensorstore_read_what_is_saved_on_any_mesh(tmp_path, monkeypa
     for got, wanted in zip(jax.tree.leaves(found["training"]), jax.tree.leaves(training), strict=True):
         assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
         assert np.asarray(got).tobytes() == np.asarray(wanted).tobytes()
-    place = tmp_path / "1" / "training" / "0.kinds.bfloat16"
+    place = tmp_path / "1" / "training" / "1.kinds.bfloat16"
     stored = ts.open({"driver": "zarr3", "kvstore": f"file://{place}/"}, read=True).result()
     assert np.asarray(stored.read().result()).tobytes() == np.asarray(kinds["bfloat16"]).tobytes()
 

@@ -24,7 +24,7 @@ def write_file(path: Path, layout: Layout, file: Region, region: Region, held: n
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         for octets in _octets(layout, file, region, held):
-            digest.update(octets)
+            digest.update(octets.data)
             size += octets.size
             rest = octets.data
             while rest:

@@ -109,8 +109,7 @@ def descriptions(items: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str,
     """The texts of a step by their files: what it says of itself, and what its trees are."""
     texts = {"meta/metadata": json.dumps(plain(dict(meta)))}
     for item, tree in items.items():
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-        texts[f"{item}/_METADATA"] = tree_described(paths)
+        texts[f"{item}/_METADATA"] = tree_described(tree)
     return texts
 
 

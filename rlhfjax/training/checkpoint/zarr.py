@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from rlhfjax.training.checkpoint.chunks import Layout
@@ -93,15 +94,19 @@ def index_of(layout: Layout) -> bytes:
     return np.stack([places, np.full_like(places, size)], axis=1).tobytes()
 
 
-def tree_described(paths: list[tuple[Any, ...]]) -> str:
-    """What Orbax wants to know of the tree that the arrays of an item are."""
+def tree_described(tree: Any) -> str:
+    """What Orbax wants to know of the tree that an item is, nodes without arrays included."""
     leaves = {}
-    for path in paths:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_empty):
         keys = [_key(entry) for entry in path]
-        value = {"value_type": "np.ndarray", "skip_deserialize": False}
+        value = {"value_type": "None" if _is_empty(leaf) else "np.ndarray", "skip_deserialize": _is_empty(leaf)}
         leaves[str(tuple(key["key"] for key in keys))] = {"key_metadata": keys, "value_metadata": value}
     told = {"use_ocdbt": False, "use_zarr3": True, "store_array_data_equal_to_fill_value": True}
     return json.dumps({"tree_metadata": leaves} | told | {"custom_metadata": None})
+
+
+def _is_empty(node: Any) -> bool:
+    return not jax.tree.leaves(node)
 
 
 def _key(entry: Any) -> dict[str, Any]:
