@@ -27,7 +27,7 @@ from rlhfjax.training.checkpoint.chunks import Layout
 from rlhfjax.training.checkpoint.zarr import DESCRIPTION, layout_in, name_of
 from rlhfjax.training.digests import digest_here, leaf_name
 
-_READERS = 4
+_READERS, _PROVERS = 4, 2  # threads
 _BLOCK, _UNDER_WAY = 1 << 24, 1 << 26  # bytes
 _SMALL, _ALIGNED = 1 << 16, 64  # bytes
 # The nodes of Orbax's database are needed for each chunk, so they are kept; chunks are needed once. Few are decoded at
@@ -85,11 +85,13 @@ def read_tree(folder: Path, target: Any, stored: Mapping[str, str]) -> tuple[Any
     named = [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(target)]
     if different := sorted(stored_names(folder) ^ {name_of(path) for path, _ in named}):
         raise ValueError(f"expected the arrays of this model or stage, got others: {', '.join(different[:3])}")
-    leaves, digests = [], {}
-    for path, leaf in _arrays(folder, named):
-        leaves.append(leaf)
-        if path in stored and (digest := digest_here(leaf, stored[path])):
-            digests[path] = digest
+    leaves, found = [], dict[str, Future[str | None]]()
+    with ThreadPoolExecutor(_PROVERS) as provers:
+        for path, leaf in _arrays(folder, named):
+            leaves.append(leaf)
+            if path in stored:
+                found[path] = provers.submit(digest_here, leaf, stored[path])
+    digests = {path: digest for path, each in found.items() if (digest := each.result())}
     return jax.tree.unflatten(jax.tree.structure(target), leaves), digests
 
 
