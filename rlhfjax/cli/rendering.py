@@ -52,8 +52,8 @@ def render(
     """
     if platform not in TARGETS:
         raise ConfigError(f"expected one of {', '.join(TARGETS)}, got {platform!r}")
-    needs = _needs(platform, where)
     loaded = configuration.load_config(config, pairs(overrides))
+    needs = _needs(platform, where, configuration.config_hash(loaded))
     if loaded.mesh.slices != needs.slices:
         raise ConfigError(
             f"mesh.slices: expected {needs.slices}, as many slices as it runs on, got {loaded.mesh.slices}; give "
@@ -74,8 +74,8 @@ def render(
     typer.echo(rendered(platform, order), nl=False)
 
 
-def _needs(platform: str, where: Where) -> Needs:
-    """From the plan where there is one, and nothing else then."""
+def _needs(platform: str, where: Where, config_hash: str) -> Needs:
+    """From the plan of this configuration where there is one, and nothing else then."""
     if where.plan is None:
         topology = where.topology or TOPOLOGIES[TARGETS[platform].devices[0]]
         needs = of_topology(topology, where.nodes, where.slices)
@@ -90,6 +90,8 @@ def _needs(platform: str, where: Where) -> Needs:
         raise ConfigError(f"{where.plan}: expected a plan as `rlhfjax plan --json` writes it: {error}") from None
     if not isinstance(plan, dict):
         raise ConfigError(f"{where.plan}: expected a plan, an object of JSON, got {type(plan).__name__}")
+    if plan.get("config_hash", config_hash) != config_hash:
+        raise ConfigError(f"{where.plan}: expected a plan of this configuration with its overrides; plan it anew")
     needs = of_plan(plan)
     asked = {"--nodes": (where.nodes, needs.hosts), "--topology": (where.topology, needs.topology)}
     for option, (wanted, planned) in asked.items():

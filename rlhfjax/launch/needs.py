@@ -39,7 +39,7 @@ CHIPS = {
 class Needs:
     """What one run takes: `slices` of `topology` with `hosts` hosts and `devices` devices in all.
 
-    A process runs on each host. `topology` is KIND:AxBxC of TPUs (one slice), KIND:N of GPUs (a host), or cpu.
+    A process runs on each host. `topology` is KIND:AxBxC of TPUs (one slice), KIND:HOSTSxN of GPUs, or cpu:N.
     `grace_s` is what a save takes at most, in seconds. `host_memory_bytes` of each host and `disk_bytes` of the run
     directory are 0 where nobody knows.
     """
@@ -68,17 +68,13 @@ class Needs:
             )
         if self.hosts % self.slices:
             raise ConfigError(f"needs.hosts: expected a multiple of slices, {self.slices}, got {self.hosts}")
-        if self.platform == "tpu":
-            chip, shape = slice_of(self.topology)
-            if self.devices != math.prod(shape) * chip.devices * self.slices:
-                raise ConfigError(
-                    f"needs.devices: expected {math.prod(shape) * chip.devices * self.slices}, which {self.slices} x "
-                    f"{self.topology} are, got {self.devices}"
-                )
-        elif not re.fullmatch(r"cpu|[a-z0-9][a-z0-9-]*:[1-9]\d*", self.topology) or self.slices > 1:
+        if self.platform != "tpu" and self.slices > 1:
+            raise ConfigError(f"needs.slices: expected 1 without TPUs, got {self.slices}")
+        per_chip, sizes = _sizes_of(self.platform, self.topology)
+        if self.devices != math.prod(sizes) * per_chip * self.slices:
             raise ConfigError(
-                f"needs.topology: expected KIND:N, a host's GPUs such as h100:8, or cpu, in one slice, got "
-                f"{self.slices} x {self.topology!r}"
+                f"needs.devices: expected {math.prod(sizes) * per_chip * self.slices}, which {self.slices} x "
+                f"{self.topology} are, got {self.devices}"
             )
 
     @property
@@ -106,11 +102,10 @@ def of_plan(plan: Mapping[str, Any]) -> Needs:
     something is missing, unknown or makes no sense.
     """
     if plan.get("fits") is not True:
-        reasons, remedies = _texts(plan, "reasons"), _texts(plan, "remedies")
-        raise ConfigError(
-            f"the plan does not fit: {reasons[0] if reasons else 'it does not say why'}"
-            + (f"\n  {remedies[0]}" if remedies else "")
-        )
+        reasons, remedies = (plan.get(key) or [None] for key in ("reasons", "remedies"))
+        remedy = _remedy(remedies[0])
+        why = reasons[0] or "it does not say why"
+        raise ConfigError(f"the plan does not fit: {why}" + (f"\n  {remedy}" if remedy else ""))
     given, names = plan.get("needs"), [field.name for field in fields(Needs)]
     if not isinstance(given, Mapping):
         raise ConfigError(f"the plan's needs: expected an object with {', '.join(names)}; make the plan anew")
@@ -124,32 +119,51 @@ def of_plan(plan: Mapping[str, Any]) -> Needs:
 def of_topology(topology: str, nodes: int | None, slices: int) -> Needs:
     """What can be counted without a plan: devices and hosts of slices or nodes. Memory and disk are not known.
 
-    `topology` is KIND:AxBxC (TPUs), KIND:N (the GPUs of a node) or cpu. Raises ConfigError where the numbers do not
-    fit each other.
+    `topology` is KIND:AxBxC (TPUs), KIND:HOSTSxN or KIND:N (GPUs, the latter of each of `nodes`), or cpu. Raises
+    ConfigError where the numbers do not fit each other.
     """
     kind, _, rest = topology.partition(":")
     if kind in CHIPS:
-        chip, shape = slice_of(topology)
-        chips = math.prod(shape)
-        hosts, left = divmod(chips, min(chips, _CHIPS_PER_HOST))
-        if left:
-            raise ConfigError(f"--topology: expected a multiple of {_CHIPS_PER_HOST} chips, a host's, got {topology}")
-        if nodes not in (None, hosts * slices):
-            raise ConfigError(f"--nodes: expected {hosts * slices}, which {slices} x {topology} have, got {nodes}")
-        devices = chips * chip.devices * slices
-        return Needs("tpu", topology, slices, devices, hosts * slices, devices // (hosts * slices), GRACE_S, 0, 0)
-    if nodes is None:
-        raise ConfigError("--nodes: expected the number of nodes, got none")
+        return _of_slices(topology, nodes, slices)
     if slices != 1:
         raise ConfigError(f"--slices: expected 1 without TPUs, got {slices}; use --nodes")
-    if topology == "cpu":
-        return Needs("cpu", topology, 1, nodes, nodes, 1, GRACE_S, 0, 0)
-    if not (re.fullmatch("[a-z0-9][a-z0-9-]*", kind) and re.fullmatch(r"[1-9]\d*", rest)):
+    given = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", rest)
+    if topology != "cpu" and not (given and re.fullmatch("[a-z0-9][a-z0-9-]*", kind)):
         raise ConfigError(
-            f"--topology: expected KIND:AxBxC of TPUs ({', '.join(CHIPS)}), KIND:N of a node's GPUs such as h100:8, or "
+            f"--topology: expected KIND:AxBxC of TPUs ({', '.join(CHIPS)}), KIND:HOSTSxN of GPUs such as h100:2x8, or "
             f"cpu, got {topology!r}"
         )
-    return Needs("gpu", topology, 1, nodes * int(rest), nodes, int(rest), GRACE_S, 0, 0)
+    said = int(given[1]) if given and given[1] else None
+    if nodes is None and said is None:
+        raise ConfigError("--nodes: expected the number of nodes, got none")
+    if None not in (nodes, said) and nodes != said:
+        raise ConfigError(f"--nodes: expected {said}, which {topology} has, got {nodes}")
+    hosts, each = nodes or said or 1, int(given[2]) if given else 1
+    if kind == "cpu":
+        return Needs("cpu", f"cpu:{hosts * each}", 1, hosts * each, hosts, each, GRACE_S, 0, 0)
+    return Needs("gpu", f"{kind}:{hosts}x{each}", 1, hosts * each, hosts, each, GRACE_S, 0, 0)
+
+
+def _of_slices(topology: str, nodes: int | None, slices: int) -> Needs:
+    chip, shape = slice_of(topology)
+    chips = math.prod(shape)
+    hosts, left = divmod(chips, min(chips, _CHIPS_PER_HOST))
+    if left:
+        raise ConfigError(f"--topology: expected a multiple of {_CHIPS_PER_HOST} chips, a host's, got {topology}")
+    if nodes not in (None, hosts * slices):
+        raise ConfigError(f"--nodes: expected {hosts * slices}, which {slices} x {topology} have, got {nodes}")
+    devices = chips * chip.devices
+    return Needs("tpu", topology, slices, devices * slices, hosts * slices, devices // hosts, GRACE_S, 0, 0)
+
+
+def _sizes_of(platform: str, topology: str) -> tuple[int, tuple[int, ...]]:
+    """Devices of a chip, and how many chips there are in each direction."""
+    if platform == "tpu":
+        chip, shape = slice_of(topology)
+        return chip.devices, shape
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*:[1-9]\d*(x[1-9]\d*)?", topology):
+        raise ConfigError(f"needs.topology: expected KIND:HOSTSxN, such as h100:2x8, or cpu:N, got {topology!r}")
+    return 1, tuple(map(int, topology.partition(":")[2].split("x")))
 
 
 def slice_of(topology: str) -> tuple[Chip, tuple[int, ...]]:
@@ -164,7 +178,8 @@ def slice_of(topology: str) -> tuple[Chip, tuple[int, ...]]:
     return chip, sides
 
 
-def _texts(plan: Mapping[str, Any], key: str) -> list[str]:
-    """What the plan says there, as texts, whatever it holds."""
-    given = plan.get(key)
-    return [str(text) for text in given] if isinstance(given, list) else []
+def _remedy(of_plan: Any) -> str:
+    """What to do, in a line; a plan's remedy is overrides and what they come to."""
+    if not isinstance(of_plan, Mapping):
+        return str(of_plan or "")
+    return f"give {' '.join(map(str, of_plan.get('overrides', ())))}: {of_plan.get('said', '')}"

@@ -35,7 +35,7 @@ TARGETS: Mapping[str, Target] = {
     "dstack": Target("dstack.yml.j2", ("gpu",), image=True, shared=True),
     "tpu-vm": Target("tpu_vm.sh.j2", ("tpu",), image=False, shared=True),
 }
-TOPOLOGIES = {"tpu": "v5p:2x2x2", "gpu": "h100:8", "cpu": "cpu"}  # where none is given
+TOPOLOGIES = {"tpu": "v5p:2x2x2", "gpu": "h100:8"}  # where none is given
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ def render(target: str, order: Order) -> str:
     config = _MOUNTED if mounted else plain("CONFIG", order.config)
     run_dir = plain("--run-dir", order.run_dir)
     overrides = [plain("KEY=VALUE", each) for each in order.overrides]
-    doctor = ["rlhfjax", "doctor", config, "--run-dir", run_dir]
-    run = ["rlhfjax", "run", config, *overrides, "--run-dir", run_dir]
+    doctor, run = (["rlhfjax", verb, config, *overrides, "--run-dir", run_dir] for verb in ("doctor", "run"))
     if target == "dstack" and any("${{" in word for word in run):
         raise ConfigError("dstack: expected no ${{ in CONFIG, --run-dir and KEY=VALUE; it would put something in")
     return (

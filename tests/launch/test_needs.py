@@ -22,6 +22,8 @@ PLANNED = {
         ("v6e:1x1", None, 1, 1, 1, "v6e-1"),
         ("tpu7x:2x2x2", None, 1, 2, 16, "tpu7x-16"),  # two devices to a chip
         ("h100:8", 4, 1, 4, 32, "h100"),
+        ("h100:4x8", None, 1, 4, 32, "h100"),
+        ("cpu:2", 3, 1, 3, 6, "cpu"),
         ("cpu", 3, 1, 3, 3, "cpu"),
     ],
 )
@@ -42,6 +44,7 @@ def test_hosts_and_devices_are_those_counted_by_hand(topology, nodes, slices, ho
         ("v6e:3x3", None, 1, "expected a multiple of 4 chips"),
         ("h100:8", None, 1, "--nodes: expected the number"),
         ("h100:8", 2, 2, "--slices: expected 1"),
+        ("h100:4x8", 2, 1, "--nodes: expected 4, which h100:4x8 has"),
         ("h100", 2, 1, "--topology: expected"),
         ("h100:eight", 2, 1, "--topology: expected"),
         ("H100;rm:8", 2, 1, "--topology: expected"),
@@ -56,11 +59,19 @@ def test_a_plan_says_what_is_needed():
     assert of_plan({"fits": True, "needs": PLANNED}) == Needs(**PLANNED)
 
 
-def test_what_a_plan_refuses_is_refused_with_its_reason_and_remedy():
-    plan = {"fits": False, "reasons": ["ppo/update takes 120 GB of 95", "x"], "remedies": ["mesh.fsdp=16", "y"]}
+@pytest.mark.parametrize(
+    ("remedies", "said"),
+    [
+        ([{"overrides": ["mesh.fsdp=16", "mesh.data=4"], "said": "80 GB a device", "peak": 1}, {}],
+         "\n  give mesh.fsdp=16 mesh.data=4: 80 GB a device"),
+        ([], ""),
+    ],
+)  # fmt: skip
+def test_what_a_plan_refuses_is_refused_with_its_reason_and_remedy(remedies, said):
+    plan = {"fits": False, "reasons": ["ppo/update takes 120 GB of 95", "x"], "remedies": remedies, "needs": PLANNED}
     with pytest.raises(ConfigError) as refused:
-        of_plan(plan | {"needs": PLANNED})
-    assert str(refused.value) == "the plan does not fit: ppo/update takes 120 GB of 95\n  mesh.fsdp=16"
+        of_plan(plan)
+    assert str(refused.value) == "the plan does not fit: ppo/update takes 120 GB of 95" + said
 
 
 @pytest.mark.parametrize(
@@ -74,8 +85,13 @@ def test_what_a_plan_refuses_is_refused_with_its_reason_and_remedy():
         ({"grace_s": 1.5}, "needs.grace_s: expected a whole number"),
         ({"hosts": True}, "needs.hosts: expected a whole number"),
         ({"disk_bytes": -1}, "needs.disk_bytes: expected a whole number, 0 or more"),
-        ({"platform": "gpu"}, "needs.topology: expected KIND:N"),
-        ({"platform": "gpu", "topology": "h100:8\nx"}, "needs.topology: expected KIND:N"),
+        ({"platform": "gpu"}, "needs.slices: expected 1 without TPUs"),
+        ({"platform": "gpu", "slices": 1}, "needs.topology: expected KIND:HOSTSxN"),
+        ({"platform": "gpu", "slices": 1, "topology": "h100:8\nx"}, "needs.topology: expected KIND:HOSTSxN"),
+        (
+            {"platform": "gpu", "slices": 1, "topology": "h100:8x8"},
+            "needs.devices: expected 64, which 1 x h100:8x8 are",
+        ),
         ({"more": 1}, "needs: more: expected"),
     ],
 )

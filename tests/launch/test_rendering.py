@@ -25,7 +25,7 @@ HOSTILE = (
 )  # fmt: skip
 CONFIG, RUN_DIR = "my $(x) 'config' \"é\".yaml", "gs://my-bucket/a b/$HOME/'x'"
 OVERRIDES = tuple(f"key{i}={text}" for i, text in enumerate(HOSTILE))
-DOCTOR, RUN = ["doctor", CONFIG, "--run-dir", RUN_DIR], ["run", CONFIG, *OVERRIDES, "--run-dir", RUN_DIR]
+DOCTOR, RUN = ([verb, CONFIG, *OVERRIDES, "--run-dir", RUN_DIR] for verb in ("doctor", "run"))
 
 
 def order(target, **changes):
@@ -193,7 +193,7 @@ def test_names_are_what_schedulers_take():
 
 
 def test_a_plan_fills_in_grace_memory_and_disk(tmp_path):
-    needs = Needs("gpu", "h100:8", 1, 16, 2, 8, 120, 200_000_000_001, 10**12 + 1)
+    needs = Needs("gpu", "h100:2x8", 1, 16, 2, 8, 120, 200_000_000_001, 10**12 + 1)
     slurm = render("slurm", order("slurm", needs=needs, image=None))
     assert "#SBATCH --signal=TERM@120\n" in slurm
     assert "#SBATCH --mem=200001M\n" in slurm
@@ -235,17 +235,24 @@ def test_slices_and_chips_reach_kubernetes():
         (["slurm", "quickstrat", "--nodes", "1"], "did you mean quickstart"),
         (["slrum", "quickstart"], "expected one of slurm"),
         (["xpk", "quickstart", "--topology", "v5p:2x2x1", "--slices", "2"], "mesh.slices: expected 2"),
-        (["slurm", "quickstart", "--plan", "PLAN.json"], "the plan does not fit: too large\n  mesh.fsdp=8"),
+        (["slurm", "quickstart", "--plan", "PLAN.json"], "does not fit: too large\n  give mesh.fsdp=8: half of it"),
+        (["slurm", "quickstart", "--plan", "other.json"], "other.json: expected a plan of this configuration"),
         (["slurm", "quickstart", "--plan", "absent.json"], "absent.json: expected a plan"),
         (["slurm", "quickstart", "--plan", "good.json", "--nodes", "3"], "--nodes: expected 2, as good.json has it"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    needs = Needs("cpu", "cpu", 1, 2, 2, 1, 60, 0, 0)
-    refused = {"fits": False, "reasons": ["too large"], "remedies": ["mesh.fsdp=8"], "needs": vars(needs)}
+    needs = Needs("cpu", "cpu:2", 1, 2, 2, 1, 60, 0, 0)
+    refused = {
+        "fits": False,
+        "reasons": ["too large"],
+        "remedies": [{"overrides": ["mesh.fsdp=8"], "said": "half of it"}],
+        "needs": vars(needs),
+    }
     (tmp_path / "PLAN.json").write_text(json.dumps(refused))
-    (tmp_path / "good.json").write_text(json.dumps({"fits": True, "needs": vars(needs)}))
+    for name, more in (("good", {}), ("other", {"config_hash": "0" * 64})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"fits": True, "needs": vars(needs)} | more))
     result = CliRunner().invoke(app, ["launch", "render", *words])
     assert result.exit_code == 2
     assert said in result.stderr
