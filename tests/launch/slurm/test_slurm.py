@@ -14,7 +14,6 @@ import pytest
 from stages.conftest import environment, rows_of, start  # noqa: F401
 from stages.test_killed_anywhere import numbers
 from stages.tiny_recipe import recipe, write_files
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from launch.slurm.cluster import PATIENCE, cluster, missing
@@ -40,10 +39,8 @@ if [[ "$SLURMD_NODENAME" == n2 && "$1" == run && -e late ]]; then
   rm late
   sleep "$seconds"
 fi
-{preflight}
 exec {python} -m rlhfjax.cli "$@"
 """
-PREFLIGHT = "" if "doctor" in get_command(app).commands else '[[ "$1" == doctor ]] && exit 0'
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +82,7 @@ def submit(slurm, config, environment, tmp_path):  # noqa: F811
     """Renders the launch file of a plan and submits it: the job's number."""
     (tmp_path / "bin").mkdir()
     shim = tmp_path / "bin" / "rlhfjax"
-    shim.write_text(SHIM.format(python=sys.executable, preflight=PREFLIGHT))
+    shim.write_text(SHIM.format(python=sys.executable))
     shim.chmod(0o755)
     slurm.environment |= environment | {"PATH": f"{shim.parent}:{os.environ['PATH']}"}
 
