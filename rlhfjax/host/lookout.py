@@ -7,6 +7,7 @@ stopped, dead or cut off. All of it is done by threads beside the main one, whic
 
 import faulthandler
 import json
+import math
 import os
 import platform
 import sys
@@ -123,7 +124,7 @@ class Lookout:
         devices = [f"{device.platform}:{device.id}" for device in jax.local_devices()]
         shown = devices[0] + (f" to {devices[-1].rpartition(':')[2]}" if devices[1:] else "")
         self._who = {"host": platform.node(), "pid": os.getpid(), "devices": shown}
-        self._main, self._beat = threading.main_thread().ident, 0
+        self._main, self._beat, self._deaf_until = threading.main_thread().ident, 0, 0.0
         self._seen: dict[int, Seen] = {}
         self._answered, self._over, self._once = time.monotonic(), threading.Event(), threading.Lock()
         self._threads = [threading.Thread(target=self._judge, name="lookout", daemon=True)]
@@ -170,8 +171,12 @@ class Lookout:
                 self._end(json.loads(ended[0][1]), speaks=False)
 
     def _judge(self) -> None:
+        before = time.monotonic()
         while not self._over.wait(self._period / 2):
             now = time.monotonic()
+            if now - before > 2 * self._period:  # this process was held up itself, and has not listened
+                self._deaf_until = now + self._most_silent
+            before = now
             if self._store is None:
                 self._seen = {0: Seen(self._told(), now)}
             found, speaks = None, True
@@ -179,7 +184,8 @@ class Lookout:
                 first = {0: self._seen[0]} if 0 in self._seen else {}
                 found, speaks = verdict(first, now, self._most_waited), self._index == 1
             elif self._index < 2:
-                found = verdict(dict(self._seen), now, self._most_silent)
+                silence = self._most_silent if now > self._deaf_until else math.inf
+                found = verdict(dict(self._seen), now, silence)
             if found and not self._over.is_set():
                 self._end({"line": found[0], "held_up_by": found[1]}, speaks)
 
@@ -206,7 +212,8 @@ class Lookout:
         os._exit(_DEAD if "(gone)" in told["line"] else Stopped.exit_code)
 
     def _silent_store(self) -> bool:
-        return self._index > 0 and time.monotonic() - self._answered > self._most_waited
+        now = time.monotonic()
+        return self._index > 0 and now > self._deaf_until and now - self._answered > self._most_waited
 
 
 _running = False

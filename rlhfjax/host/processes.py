@@ -39,10 +39,8 @@ def place_of(
     Raises ConfigError when a part is missing or makes no sense.
     """
     flags = (coordinator, count, index)
-    names, given = (
-        ("--coordinator", "--num-processes", "--process-id"),
-        [None if flag is None else str(flag) for flag in flags],
-    )
+    names: tuple = ("--coordinator", "--num-processes", "--process-id")
+    given = [None if flag is None else str(flag) for flag in flags]
     if all(value is None for value in given):
         names, given = VARIABLES, [environment.get(name) for name in VARIABLES]
     if all(value is None for value in given):
