@@ -164,7 +164,7 @@ def test_xpk_makes_a_jobset_of_our_slices_hosts_and_grace(topology, slices, tmp_
     assert (job["replicas"], job["template"]["spec"]["parallelism"]) == (slices, needs.hosts_per_slice)
     assert pod["terminationGracePeriodSeconds"] == 330
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 100
-    assert "rlhfjax doctor x --run-dir gs://b/x && exec rlhfjax run x a=1 --run-dir gs://b/x" in json.dumps(pod)
+    assert "rlhfjax doctor x a=1 --run-dir gs://b/x && exec rlhfjax run x a=1 --run-dir gs://b/x" in json.dumps(pod)
 
 
 def test_xpk_changes_no_word(tmp_path):
