@@ -85,6 +85,10 @@ def calls(monkeypatch):
     module("runs.layouts", launched_here=lambda run_dir, attempts: None)
     module("host.compile_cache", use_compile_cache=lambda *_, **__: False)
     module("host.memory", collect_seldom=lambda **_: False, keep_freed_memory_of=lambda *_, **__: False)
+    plan = {"name": "quickstart", "topology": "cpu:2", "devices": 2, "hosts": 1, "chip": {"memory": 2**30}, "steps": {}}
+    plan |= {"fits": True, "warnings": [], "reasons": [], "remedies": []}
+    monkeypatch.setattr("rlhfjax.planning.answer.asked", record("asked", "QUESTION"))
+    monkeypatch.setattr("rlhfjax.planning.answer.kept", record("kept", plan))
     module("data.sets.benchmark", prepare=record("prepare", lambda kind, where, cache, say: [Path(where) / kind.name]))
     for name in ("movies", "chitchat", "reversal", "arithmetic"):
         module(f"data.sets.{name}", **{name.title(): types.SimpleNamespace(name=name)})
@@ -150,7 +154,7 @@ def test_the_verbs_are_these():
     assert {" ".join(names) for names, _ in verbs()} == {
         "run", "ls", "cp", "show", "validate", "schema", "generate", "import", "export", "env", "metrics", "score",
         "data prepare", "data inspect", "launch local", "launch render", "verify", "verify-export", "reproduce",
-        "goodput", "doctor",
+        "goodput", "doctor", "plan",
     }  # fmt: skip
 
 
@@ -162,9 +166,10 @@ def test_every_help_shows_an_example(names):
 
 
 @pytest.mark.parametrize(("names", "line"), list(examples()))
-def test_every_example_runs(names, line, calls, monkeypatch):
+def test_every_example_runs(names, line, calls, monkeypatch, tmp_path):
     monkeypatch.setattr("rlhfjax.cli.asking._encoded", lambda model, record, where: ([1], [[2]]))
     monkeypatch.setattr("rlhfjax.host.goodput.account_of", lambda run_dir: Account())
+    monkeypatch.chdir(tmp_path)  # where `plan --json` writes
     words = shlex.split(line.split(" > ")[0])[1:]
     assert words[: len(names)] == names
     result = call(*words)

@@ -26,6 +26,8 @@ HALLS = {
     "online_programs": "its programs",
     "packed_rows": "its rows",
     "rewards": "its scores",
+    "work": "what their programs have to compute",
+    "contract": "the plan that their programs are compared with",
 }
 
 

@@ -1,7 +1,7 @@
 """`rlhfjax run`: the stages of a configuration, in one process or as one of several."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,13 +46,13 @@ def run(
     from rlhfjax import runs
     from rlhfjax.host.memory import collect_seldom, keep_freed_memory_of
 
-    contract = None
+    held_to: dict[str, Any] = {}
     if plan is not None:
         from rlhfjax.planning.shipped import contract_of
 
-        contract = contract_of(plan, loaded)
+        held_to["plan"] = contract_of(plan, loaded)
     among = (coordinator, num_processes, process_id)
     collect_seldom()
     keep_freed_memory_of(loaded, alone=not one_of_several(*among))
     with among_processes(loaded.reliability, *among), unverified(no_verify):
-        runs.run_recipe(loaded, run_dir or Path("runs") / loaded.name, only, start_from, sources, plan=contract)
+        runs.run_recipe(loaded, run_dir or Path("runs") / loaded.name, only, start_from, sources, **held_to)
