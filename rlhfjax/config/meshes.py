@@ -141,10 +141,9 @@ def meshes_that_fit(run: Run, devices: int) -> Iterator[dict[str, int]]:
     """Other meshes of the recipe's own on so many devices, those most like it first."""
     mesh, held = run.mesh, _held(run)
     stages = [name for name, section in run.stages if section and mesh.of(name) is mesh]
-    now = mesh_shape(mesh, devices)
-    others = [sizes for sizes in _meshes(devices, mesh.slices) if sizes != now]
+    others = [sizes for sizes in _meshes(devices, mesh.slices) if sizes != mesh.axes]
     fit = (sizes for sizes in others if not any(_on_mesh(run, sizes, "mesh", stages, held)))
-    yield from sorted(fit, key=lambda sizes: _unlike(now, sizes))
+    yield from sorted(fit, key=partial(_unlike, mesh.axes))
 
 
 def _unlike(asked: Sizes, sizes: Sizes) -> tuple[int, float]:

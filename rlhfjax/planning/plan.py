@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlhfjax.config import Run, check, config_hash, resolved
+from rlhfjax.config import Run, config_hash, resolved
 from rlhfjax.config.recipe import FACTS, TOKENIZER, section_of, stages_of
 from rlhfjax.config.schema import RankedBatch
+from rlhfjax.errors import ConfigError
 from rlhfjax.planning.assumed import Assumed
 from rlhfjax.planning.chips import GIB, Chip
 from rlhfjax.planning.compiler import Job
 from rlhfjax.planning.programs import Answers, Limits, compiled
+from rlhfjax.planning.repairs import arithmetic, repairs, wastes
 from rlhfjax.planning.times import Seconds, reckoned_by_compiler, seconds_of
 from rlhfjax.planning.topology import Topology
 from rlhfjax.planning.versions import versions
@@ -44,6 +46,11 @@ class Question:
         where = {"kind": self.machine.kind, "sizes": self.machine.sizes, "slices": self.machine.slices}
         return Job(resolved(self.run), where, dict(self.vocabulary), self.assumed.longest, self.programs)
 
+    @property
+    def checkpoint(self) -> str | None:
+        """The checkpoint that the shape of `run` stands for."""
+        return None if self.run.model.checkpoint else self.recipe.model.checkpoint
+
     def on(self, run: Run) -> "Question":
         """The same of a changed recipe; programs are not kept."""
         return replace(self, run=run, programs=None)
@@ -55,7 +62,7 @@ def planned(question: Question, say: Callable[[str], None], only: Iterable[str] 
     `only` names programs, as `ppo/update`: what is found of them is the same, and the whole is not said.
     """
     run, machine = question.run, question.machine
-    check(run, machine.devices)
+    refuse(question)
     stages = [stage for stage in stages_of(run) if stage != TOKENIZER]
     held, found = compiled(question.job, stages, question.limits, say, only)
     steps = {name: _step(question, name, answer) for name, answer in found.items()}
@@ -72,11 +79,24 @@ def planned(question: Question, say: Callable[[str], None], only: Iterable[str] 
         "versions": versions(),
         "fits": not reasons,
         "reasons": reasons,
-        "warnings": [warning for name, step in steps.items() for warning in _warnings(run, name, step)],
+        "warnings": [*wastes(run, machine.devices), *_warnings(run, steps)],
         "remedies": [],
         "steps": steps,
     }
     return plan if only is not None else plan | _whole(question, held, steps)
+
+
+def refuse(question: Question) -> None:
+    """Raise ConfigError, with changes that would do, for what the arithmetic of the recipe does not allow."""
+    run, machine = question.run, question.machine
+    try:
+        arithmetic(run, machine.devices, question.checkpoint)
+        if run.mesh.slices != machine.slices:
+            raise ConfigError(f"mesh.slices: expected {machine.slices}, as {machine.name} has, got {run.mesh.slices}")
+    except ConfigError as error:
+        found = repairs(run, machine.devices, machine.slices, question.checkpoint)
+        changes = "".join(f"\n  change: {' '.join(overrides)}" for overrides in found)
+        raise ConfigError(f"{error}{changes}") from None
 
 
 def _not_built(held: Answers) -> list[str]:
@@ -120,8 +140,13 @@ def tokens_of(run: Run, name: str) -> int:
     return c.batch.size * (c.sampling.max_new_tokens + (0 if sampled else c.batch.prompt_length))
 
 
-def _warnings(run: Run, name: str, step: Mapping[str, Any]) -> Iterable[str]:
+def _warnings(run: Run, steps: Mapping[str, Any]) -> Iterable[str]:
     """What fits and is still not what one wants."""
+    for name, step in steps.items():
+        yield from _of_program(run, name, step)
+
+
+def _of_program(run: Run, name: str, step: Mapping[str, Any]) -> Iterable[str]:
     program = name.partition("/")[2]
     if step.get("model_flops") and program in ("step", "update") and step.get("mfu", 1.0) < SLOW:
         yield f"{name} reaches {step['mfu']:.0%} of the peak; larger batches or another mesh keep devices busier"

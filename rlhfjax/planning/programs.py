@@ -120,7 +120,8 @@ class _Worker:
             env=os.environ | {"PYTHONPATH": path},
         )  # fmt: skip
         self._said: list[str] = []
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         self.ended = False
         self._tell(job.text())
 
@@ -138,14 +139,15 @@ class _Worker:
         """Its answer; where it dies or goes beyond a limit, what happened."""
         self._tell(name)
         assert self._process.stdout
-        began, selector = time.monotonic(), selectors.DefaultSelector()
-        selector.register(self._process.stdout, selectors.EVENT_READ)
-        while not selector.select(_POLL):
-            took, memory = time.monotonic() - began, self._size()
-            if took > limits.seconds:
-                return self._stopped("time", f"the compiler was stopped after {took:.0f} s")
-            if memory > limits.memory:
-                return self._stopped("memory of this host", f"the compiler was stopped with {memory / 1e9:.1f} GB")
+        began = time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while not selector.select(_POLL):
+                took, memory = time.monotonic() - began, self._size()
+                if took > limits.seconds:
+                    return self._stopped("time", f"the compiler was stopped after {took:.0f} s")
+                if memory > limits.memory:
+                    return self._stopped("memory of this host", f"the compiler was stopped with {memory / 1e9:.1f} GB")
         if line := self._process.stdout.readline():
             return json.loads(line)
         code = self._process.wait()
@@ -169,7 +171,8 @@ class _Worker:
         self.ended = True
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
+        self._listener.join()
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             if stream:
                 with suppress(BrokenPipeError):
                     stream.close()

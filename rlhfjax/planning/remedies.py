@@ -7,17 +7,14 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
-from rlhfjax.config import Run, resolved
+from rlhfjax.config import Run
 from rlhfjax.config.meshes import meshes_that_fit
-from rlhfjax.config.overrides import apply_override, parse_override
 from rlhfjax.config.recipe import FACTS, section_of
-from rlhfjax.errors import ConfigError, RlhfjaxError
+from rlhfjax.errors import RlhfjaxError
+from rlhfjax.planning.changes import Overrides, changed_by
 from rlhfjax.planning.plan import Question, planned
 from rlhfjax.planning.table import duration, gib
 
-Overrides = tuple[str, ...]
 SHOWN, TRIED = 3, 12
 _MESHES = 4
 
@@ -50,17 +47,6 @@ def _proposal(overrides: Overrides, whole: Mapping[str, Any], failing: list[str]
     seconds, peak = sum(step["seconds"]["expected"] for step in own), max(step["peak"] for step in own)
     said = f"{gib(peak)} a device, {duration(seconds)} for {', '.join(failing)}"
     return {"overrides": list(overrides), "seconds": seconds, "peak": peak, "said": said}
-
-
-def changed_by(run: Run, overrides: Overrides) -> Run:
-    """A recipe with values at dotted keys. Raises ConfigError for what makes no recipe."""
-    tree = resolved(run)
-    for path, value in map(parse_override, overrides):
-        tree = apply_override(tree, path, value)
-    try:
-        return Run.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{' '.join(overrides)}: {error.errors()[0]['msg']}") from None
 
 
 def _candidates(question: Question, failing: list[str]) -> Iterator[Overrides]:

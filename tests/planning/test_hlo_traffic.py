@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (lines of a program are as long as they are)
 """Bytes that operations move, and FLOPs of kernels, against what was counted by hand in a text."""
 
 from rlhfjax.planning.hlo import Program

@@ -8,8 +8,8 @@ from rlhfjax.config import load_config
 from rlhfjax.errors import ConfigError
 from rlhfjax.planning.answer import asked
 from rlhfjax.planning.assumed import Assumed
+from rlhfjax.planning.changes import changed_by
 from rlhfjax.planning.plan import steps_of, tokens_of
-from rlhfjax.planning.remedies import changed_by
 from rlhfjax.planning.shapes import PUBLISHED, described
 from rlhfjax.planning.topology import parsed
 
