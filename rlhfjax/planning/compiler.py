@@ -105,23 +105,28 @@ class Compiler:
         own = {"digest": digest[:16], "model_flops": program.flops}
         return own | {key: value for key, value in found.items() if key != "memory"} | placed(program, found["memory"])
 
-    def _turns(self, stage: str, name: str, target: Any) -> int:
-        """How often a sampler decodes where each response is as long as it may be."""
+    def _turns(self, stage: str, name: str, target: Any) -> tuple[int, int]:
+        """Of a sampler, tokens of a response as long as it may be, and how often it decodes then; of others (0, 0)."""
         from rlhfjax.config.recipe import section_of
 
+        if name != "rollout" and not name.startswith("responses"):
+            return 0, 0
         c = section_of(self._run, stage)
-        if not hasattr(c, "sampling"):
-            return 1
-        return math.ceil(c.batch.size / target.slots) * c.sampling.max_new_tokens
+        return c.sampling.max_new_tokens, math.ceil(c.batch.size / target.slots) * c.sampling.max_new_tokens
 
 
-def described(made: Any, turns: int) -> dict[str, Any]:
-    """Work and collectives of a compiled program, of one device, loops as often as they run, samplers `turns` times."""
+def described(made: Any, turns: tuple[int, int]) -> dict[str, Any]:
+    """Work and collectives of a compiled program, of one device, loops as often as they run.
+
+    `turns` are the tokens of a response and how often a sampler decodes, which its text need not say.
+    """
     from rlhfjax.planning.hlo import Program
 
     program = Program(made.as_text())
     walked = program.walked()
-    walked.bound(turns)
+    tokens, times = turns
+    if tokens and not any(loop.trips >= tokens - 1 and not loop.open for loop, _ in walked.every()):
+        walked.bound(times)
     loops = [_described(loop, times) for loop, times in walked.every()]
     return {
         "flops": sum(loop["flops"] * loop["times"] for loop in loops),

@@ -40,7 +40,7 @@ class Memo:
             part.unlink(missing_ok=True)
 
 
-def remembered(digest: str, job: Any, turns: int) -> Memo:
+def remembered(digest: str, job: Any, turns: tuple[int, int]) -> Memo:
     """That of a program with this text on the job's machine, made by these versions of code and compilers."""
     key = json.dumps([digest, job.topology, turns, versions(), _own_code()], default=list, sort_keys=True)
     try:
