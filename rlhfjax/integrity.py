@@ -1,6 +1,6 @@
 """Manifests: the size and SHA-256 of every file that a directory held when it was written, in one file beside them.
 
-Neither Zarr nor safetensors notices a flipped bit in an array, so checkpoints, exports and prepared data carry this
+Neither Orbax nor safetensors notices a flipped bit in an array, so checkpoints, exports and prepared data carry this
 manifest, and it is compared before anything is read. A directory below that has a manifest of its own is covered
 through it: only the inner manifest is listed in the outer one.
 """

@@ -13,7 +13,7 @@ PACKAGES = (
     "jaxlib",
     "flax",
     "optax",
-    "tensorstore",
+    "orbax-checkpoint",
     "tensorflow-datasets",
     "array-record",
     "grain",

@@ -31,13 +31,15 @@ def test_files_are_those_of_a_model_in_memory(tmp_path, monkeypatch, role, made,
     save_leaves(written, role, jax.eval_shape(lambda: params), InMemory(params), "float32", meta)
 
     def arrays(step_dir):
-        folders = [path for path in (step_dir / role).iterdir() if path.is_dir() and (path / "zarr.json").is_file()]
+        folders = [path for path in (step_dir / role).iterdir() if path.is_dir() and (path / ".zarray").is_file()]
         files = [path for folder in folders for path in folder.iterdir()]
         return {str(path.relative_to(step_dir)): path.read_bytes() for path in files}
 
     assert arrays(held) == arrays(written)
     assert len(arrays(held)) >= 2 * len(jax.tree.leaves(params))  # a description and a chunk of each, or more
-    described = [(step_dir / role / "_METADATA").read_bytes() for step_dir in (held, written)]
+    described = [json.loads((step_dir / role / "_METADATA").read_text()) for step_dir in (held, written)]
+    for leaf in described[0]["tree_metadata"].values():
+        del leaf["value_metadata"]["write_shape"]  # of the part that a device had, which nothing reads
     assert described[0] == described[1]
     manifests = [json.loads((place / role / "MANIFEST.sha256.json").read_text()) for place in (held, written)]
     digests = [manifest["arrays"] for manifest in manifests]
@@ -70,7 +72,7 @@ def test_an_import_holds_a_layer_of_a_parameter_and_reads_each_once(tmp_path, mo
     tracemalloc.start()
     import_model(str(source), tmp_path / "made", dtype="float32", **QUIET)
     tracemalloc.stop()
-    assert max(peaks) - min(peaks) < 3 * layer < 12 * layer  # with what is read of the file, and buffers of threads
+    assert max(peaks) - min(peaks) < 2.5 * layer < 12 * layer  # with what was read of the file
     assert len(set(seen)) == len(seen)
     assert sum(path == "blocks/mlp/up/kernel" for path, *_ in seen) == 12
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the only place that knows tensorstore, and what Orbax wrote before format 4.
+"""Checkpoints: the only place that knows Orbax.
 
 A step directory holds one item per model (`policy`, `value`, `reward`, `average`), so that each can be read alone, the
 `training` state, and `meta`: what is needed to build the models again, with the tokenizer. In each lies a manifest of

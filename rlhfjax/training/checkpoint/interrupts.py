@@ -9,7 +9,10 @@ from typing import Any
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the save that is under way; the second one does not."""
+    """Ctrl-C waits for the save that is under way; the second one does not.
+
+    Inside Orbax it would be logged as a failed save, traceback and all.
+    """
     main = threading.current_thread() is threading.main_thread()  # no other thread is interrupted
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

@@ -6,6 +6,7 @@ themselves are hashed when arrays are not what was saved, to name the one that d
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,30 +15,50 @@ import jax
 
 from rlhfjax.errors import IntegrityError, RlhfjaxError
 from rlhfjax.host import exchange, processes
-from rlhfjax.integrity import MANIFEST, read_manifest, verifying, write_manifest
+from rlhfjax.integrity import MANIFEST, read_manifest, synced_entries, verifying, write_manifest
 from rlhfjax.training.checkpoint.meta import verified_item
 from rlhfjax.training.checkpoint.reading import read_tree
 from rlhfjax.training.digests import different_leaves
 
 _BUGS = (MemoryError, jax.errors.JaxRuntimeError)  # of this machine, not of what was read
+_WRITER = re.compile(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)")
 Entries = dict[str, dict[str, Any]]
 
 
-def told_entries(write: Callable[[], Entries]) -> tuple[str, Exception | None]:
-    """What this process wrote of a step as the first one is told it, or why it did not, and the error."""
+def own_entries(part: Path, shared: bool = False) -> Entries:
+    """What manifests say of the files of a step that this process wrote, which are on the disk afterwards.
+
+    Orbax keeps those of each process apart; what is left over is the first one's. Where all write to one folder, the
+    files are shared out.
+    """
+    names = sorted(path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
+    own = names[_index() :: processes.count()] if shared else [name for name in names if _writer(name) == _index()]
+    return synced_entries(part, own)
+
+
+def told_entries(part: Path, shared: bool = False) -> str:
+    """`own_entries` as the first process is told them, or why there are none."""
     try:
-        return json.dumps(write()), None
-    except Exception as error:  # the others would wait for ever
-        here = jax.process_index() if processes.count() > 1 else 0
-        return json.dumps(f"process {here}: {getattr(error, 'strerror', None) or error}"), error
+        return json.dumps(own_entries(part, shared))
+    except OSError as error:
+        return json.dumps(f"process {_index()}: {error.strerror or error}")
+
+
+def _index() -> int:
+    return jax.process_index() if processes.count() > 1 else 0
 
 
 def joined(told: Sequence[str]) -> Entries:
-    """The entries of all processes. Raises OSError where one could not write its files."""
+    """The entries of all processes. Raises OSError where one could not read or sync its files."""
     found = [json.loads(text) for text in told]
     if failed := [reason for reason in found if isinstance(reason, str)]:
         raise OSError(failed[0])
     return {name: entry for entries in found for name, entry in entries.items()}
+
+
+def _writer(name: str) -> int:
+    found = _WRITER.search(name)
+    return int(found[1]) if found else 0
 
 
 def write_manifests(part: Path, arrays: Mapping[str, Mapping[str, str]], known: Entries) -> None:

@@ -1,8 +1,8 @@
 """The model of a checkpoint, read in blocks: no array of it is ever held whole.
 
-Tensorstore reads any part of an array. It reads whole chunks, though. As `chunks` cuts them none of a large array holds
-more than one layer; where an older checkpoint has such chunks, each is read once, and its layers are kept on the disk
-until they are asked for.
+What Orbax wrote is read by tensorstore itself, which reads any part of an array. It reads whole chunks, though. Since
+`chunks_of` no chunk of a large array holds more than one layer; where an older checkpoint has such chunks, each is read
+once, and its layers are kept on the disk until they are asked for.
 """
 
 import math

@@ -21,7 +21,7 @@ from rlhfjax.text.tokenizer import Tokenizer
 
 SCALAR = ("reward", "value")  # items with a scalar head
 COMPLETE = "complete.json"
-FORMAT = 4  # since 2 a step has a manifest, since 3 each item; until 3 Orbax wrote it; 1 can only be believed
+FORMAT = 3  # since 2 a step has a manifest, since 3 each item; one of format 1 can only be believed
 _SMALL = 1 << 14  # bytes of files that are hashed whenever an item is read
 _log = logging.getLogger("rlhfjax")
 _told: set[Path] = set()

@@ -1,14 +1,15 @@
 """One model of a checkpoint: read alone, on any mesh, and written by itself."""
 
 import hashlib
+import logging
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 
 from rlhfjax.errors import IntegrityError
 from rlhfjax.fetch import file_sha256
@@ -21,45 +22,44 @@ from rlhfjax.sharding import state_shardings
 from rlhfjax.training.checkpoint.items import joined, read_item, told_entries
 from rlhfjax.training.checkpoint.meta import SCALAR, read_meta
 from rlhfjax.training.checkpoint.steps import put_in_place, unfinished
-from rlhfjax.training.checkpoint.writing import Piece, begin, descriptions, pieces_of, write_pieces, write_texts
+from rlhfjax.training.checkpoint.writing import arguments
 from rlhfjax.training.digests import fetched, started
 from rlhfjax.types import Params
-
-_AHEAD = 1 << 26  # bytes of copies from devices that wait to be written
 
 
 def save_model(step_dir: Path, item: str, params: Params, meta: Mapping[str, Any]) -> None:
     """Save a model by itself as a step without a training state, in little more memory than it has."""
-    pieces = (piece.on_host() for piece in pieces_of({item: params}))
-    write_model(step_dir, item, params, meta, pieces, lambda: fetched(started(params)), ahead=_AHEAD)
+    write_model(step_dir, item, params, meta, lambda params: fetched(started(params)))
 
 
 def write_model(
-    step_dir: Path,
-    item: str,
-    tree: Any,
-    meta: Mapping[str, Any],
-    pieces: Iterable[Piece],
-    digests: Callable[[], dict[str, str]],
-    ahead: int = 0,
+    step_dir: Path, item: str, arrays: Any, meta: Mapping[str, Any], digests: Callable[[Any], Any], **settings: Any
 ) -> None:
-    """`save_model` of a tree of which `pieces` are written one by one, `ahead` bytes before others; then its `digests`
-    are asked. Raises what making pieces raises, and OSError."""
+    """`save_model` of arrays in memory, or of others that `settings` of Orbax write; then their `digests` are asked.
+
+    Arrays are files without the database (OCDBT) that would hold a hundred megabytes of them.
+    """
+    log = logging.getLogger("absl")
+    log.addFilter(_not_as_meant)
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    settings |= {"save_concurrent_gb": 1.01 * largest / 1e9, "use_ocdbt": False, "use_compression": False}
+    handlers = {item: ocp.PyTreeCheckpointHandler(**settings), "meta": ocp.JsonCheckpointHandler()}
     part, turn = unfinished(step_dir), processes.turn_of("saved")
-    texts = descriptions({item: tree}, dict(meta) | {"step": int(step_dir.name)})
-    processes.by_first(lambda: begin(part), "begun")
-    told, error = told_entries(lambda: write_pieces(part, pieces, ahead))
-    if error and processes.count() == 1:
-        shutil.rmtree(part, ignore_errors=True)
-        raise error
-    found = {item: digests()}
-    told = exchange.collected(turn, told)
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
+            writer.save(part, args=arguments({item: arrays}, dict(meta) | {"step": int(step_dir.name)}), force=True)
+        found = {item: digests(arrays)}
+        told = exchange.collected(turn, told_entries(part, shared=True))
+        processes.by_first(lambda: put_in_place(part, step_dir, found, joined(told or [])), "model")
+    finally:
+        log.removeFilter(_not_as_meant)
 
-    def put() -> None:
-        write_texts(part, texts)
-        put_in_place(part, step_dir, found, joined(told or []))
 
-    processes.by_first(put, "model")
+def _not_as_meant(record: logging.LogRecord) -> bool:
+    """Not that there is no such database to merge, nor that what only keys of jax need is not written."""
+    said = record.getMessage()
+    unmeant = ("Skipping merge of OCDBT", "ArrayMetadata persistence is disabled", "target_byte_size too small")
+    return not any(each in said for each in unmeant)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Arrays of an item, read once, each process only what its devices hold.
 
-Files of this version are read in threads, each chunk to its place, and what older ones had Orbax write by tensorstore:
-in blocks, of which few are under way at a time. Arrays come to their devices one after the other, and the host keeps no
-copy.
+What Orbax wrote is read by tensorstore itself, in blocks, of which few are under way at a time. Arrays come to their
+devices one after the other, and the host keeps no copy.
 """
 
 import ctypes
@@ -10,7 +9,6 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,12 +20,8 @@ import tensorstore as ts
 from jax.sharding import SingleDeviceSharding
 
 from rlhfjax.leaves import Region, cut, empty, inside, shape_of
-from rlhfjax.training.checkpoint.chunk_files import reads
-from rlhfjax.training.checkpoint.chunks import Layout
-from rlhfjax.training.checkpoint.zarr import DESCRIPTION, layout_in, name_of
 from rlhfjax.training.digests import digest_here, leaf_name
 
-_READERS, _PROVERS = 4, 2  # threads
 _BLOCK, _UNDER_WAY = 1 << 24, 1 << 26  # bytes
 _SMALL, _ALIGNED = 1 << 16, 64  # bytes
 # The nodes of Orbax's database are needed for each chunk, so they are kept; chunks are needed once. Few are decoded at
@@ -47,17 +41,16 @@ def stored_names(folder: Path) -> set[str]:
     if (folder / "manifest.ocdbt").exists():
         keys = ts.KvStore.open(_database(folder.absolute()), context=_context(folder)).result().list().result()
         return {key.decode().removesuffix(end) for key in keys if key.endswith(end.encode())}
-    return {path.name for path in folder.iterdir() if any((path / name).exists() for name in (DESCRIPTION, ".zarray"))}
+    return {path.name for path in folder.iterdir() if (path / ".zarray").exists()}
 
 
 def stored_array(folder: Path, path: str) -> ts.TensorStore:
     """An array by its path in the tree; raises ValueError or OSError where it cannot be opened."""
     folder, name = folder.absolute(), name_of(path)
     store = {"driver": "file", "path": f"{folder}/{name}/"}
-    driver = "zarr3" if (folder / name / DESCRIPTION).exists() else "zarr"
     if (folder / "manifest.ocdbt").exists():
         store = _database(folder) | {"path": f"{name}/"}
-    return ts.open({"driver": driver, "kvstore": store}, context=_context(folder), read=True, open=True).result()
+    return ts.open({"driver": "zarr", "kvstore": store}, context=_context(folder), read=True, open=True).result()
 
 
 def _context(folder: Path) -> ts.Context:
@@ -69,6 +62,11 @@ def _context(folder: Path) -> ts.Context:
 @lru_cache(maxsize=4)
 def _contexts(*_: Any) -> ts.Context:
     return ts.Context(_SETTINGS)
+
+
+def name_of(path: str) -> str:
+    """What Orbax calls the array of a path."""
+    return path.replace("/", ".")
 
 
 def _database(folder: Path) -> dict[str, Any]:
@@ -85,13 +83,11 @@ def read_tree(folder: Path, target: Any, stored: Mapping[str, str]) -> tuple[Any
     named = [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(target)]
     if different := sorted(stored_names(folder) ^ {name_of(path) for path, _ in named}):
         raise ValueError(f"expected the arrays of this model or stage, got others: {', '.join(different[:3])}")
-    leaves, found = [], dict[str, Future[str | None]]()
-    with ThreadPoolExecutor(_PROVERS) as provers:
-        for path, leaf in _arrays(folder, named):
-            leaves.append(leaf)
-            if path in stored:
-                found[path] = provers.submit(digest_here, leaf, stored[path])
-    digests = {path: digest for path, each in found.items() if (digest := each.result())}
+    leaves, digests = [], {}
+    for path, leaf in _arrays(folder, named):
+        leaves.append(leaf)
+        if path in stored and (digest := digest_here(leaf, stored[path])):
+            digests[path] = digest
     return jax.tree.unflatten(jax.tree.structure(target), leaves), digests
 
 
@@ -106,31 +102,20 @@ def _arrays(folder: Path, named: list[tuple[str, Any]]) -> Iterator[tuple[str, j
         else:
             yield what.path, what.whole()
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        try:
-            for array in _coming(folder, named, pool):
-                for size, block in array.begin(pool):
-                    under_way.append((size, block))
-                    while sum(size for size, _ in under_way) > _UNDER_WAY:
-                        yield from end()
-                under_way.append((0, array))
-            while under_way:
-                yield from end()
-        finally:
-            for size, block in under_way:  # after an error nobody may write into memory that is given back
-                if size:
-                    block.exception()
-
-
-def _coming(folder: Path, named: list[tuple[str, Any]], pool: ThreadPoolExecutor) -> Iterator["_Coming"]:
-    """Arrays, each with its places in memory; those of the next ones are made meanwhile, since that takes long."""
-    waiting: deque[_Coming] = deque()
-    for path, leaf in named:
-        waiting.append(_Coming(path, leaf, folder))
-        waiting[-1].prepare(pool)
-        if len(waiting) == _READERS:
-            yield waiting.popleft()
-    yield from waiting
+    try:
+        for path, leaf in named:
+            array = _Coming(path, leaf)
+            for size, block in array.begin(stored_array(folder, path)):
+                under_way.append((size, block))
+                while sum(size for size, _ in under_way) > _UNDER_WAY:
+                    yield from end()
+            under_way.append((0, array))
+        while under_way:
+            yield from end()
+    finally:
+        for size, block in under_way:  # after an error nobody may write into memory that is given back
+            if size:
+                block.exception()
 
 
 @dataclass
@@ -139,28 +124,27 @@ class _Coming:
 
     path: str
     target: jax.ShapeDtypeStruct
-    folder: Path
-    places: dict[Any, "Future[tuple[np.ndarray, jax.Array | None]]"] = field(default_factory=dict)
+    places: dict[Any, "tuple[np.ndarray, jax.Array | None]"] = field(default_factory=dict)
 
-    def prepare(self, pool: ThreadPoolExecutor) -> None:
-        """Make the places. Raises ValueError where the array that is stored has another shape."""
-        self.stored = layout_in(self.folder / name_of(self.path)) or stored_array(self.folder, self.path)
-        if tuple(self.stored.shape) != tuple(self.target.shape):
-            wanted, got = list(self.target.shape), list(self.stored.shape)
-            raise ValueError(f"{self.path}: expected shape {wanted}, got {got}")
-        for device, region in self._regions().items():
-            if region not in self.places:
-                self.places[region] = pool.submit(self._place, device, shape_of(_slices(region)))
-
-    def begin(self, pool: ThreadPoolExecutor) -> Iterator[tuple[int, Any]]:
+    def begin(self, store: ts.TensorStore) -> Iterator[tuple[int, Any]]:
         """Start to read, block by block: bytes of each, and what waits for it."""
-        for region, place in self.places.items():
-            made, _ = place.result()
-            if isinstance(self.stored, Layout):
-                for size, read in reads(self.folder / name_of(self.path), self.stored, _slices(region), made):
-                    yield size, pool.submit(read)
-            else:
-                yield from _begun(self.stored, _slices(region), made)
+        if tuple(store.shape) != tuple(self.target.shape):
+            raise ValueError(f"{self.path}: expected shape {list(self.target.shape)}, got {list(store.shape)}")
+        chunk: Any = store.chunk_layout.read_chunk.shape
+        size = store.dtype.numpy_dtype.itemsize
+        wanted = ts.dtype(np.dtype(self.target.dtype))
+        store = store if store.dtype == wanted else ts.cast(store, wanted)
+        for device, region in self._regions().items():
+            if region in self.places:
+                continue
+            self.places[region] = self._place(device, shape_of(_slices(region)))
+            view = ts.array(self.places[region][0])
+            if not region:
+                yield size, view.write(store)
+                continue
+            for block in cut(_slices(region), chunk, _BLOCK // size) if view.size else ():
+                here, there = view[inside(_slices(region), block)], store[block]
+                yield math.prod(shape_of(block)) * size, here[_FROM_0].write(there[_FROM_0])
 
     def whole(self) -> jax.Array:
         """The array, once all blocks are there."""
@@ -169,7 +153,7 @@ class _Coming:
             if region in kept:
                 shards.append(jax.device_put(kept[region], self._at(device)))
                 continue
-            host, made = self.places.pop(region).result()
+            host, made = self.places.pop(region)
             kept[region] = jax.device_put(host, self._at(device)) if made is None else made
             shards.append(kept[region])
         jax.block_until_ready(shards)  # the host's copies go now
@@ -200,20 +184,6 @@ class _Coming:
         made = jax.device_put(zeros[start : start + size].view(dtype).reshape(shape), self._at(device))
         octets = (ctypes.c_uint8 * size).from_address(jax.block_until_ready(made).unsafe_buffer_pointer())
         return np.ctypeslib.as_array(octets).view(dtype).reshape(shape), made
-
-
-def _begun(store: ts.TensorStore, region: Region, made: np.ndarray) -> Iterator[tuple[int, Any]]:
-    """What Orbax wrote, as `_Coming.begin`."""
-    chunk: Any = store.chunk_layout.read_chunk.shape
-    size, wanted = store.dtype.numpy_dtype.itemsize, ts.dtype(made.dtype)
-    store = store if store.dtype == wanted else ts.cast(store, wanted)
-    view = ts.array(made)
-    if not region:
-        yield size, view.write(store)
-        return
-    for block in cut(region, chunk, _BLOCK // size) if view.size else ():
-        here, there = view[inside(region, block)], store[block]
-        yield math.prod(shape_of(block)) * size, here[_FROM_0].write(there[_FROM_0])
 
 
 def _slices(region: tuple[tuple[int, int], ...]) -> Region:

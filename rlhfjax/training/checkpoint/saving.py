@@ -5,7 +5,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,7 @@ from rlhfjax.training.checkpoint.interrupts import uninterrupted
 from rlhfjax.training.checkpoint.items import joined, read_item, told_entries
 from rlhfjax.training.checkpoint.meta import read_meta
 from rlhfjax.training.checkpoint.retention import Retention
-from rlhfjax.training.checkpoint.writing import (
-    Piece,
-    begin,
-    by_item,
-    descriptions,
-    on_host,
-    pieces_of,
-    write_pieces,
-    write_texts,
-)
+from rlhfjax.training.checkpoint.writing import arguments, by_item, saver
 from rlhfjax.training.digests import Pending, fetched, started
 
 _log = logging.getLogger("rlhfjax")
@@ -60,6 +50,8 @@ class Checkpoints:
         self._committing: threading.Thread | None = None
         self._failed: tuple[int, BaseException] | None = None
         processes.by_first(self._prepare, "checkpoints")
+        self._saver = saver()
+        logging.getLogger("absl").addFilter(_not_about_failed_saves)
 
     def latest(self) -> int | None:
         """The newest step, or None."""
@@ -103,16 +95,19 @@ class Checkpoints:
         """
         self.wait()
         items = {**models, "training": training}
-        part = on_disk.unfinished(self.directory / str(step))
+        processes.by_first(lambda: self._require_room(step, items), f"room for {step}")
         described = dict(meta) | {"step": step} | self._retention.figures(score, metrics or {})
-        texts = descriptions(items, described)
-        processes.by_first(lambda: self._begin(step, part, items), f"room for {step}")
-        turn = processes.turn_of("saved")
+        args, turn = arguments(items, described), processes.turn_of("saved")
+        part = on_disk.unfinished(self.directory / str(step))
         with uninterrupted():
             digests = started(items)
-            pieces = on_host(pieces_of(items))
+            try:
+                self._saver.save(part, args=args, force=True)
+            except Exception as error:
+                self._drop(part)
+                raise self._stopped(step, _reason(error)) from error
             self._committing = threading.Thread(
-                target=self._commit, args=(step, part, pieces, texts, digests, turn), name=f"commit {step}"
+                target=self._commit, args=(step, part, digests, turn), name=f"commit {step}"
             )
             self._committing.start()
             faults.reach("save", step)
@@ -175,24 +170,21 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until everything is on disk. Raises as `check`."""
-        self.wait()
-
-    def _commit(
-        self, step: int, part: Path, pieces: list[Piece], texts: Mapping[str, str], digests: Pending, turn: str
-    ) -> None:
-        """In a thread: this process's files, the manifests, and the name; after that, steps that need not stay go."""
         try:
-            with ThreadPoolExecutor(1) as beside:
-                found = beside.submit(fetched, digests)
-                told, error = told_entries(lambda: write_pieces(part, _taken(pieces)))
-                arrays = by_item(found.result())
+            self.wait()
+        finally:
+            with uninterrupted():
+                self._saver.close()
+            logging.getLogger("absl").removeFilter(_not_about_failed_saves)
+
+    def _commit(self, step: int, part: Path, digests: Pending, turn: str) -> None:
+        """In a thread: once Orbax is done, the manifests and then the name; after that, steps that need not stay go."""
+        try:
+            arrays = by_item(fetched(digests))  # while Orbax writes
+            self._saver.wait_until_finished()
             if processes.is_first():
                 faults.reach("commit", step)
-            told = exchange.collected(turn, told)
-            if error:
-                raise error
-            if told:
-                write_texts(part, texts)
+            if told := exchange.collected(turn, told_entries(part)):
                 on_disk.put_in_place(part, self.directory / str(step), arrays, joined(told))
                 steps = on_disk.steps_in(self.directory)
                 for old in set(steps) - self._retention.of(self.directory, steps):
@@ -203,7 +195,8 @@ class Checkpoints:
 
     def _drop(self, part: Path) -> None:
         """A save that failed leaves nothing: a full disk would stay full of it."""
-        shutil.rmtree(part, ignore_errors=True)
+        for left in self.directory.glob(f"{part.name}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _prepare(self) -> None:
         on_disk.require_writable(self.directory)
@@ -213,13 +206,6 @@ class Checkpoints:
         self.wait()
         processes.barrier("saved")  # the first of several processes gives a step its name
         return on_disk.steps_in(self.directory)
-
-    def _begin(self, step: int, part: Path, items: Mapping[str, Any]) -> None:
-        self._require_room(step, items)
-        try:
-            begin(part)
-        except OSError as error:
-            raise self._stopped(step, _reason(error)) from error
 
     def _require_room(self, step: int | None, items: Mapping[str, Any]) -> None:
         try:
@@ -247,18 +233,18 @@ class Checkpoints:
         return stopped
 
 
-def _taken(pieces: list[Piece]) -> Iterator[Piece]:
-    """Each goes when it is written."""
-    while pieces:
-        yield pieces.pop()
-
-
 def _bytes(tree: Any) -> int:
     """Bytes of the arrays of a tree, or of the shapes of some."""
     return sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _reason(error: BaseException) -> str:
-    """One line."""
+    """One line. What tensorstore says of a full disk is ten."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if any("No space left" in line or "RESOURCE_EXHAUSTED" in line for line in lines):
+        return "No space left on device"
     return getattr(error, "strerror", None) or f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def _not_about_failed_saves(record: logging.LogRecord) -> bool:
+    return not record.exc_info or "orbax" not in record.pathname  # `check` says it in two lines, without a traceback

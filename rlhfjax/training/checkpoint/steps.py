@@ -17,7 +17,7 @@ from rlhfjax.integrity import bytes_of, sync
 from rlhfjax.training.checkpoint.items import Entries, write_manifests
 
 _PART, _REPLACED, _REMOVED, DAMAGED = ".part", ".replaced", ".removed", ".damaged"
-_ORBAX = ".orbax-checkpoint-tmp"  # of older versions
+_ORBAX = ".orbax-checkpoint-tmp"
 ROOM = 1.2  # times what the last step took: a save needs a little more than it leaves
 
 

@@ -1,20 +1,20 @@
 """A model that no memory holds into a checkpoint: each array is read a layer at a time, and written before the next.
 
-What `save_model` writes of the same numbers is the same.
+Orbax says what lies where, and describes it, as of any array; what `save_model` writes of the same numbers is the same.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
 
-from rlhfjax.leaves import Leaves, Region, read, region_at
-from rlhfjax.training.checkpoint.chunks import Layout, layout_of
+from rlhfjax.leaves import MOST, Leaves, cut, inside, read, region_at
 from rlhfjax.training.checkpoint.models import write_model
-from rlhfjax.training.checkpoint.writing import Piece
-from rlhfjax.training.checkpoint.zarr import name_of
 from rlhfjax.training.digests import Sums, leaf_name
 
 
@@ -24,27 +24,49 @@ def save_leaves(step_dir: Path, item: str, tree: Any, leaves: Leaves, dtype: str
     `tree` has the shapes; its paths are those of `leaves`, of a scalar model's decoder with `decoder/` before them.
     Raises what reading raises; then `step_dir` is not there.
     """
-    digests: dict[str, str] = {}
 
-    def pieces() -> Iterator[Piece]:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            name, sums = leaf_name(path), Sums()
-            layout = layout_of(name, leaf.shape, str(np.dtype(dtype)), leaf.shape)
-            for region in _layers(name, layout):
-                held = read(leaves, name.removeprefix("decoder/"), region, layout.dtype)
-                sums.add(held, layout.shape, [axis.start for axis in region])
-                yield Piece(f"{item}/{name_of(name)}", layout, region, held)
-                del held  # or it would lie beside the next layer
-            digests[name] = sums.text(layout.dtype, layout.shape)
+    def streamed(path: Any, leaf: Any) -> _Streamed:
+        name = leaf_name(path)
+        return _Streamed(leaves, name.removeprefix("decoder/"), tuple(leaf.shape), np.dtype(dtype))
 
-    write_model(step_dir, item, tree, meta, pieces(), lambda: digests)
+    arrays = jax.tree_util.tree_map_with_path(streamed, tree)
+    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _Handler(deepcopy_host_arrays=False)))
+    write_model(step_dir, item, arrays, meta, _digests, type_handler_registry=registry)
 
 
-def _layers(name: str, layout: Layout) -> Iterator[Region]:
-    """What is held at a time, in whole files: layers, or all of an array that has none or is small."""
-    rest = region_at(layout.shape)[1:]
-    if "blocks/" not in name or not layout.shape or layout.chunk[0] > 1:
-        yield region_at(layout.shape)
-        return
-    for start in range(0, layout.shape[0], layout.file[0]):
-        yield slice(start, start + layout.file[0]), *rest
+class _Streamed:
+    """An array that is not read yet. What Orbax asks of one, and the digest of what was written."""
+
+    def __init__(self, leaves: Leaves, path: str, shape: tuple[int, ...], dtype: np.dtype):
+        self.leaves, self.path, self.shape, self.dtype = leaves, path, shape, dtype
+        self.size = math.prod(shape)
+        self.nbytes = self.size * dtype.itemsize
+        self.sums = Sums()
+
+    def write_to(self, store: ts.TensorStore) -> None:
+        """Layers, or all of an array whose chunks hold several."""
+        chunk = [size or 1 for size in store.chunk_layout.write_chunk.shape or ()]
+        lead = self.shape[:1] if self.path.startswith("blocks/") and chunk[:1] == [1] else ()
+        for place in np.ndindex(*lead):
+            layer = region_at(self.shape, place)
+            held = read(self.leaves, self.path, layer, str(self.dtype))
+            for part in cut(layer, chunk, MOST // self.dtype.itemsize):
+                block = held[inside(layer, part)]
+                store[part].write(block, can_reference_source_data_indefinitely=True).result()
+                self.sums.add(block, self.shape, [axis.start for axis in part])
+            del held, block  # or they would lie beside the next layer
+
+
+class _Handler(ocp.type_handlers.NumpyHandler):
+    """Writes one array after another: the next is not begun before the last of a layer is on its way to the disk."""
+
+    def typestr(self) -> str:
+        return "jax.Array"  # which it is to whoever reads it
+
+    async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+        value.write_to(ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context).result())
+
+
+def _digests(arrays: Any) -> dict[str, str]:
+    found = jax.tree_util.tree_leaves_with_path(arrays)
+    return {leaf_name(path): leaf.sums.text(str(leaf.dtype), leaf.shape) for path, leaf in found}
