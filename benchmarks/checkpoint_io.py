@@ -2,10 +2,11 @@
 
     JAX_PLATFORMS=cpu python -m benchmarks.checkpoint_io [--folder FOLDER] [--rounds N]
 
-In each round a file of the same bytes is written and synced, the step is saved until it has its name, the file is read
-into fresh memory, and the step is restored by a process of its own, whose peak memory is that of the system (VmHWM)
-less what it was before. Files were just written, so that reads come from memory: a disk would hide what we add. Then 1
-and 4 processes load policy and reward model as PPO does, and the system counts what each is given (`rchar`). Writes
+In each round a file of the same bytes is written and synced, and the step is saved until it has its name. Then both are
+read into fresh memory, the step by a process of its own: once from the disk, as after a restart (the system forgets the
+pages of all files first), and once from the system's memory, where what was just written lies. The peak memory of a
+restore is that of the system (VmHWM) less what it was before. CPU seconds are those of all threads of the process. Then
+1 and 4 processes load policy and reward model as PPO does, and the system counts what each is given (`rchar`). Writes
 benchmarks/results/checkpoint_io.json.
 """
 
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from rlhfjax.training.checkpoint import Checkpoints, load_model, meta_of
 RESULT = Path(__file__).with_name("results") / "checkpoint_io.json"
 SIZES: dict[str, Any] = {"vocab_size": 8192, "layers": 12, "width": 640, "heads": 10, "kv_heads": 5, "context": 64}
 PIECE = 1 << 26
+PLACES = ("disk", "memory")
 
 
 def model() -> LanguageModel:
@@ -74,11 +77,8 @@ def measured(folder: Path, rounds: int) -> dict[str, Any]:
     rows = [one_round(folder, models, training, size) for _ in range(rounds)]
     loads.append(round(os.getloadavg()[0], 1))
     medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    ratios = {
-        "save": statistics.median(row["save_s"] / row["raw_write_s"] for row in rows),
-        "restore": statistics.median(row["restore_s"] / row["raw_read_s"] for row in rows),
-        "peak": medians["peak_bytes"] / size,
-    }
+    ratios = {"save": _ratio(rows, "save_s", "raw_write_s"), "peak": medians["peak_bytes"] / size}
+    ratios |= {f"restore_{where}": _ratio(rows, f"restore_{where}_s", f"raw_read_{where}_s") for where in PLACES}
     reads = {str(count): together(folder / "steps" / "1", count) for count in (1, 4)}
     return {
         "date": datetime.date.today().isoformat(),
@@ -92,39 +92,69 @@ def measured(folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
+def _ratio(rows: list[dict[str, float]], ours: str, raw: str) -> float:
+    return statistics.median(row[ours] / row[raw] for row in rows)
+
+
 def one_round(folder: Path, models: Any, training: Any, size: int) -> dict[str, float]:
-    """Seconds of each, and the peak of a restore."""
+    """Seconds of each, of the clock and of CPUs, and the peak of a restore."""
     raw, steps = folder / "raw", folder / "steps"
     shutil.rmtree(steps, ignore_errors=True)
-    row: dict[str, float] = {"raw_write_s": written(raw, models, training)}
+    row = measure("raw_write", lambda: written(raw, models, training))
     checkpoints = Checkpoints(steps, keep=1)
-    began = time.perf_counter()
-    checkpoints.save(1, models, training, meta_of("policy", model(), None))
-    row["blocked_s"] = time.perf_counter() - began
-    checkpoints.wait()
-    row["save_s"] = time.perf_counter() - began
-    checkpoints.close()
-    for _ in range(2):  # the first time to have it in memory, as the step is
+    meta = meta_of("policy", model(), None)
+
+    def save() -> None:
         began = time.perf_counter()
-        held = np.empty(size, np.uint8)
-        with raw.open("rb", 0) as file:
-            for start in range(0, size, PIECE):
-                file.readinto(held[start : start + PIECE].data)
-        row["raw_read_s"] = time.perf_counter() - began
-        del held
+        checkpoints.save(1, models, training, meta)
+        row["blocked_s"] = time.perf_counter() - began
+        checkpoints.wait()
+
+    row |= measure("save", save)
+    checkpoints.close()
+    for where in PLACES:
+        for name, do in (("raw_read", lambda: read_whole(raw, size)), ("restore", None)):
+            for path in (raw, *steps.rglob("*")):
+                prepare(path, where)
+            row |= measure(f"{name}_{where}", do) if do else child("restore", str(steps), where)
     raw.unlink()
-    return row | child("restore", str(steps))
+    return row
 
 
-def written(path: Path, models: Any, training: Any) -> float:
-    began = time.perf_counter()
+def measure(name: str, do: Callable[[], object]) -> dict[str, float]:
+    began, busy = time.perf_counter(), time.process_time()
+    do()
+    return {f"{name}_s": time.perf_counter() - began, f"{name}_cpu_s": time.process_time() - busy}
+
+
+def prepare(path: Path, where: str) -> None:
+    """The system forgets the pages of a file, or has all of them."""
+    if not path.is_file():
+        return
+    with path.open("rb", 0) as file:
+        if where == "disk":
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        else:
+            while file.read(PIECE):
+                pass
+
+
+def read_whole(path: Path, size: int) -> None:
+    held = np.empty(size, np.uint8)
+    with path.open("rb", 0) as file:
+        for start in range(0, size, PIECE):
+            rest = held[start : start + PIECE].data
+            while rest:
+                rest = rest[file.readinto(rest) :]
+
+
+def written(path: Path, models: Any, training: Any) -> None:
     with path.open("wb", 0) as file:
         for leaf in jax.tree.leaves((models, training)):
             octets = np.asarray(leaf).reshape(-1).view(np.uint8).data
             while octets:
                 octets = octets[file.write(octets[:PIECE]) :]
         os.fsync(file.fileno())
-    return time.perf_counter() - began
 
 
 def child(*words: str, index: int = 0) -> dict[str, float]:
@@ -134,17 +164,18 @@ def child(*words: str, index: int = 0) -> dict[str, float]:
     return json.loads(told.splitlines()[-1])
 
 
-def restore(folder: Path) -> dict[str, float]:
+def restore(folder: Path, where: str) -> dict[str, float]:
     """In a process by itself, which has read a model before: seconds and peak memory of a restore."""
     checkpoints = Checkpoints(folder, keep=1)
     models, training = shapes(make_mesh(data=1))
     load_model(folder / "1", item="reward")
+    for path in folder.rglob("*"):
+        prepare(path, where)
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    began = time.perf_counter()
-    held = checkpoints.restore(1, models, training)
-    seconds = time.perf_counter() - began
-    return {"restore_s": seconds, "peak_bytes": status("VmHWM") - before + 0 * len(held)}
+    held: list[Any] = []
+    row = measure(f"restore_{where}", lambda: held.append(checkpoints.restore(1, models, training)))
+    return row | {"peak_bytes": status("VmHWM") - before}
 
 
 def status(name: str) -> int:
@@ -182,8 +213,8 @@ def counted() -> int:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["restore", folder, _]:
-            print(json.dumps(restore(Path(folder))))
+        case ["restore", folder, where, _]:
+            print(json.dumps(restore(Path(folder), where)))
         case ["load", folder, coordinator, count, index]:
             os.environ["RLHFJAX_DEVICES_PER_PROCESS"] = "1"
             print(json.dumps(load(Path(folder), coordinator, int(count), int(index))))
