@@ -117,14 +117,14 @@ class Lookout:
     def __init__(self, heartbeat: float, say: Callable[[str], None], noted: Callable[[str], None]):
         self._say, self._noted = say, noted
         self._index, self._count = jax.process_index(), processes.count()
-        self._most_silent = max(0.8 * heartbeat, 2.0)
+        self._most_silent = max(0.7 * heartbeat, 2.0)
         self._most_waited = 0.4 * heartbeat  # for the store of process 0: jax ends the others after half of it
         self._period = min(PERIOD, self._most_waited / 4)
         self._store = processes.shared_store() if self._count > 1 else None
         devices = [f"{device.platform}:{device.id}" for device in jax.local_devices()]
         shown = devices[0] + (f" to {devices[-1].rpartition(':')[2]}" if devices[1:] else "")
         self._who = {"host": platform.node(), "pid": os.getpid(), "devices": shown}
-        self._main, self._beat, self._deaf_until = threading.main_thread().ident, 0, 0.0
+        self._main, self._beat, self._held_up = threading.main_thread().ident, 0, 0.0
         self._seen: dict[int, Seen] = {}
         self._answered, self._over, self._once = time.monotonic(), threading.Event(), threading.Lock()
         self._threads = [threading.Thread(target=self._judge, name="lookout", daemon=True)]
@@ -175,7 +175,7 @@ class Lookout:
         while not self._over.wait(self._period / 2):
             now = time.monotonic()
             if now - before > 2 * self._period:  # this process was held up itself, and has not listened
-                self._deaf_until = now + self._most_silent
+                self._held_up = now
             before = now
             if self._store is None:
                 self._seen = {0: Seen(self._told(), now)}
@@ -184,7 +184,7 @@ class Lookout:
                 first = {0: self._seen[0]} if 0 in self._seen else {}
                 found, speaks = verdict(first, now, self._most_waited), self._index == 1
             elif self._index < 2:
-                silence = self._most_silent if now > self._deaf_until else math.inf
+                silence = self._most_silent if self._answered > self._held_up else math.inf
                 found = verdict(dict(self._seen), now, silence)
             if found and not self._over.is_set():
                 self._end({"line": found[0], "held_up_by": found[1]}, speaks)
@@ -212,8 +212,8 @@ class Lookout:
         os._exit(_DEAD if "(gone)" in told["line"] else Stopped.exit_code)
 
     def _silent_store(self) -> bool:
-        now = time.monotonic()
-        return self._index > 0 and now > self._deaf_until and now - self._answered > self._most_waited
+        waited = time.monotonic() - max(self._answered, self._held_up)
+        return self._index > 0 and waited > self._most_waited
 
 
 _running = False
