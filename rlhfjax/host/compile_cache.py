@@ -19,19 +19,20 @@ def compile_cache_dir() -> Path:
     return user_cache("compiled", "JAX_COMPILATION_CACHE_DIR")
 
 
-def use_compile_cache(report: Callable[[str], None], directory: Path | None = None) -> bool:
+def use_compile_cache(
+    report: Callable[[str], None], directory: Path | None = None, planned: Path | None = None
+) -> bool:
     """Let jax keep what it compiles; False, with the reason reported, where that is not safe or not possible.
 
     An entry is machine code that later runs execute: the directory must be the user's own and nobody else may write
-    there. Without a `directory`, where `JAX_COMPILATION_CACHE_DIR` names one, that is used as it is;
-    `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing. Entries that were not read for longest are removed beyond 2 GiB.
+    there. Where `JAX_COMPILATION_CACHE_DIR` names one, that is used as it is, unless programs were `planned` in
+    another; `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing. Entries that were not read for longest are removed beyond 2 GiB.
     """
     config: Any = jax.config
-    given, chosen = directory is not None, config.jax_compilation_cache_dir and directory is None
-    if chosen or not config.jax_enable_compilation_cache:
+    if (config.jax_compilation_cache_dir and not planned) or not config.jax_enable_compilation_cache:
         return bool(config.jax_compilation_cache_dir)
     try:
-        directory = directory or compile_cache_dir()
+        directory = planned or directory or compile_cache_dir()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         problem = _unsafe(directory)
         if problem is None:
@@ -45,7 +46,7 @@ def use_compile_cache(report: Callable[[str], None], directory: Path | None = No
         report(f"compiled programs are not kept: {directory}: {problem}")
         return False
     config.update("jax_compilation_cache_dir", str(directory))
-    if given:  # a plan's, made elsewhere: the place of XLA's own caches is a part of each program's key
+    if planned:  # elsewhere: the place of XLA's own caches is a part of each program's key
         config.update("jax_persistent_cache_enable_xla_caches", "none")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # Reading an entry takes a few milliseconds, compiling the smallest program some twenty.

@@ -154,7 +154,7 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest, 
     from rlhfjax.stages.contract import under
     from rlhfjax.target import building_for
 
-    use_compile_cache(report, Path(plan.directory) if plan else None)
+    use_compile_cache(report, planned=Path(plan.directory) if plan else None)
     run_in_caller()
     _by_first(lambda: None, "manifest")  # the first process has written it
     jobs = make_jobs(run, run_dir, stages, report, manifest.date)
