@@ -26,7 +26,8 @@ def use_compile_cache(
 
     An entry is machine code that later runs execute: the directory must be the user's own and nobody else may write
     there. Where `JAX_COMPILATION_CACHE_DIR` names one, that is used as it is, unless programs were `planned` in
-    another; `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing. Entries that were not read for longest are removed beyond 2 GiB.
+    another; `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing. Entries that were not read for longest are removed
+    beyond 2 GiB.
     """
     config: Any = jax.config
     if (config.jax_compilation_cache_dir and not planned) or not config.jax_enable_compilation_cache:

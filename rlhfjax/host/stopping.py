@@ -58,6 +58,7 @@ def honoured(say: Callable[[str], None]) -> Iterator[None]:
         os.close(writing)  # which ends the watcher
         watcher.join()
         os.close(reading)
+        _request = _Request()  # what was asked was asked of what ends here
 
 
 def _is_ours(number: int) -> bool:
