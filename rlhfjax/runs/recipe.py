@@ -179,6 +179,8 @@ def _run_stages(run: Run, run_dir: Path, stages: list[str], manifest: Manifest, 
         marks.stage(job.stage, marks.WORKING if job.stage == TOKENIZER else marks.STARTING)
         with building_for(target), under(plan):
             facts = execute(job)
+        if plan:
+            manifest.note(plan=plan.facts())
         seconds = round(time.monotonic() - began, 1)
         done = {"stage": job.stage, "seconds": seconds, "finished": now()}
         _by_first(partial(_mark, job.dir, done | facts), job.stage)

@@ -51,6 +51,13 @@ class Contract:
         seconds = {units[name]: step["seconds"]["expected"] for name, step in own.items() if name in units}
         return Expected(seconds, max((step.get("peak", 0) for step in own.values()), default=0))
 
+    def facts(self) -> dict[str, Any]:
+        """For the manifest: the planned seconds of each stage's units, and what became of the programs."""
+        stages = dict.fromkeys(name.partition("/")[0] for name in self.steps)
+        seconds = {stage: dict(self.expected(stage, f"{stage}/rollout" in self.steps).seconds) for stage in stages}
+        told = {"seconds": {stage: units for stage, units in seconds.items() if units}}
+        return told | {"loaded": self.loaded, "compiled": self.compiled, "apart": list(self.apart)}
+
     def said(self) -> str:
         """What became of the programs so far, and why some had to be compiled."""
         text = f"programs of the plan: {len(self.loaded)} loaded, {len(self.compiled)} compiled"

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rlhfjax.config.recipe import FACTS
 from rlhfjax.evaluation.report import plots
 from rlhfjax.evaluation.report.display import NONE, number, number_interval, percent, percent_interval
+from rlhfjax.evaluation.report.planned import planned_rows
 from rlhfjax.evaluation.report.run_data import ReportData, unit_of
 from rlhfjax.evaluation.report.summary import summary_rows
 from rlhfjax.evaluation.report.time import restart_rows, spent_rows, steps_line
@@ -91,6 +92,8 @@ def _time(run: ReportData) -> Section:
     tables = [Table(["Time", "Wall time", "Share"], spent_rows(run.time))]
     if restarts := restart_rows(run.time):
         tables.append(Table(["Start", "The one before", "To the first new step"], restarts))
+    if planned := planned_rows(run.attempts, run.metrics):
+        tables.append(Table(["Step", "Planned, s", "Measured, s", "Ratio"], planned))
     note = (
         f"Where the time since the first start went, until this page was written: {steps_line(run.time)}. Work "
         "that was done again after a restart, and the time until the restart, are lost to what ended the start before."
