@@ -1,6 +1,5 @@
 """`rlhfjax plan`: what a recipe compiles to for hardware that is not here."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ from rlhfjax.cli.configurations import Config
 from rlhfjax.cli.datasets import Overrides, pairs
 from rlhfjax.config.recipe import NAMES
 from rlhfjax.errors import ConfigError
+from rlhfjax.files import write_json
 from rlhfjax.planning.assumed import Assumed
 from rlhfjax.terminal import printable, say
 
@@ -51,6 +51,8 @@ def plan(
 
     if topology and devices:
         raise ConfigError("--topology and --devices: give one of them")
+    for option, folder in (("--json", json_file and json_file.parent), ("--programs", programs)):
+        require_writable(option, folder)
     loaded = configuration.load_config(config, pairs(overrides))
     question = asked(
         loaded, topology, devices, num_slices, programs=programs, assumed=assumptions(assume or []), say=say
@@ -60,12 +62,20 @@ def plan(
 
     typer.echo(printable(table(found)))
     if json_file:
-        part = json_file.with_name(f".{json_file.name}.{os.getpid()}")
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        part.replace(json_file)
+        write_json(json_file, found)
     if not found["fits"]:
         raise ConfigError(f"{found['name']} does not fit {found['topology']}: {found['reasons'][0]}")
+
+
+def require_writable(option: str, folder: Path | None) -> None:
+    """Make a folder, or raise ConfigError now and not after a plan."""
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option} {folder}: expected a directory, got: {error.strerror}; give another") from None
+    if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option} {folder}: expected a directory that can be written to; give another")
 
 
 def assumptions(words: list[str]) -> Assumed:

@@ -1,11 +1,11 @@
 """From words of a command line to a plan with remedies, and to the folder of programs that it leaves."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rlhfjax.config import Run
+from rlhfjax.files import write_json
 from rlhfjax.planning.assumed import Assumed
 from rlhfjax.planning.chips import this_machine
 from rlhfjax.planning.plan import Question, planned
@@ -47,5 +47,5 @@ def kept(question: Question, search: bool, programs: Path | None, say: Callable[
     if search and not plan["fits"]:
         plan["remedies"] = remedies(question, plan, say)
     if programs is not None:
-        (programs / PLAN).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        write_json(programs / PLAN, plan)
     return plan

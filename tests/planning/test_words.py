@@ -26,6 +26,8 @@ from rlhfjax.planning.topology import parsed
         (["--assume", "rows.pto=3"], "KEY among rows.tokenizer"),
         (["--assume", "disk=fast"], "with N above 0"),
         (["--assume", "minutes=-1"], "with N above 0"),
+        (["--json", "/proc/none/plan.json"], "--json /proc/none: expected a directory"),
+        (["--programs", "/dev/null/programs"], "--programs /dev/null/programs: expected a directory"),
         (["mesh.tensor=3", "--devices", "8"], "mesh: fsdp 1 x sequence 1 x tensor 3 x expert 1 = 3"),
         (["stages.ppo.sampling.max_new_tokens=9999"], "is more than model.context"),
     ],
