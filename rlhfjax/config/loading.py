@@ -99,10 +99,9 @@ def config_path(path_or_name: str | Path) -> Path:
     path = Path(path_or_name)
     if path.is_file():
         return path
-    known = shipped()
-    name = str(path_or_name)
+    known, name = _shipped_files(), str(path_or_name)
     if name in known:
-        return known[name][0]
+        return known[name]
     if path.is_dir():
         raise ConfigError(f"{name}: expected a configuration file, got a directory")
     near = difflib.get_close_matches(path.stem, known, n=1)
@@ -124,10 +123,14 @@ def _text(path: Path) -> str:
 def shipped() -> dict[str, tuple[Path, str]]:
     """The configurations that come with the package: name -> (file, description)."""
     found = {}
-    for path in sorted(_shipped_folder().glob("*.yaml")):
+    for name, path in _shipped_files().items():
         tree = reading.read_yaml(path.read_text(encoding="utf-8"))[0]
-        found[path.stem] = (path, str(tree.get("description", "")))
+        found[name] = (path, str(tree.get("description", "")))
     return found
+
+
+def _shipped_files() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(_shipped_folder().glob("*.yaml"))}
 
 
 def _shipped_folder() -> Path:
