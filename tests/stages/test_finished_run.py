@@ -34,7 +34,7 @@ def metrics(finished):
 
 
 def test_the_directory_is_complete(finished):
-    files = {"config.yaml", "manifest.jsonl", "report.html", "inputs"}
+    files = {"config.yaml", "manifest.jsonl", "report.html", "inputs", "time.jsonl"}
     assert {path.name for path in finished.iterdir()} == {*files, *STAGES}
     for stage in STAGES:
         done = json.loads((finished / stage / "complete.json").read_text(encoding="utf-8"))
