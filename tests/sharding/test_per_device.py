@@ -63,7 +63,7 @@ def arrays(program):
 def test_a_device_computes_and_holds_its_share(axes, kernel):
     one, spread = compiled({"data": 1}, kernel), compiled(axes, kernel)
     devices = math.prod(axes.values())
-    assert spread.walked().total("flops") == one.walked().total_flops() / devices
+    assert spread.walked().total("flops") == one.walked().total("flops") / devices
     most = ROWS * HEADS * LENGTH * max(LENGTH, SIZE) // devices
     assert max(math.prod(shape) for shape in arrays(spread)) == most  # scores of its heads
     held = [shape for shape in arrays(spread) if len(shape) == 4 and SIZE in shape and LENGTH in shape]
@@ -78,4 +78,4 @@ def test_a_device_computes_and_holds_its_share(axes, kernel):
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2)])
 def test_devices_of_one_head_share_its_queries(axes, heads, key_heads):
     one, spread = (compiled(mesh, True, heads, key_heads) for mesh in ({"data": 1}, axes))
-    assert spread.walked().total("flops") == one.walked().total_flops() / 8
+    assert spread.walked().total("flops") == one.walked().total("flops") / 8
