@@ -10,31 +10,21 @@ import time
 from typing import Any
 
 from benchmarks.shapes import layers_of, run_of
+from rlhfjax.planning.topology import ENVIRONMENT, parsed
 
-# libtpu asks a cloud machine who it is, and lets one process in at a time.
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5p-8"}
+os.environ |= ENVIRONMENT
 GIB = 2**30
-
-
-def topology(case: dict[str, Any]) -> dict[str, Any]:
-    """How the chips are joined: a whole cube of v5p or tpu7x is a torus, a part of a v5e or v6e is none."""
-    kind = case["topology"].partition(":")[0]
-    joined: dict[str, Any] = {"chips_per_host_bounds": (2, 2, 1), "num_slices": case["slices"]}
-    joined["chip_config_name"] = "megacore" if kind == "v5p" else "default"
-    return joined | {"wrap": (kind in ("v5p", "tpu7x"),) * 3}
 
 
 def compiled(case: dict[str, Any]) -> tuple[Any, dict[str, float]]:
     """The compiled program, and the seconds that lowering and compiling took."""
     import jax
-    from jax.experimental import topologies
 
     from rlhfjax.sharding import make_mesh
     from rlhfjax.stages.building import Vocabulary, build
     from rlhfjax.target import target_of
 
-    chips = topologies.get_topology_desc(case["topology"], "tpu", **topology(case)).devices
+    chips = parsed(case["topology"], case["slices"]).found()
     run = run_of(case)
     mesh = make_mesh(**run.mesh.axes, slices=run.mesh.slices, devices=chips)
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms widen bfloat16 by themselves

@@ -6,7 +6,7 @@ as libtpu 0.0.52 names it where a program is larger. GPUs: the data sheets of NV
 one 400 Gbit/s port for each GPU, as in DGX H100 and its kin (A100: 200). Rates are in one direction.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from rlhfjax.errors import ConfigError
@@ -73,6 +73,4 @@ def chip_of(name: str) -> Chip:
 def this_machine(devices: int, flops: float, memory: int) -> Chip:
     """A CPU that is divided into so many devices, with what all of them can do together, and the memory of each."""
     rate = 100e9 / devices  # of caches and memory, which all share: a guess, as times of a CPU are
-    return replace(
-        Chip("cpu", "cpu", flops / devices, memory, rate, rate, rate, 0, devices, memory * devices), clock=0.0
-    )
+    return Chip("cpu", "cpu", flops / devices, memory, rate, rate, rate, 0, devices, memory * devices)

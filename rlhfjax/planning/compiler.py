@@ -69,10 +69,8 @@ class Compiler:
             axes = self._run.mesh.of(stage)
             mesh = make_mesh(**axes.axes, slices=axes.slices, devices=self._devices)
             words = Vocabulary(**self._job.vocabulary)
-            how: dict[str, Any] = {"longest": self._job.longest}
-            self._built[stage] = build(
-                self._run, stage, mesh, target_of(mesh, self._run.reliability.sizes.model_dump()), words, **how
-            )
+            target = target_of(mesh, self._run.reliability.sizes.model_dump())
+            self._built[stage] = build(self._run, stage, mesh, target, words, longest=self._job.longest)
         return self._built[stage]
 
     def names(self, stage: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def remembered(digest: str, job: Any, turns: tuple[int, int]) -> Memo:
     """That of a program with this text on the job's machine, made by these versions of code and compilers."""
     key = json.dumps([digest, job.topology, turns, versions(), _own_code()], default=list, sort_keys=True)
     try:
-        folder = user_cache("plans", "RLHFJAX_PLANS")
+        folder = user_cache("plans", "HOME")
     except RlhfjaxError:
         return Memo(None)
     return Memo(folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json")
