@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: quickstart test test-short test-newer faults slow slurm launch-files launch-checks stores compiled lint lock clean
+.PHONY: quickstart test test-short test-newer faults slow slurm launch-files launch-checks stores compiled remedies lint lock clean
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/rlhfjax data prepare movies
@@ -69,6 +69,10 @@ slow: $(VENV)/.installed-test
 compiled: $(VENV)/.installed-test
 	"$(TPU_PYTHON)" -m benchmarks compiled $(PEERS) --json benchmarks/results/compiled.json
 	$(BIN)/python -m pytest -p no:xdist tests/test_compiled.py
+
+# What plans propose against mistakes, itself planned. Those of TPUs need Python 3.12 with libtpu, as `make compiled`.
+remedies: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -p no:xdist -m remedies -rs tests/planning
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

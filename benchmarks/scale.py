@@ -107,7 +107,9 @@ def planned(words: list[str]) -> dict[str, Any]:
         file = Path(folder) / "plan.json"
         began = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", "rlhfjax.cli", "plan", *words, "--json", str(file)], text=True, capture_output=True
+            [sys.executable, "-m", "rlhfjax.cli", "plan", *words, "--assume", "minutes=60", "--json", str(file)],
+            text=True,
+            capture_output=True,
         )
         took = time.monotonic() - began
         if not file.exists():

@@ -83,7 +83,11 @@ def planned(question: Question, say: Callable[[str], None], only: Iterable[str] 
         "remedies": [],
         "steps": steps,
     }
-    return plan if only is not None else plan | _whole(question, held, steps)
+    if only is None:
+        plan |= _whole(question, held, steps)
+        reasons += _of_hosts(plan["host_memory"])
+        plan["fits"] = not reasons
+    return plan
 
 
 def refuse(question: Question) -> None:
@@ -97,6 +101,16 @@ def refuse(question: Question) -> None:
         found = repairs(run, machine.devices, machine.slices, question.checkpoint)
         changes = "".join(f"\n  change: {' '.join(overrides)}" for overrides in found)
         raise ConfigError(f"{error}{changes}") from None
+
+
+def _of_hosts(memory: Mapping[str, Any]) -> list[str]:
+    if memory["fits"]:
+        return []
+    needs, has = memory["bytes"] / GIB, memory["of"] / GIB
+    return [
+        f"a host needs {needs:.1f} GiB of its memory for processes, saves and what mesh.offload puts there, and has "
+        f"{has:.1f}; offload less, or take more hosts"
+    ]
 
 
 def _not_built(held: Answers) -> list[str]:

@@ -25,7 +25,7 @@ def remedies(question: Question, plan: Mapping[str, Any], say: Callable[[str], N
     found: list[dict[str, Any]] = []
     tried = 0
     for overrides in _candidates(question, failing):
-        if tried == TRIED or len(found) == SHOWN:
+        if tried == TRIED or len(found) == SHOWN or not failing:  # of hosts, nothing here is smaller
             break
         try:
             changed = question.on(changed_by(question.run, overrides))

@@ -127,6 +127,10 @@ def test_what_does_not_fit_is_told_with_changes_that_plan_as_fitting(question):
     assert not plan["fits"]
     assert "too much" in plan["reasons"][0]
     assert remedies(small, plan, lambda _: None)
+    host = replace(question, chip=replace(question.chip, host_memory=4 * 10**9))  # as much as one process has alone
+    plan = planned(host, lambda _: None)
+    assert (plan["fits"], remedies(host, plan, lambda _: None)) == (False, [])
+    assert plan["reasons"][0].startswith("a host needs 3.7 GiB of its memory")
 
 
 @pytest.mark.slow
