@@ -1,0 +1,109 @@
+"""`policy.yaml`: who judges, and what becomes of each category on either side."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, WrapValidator
+
+from rlhfjax.config.sections import Fraction, Section
+from rlhfjax.moderation.moderator import Moderator, Treatment
+from rlhfjax.moderation.reading import ByCategory, read_section
+from rlhfjax.moderation.rule_files import SHIPPED as SHIPPED_RULES
+from rlhfjax.moderation.rule_files import read_rules
+from rlhfjax.moderation.rules import Rules
+from rlhfjax.moderation.verdicts import CATEGORIES, Action, Backend
+from rlhfjax.places import expanded
+
+Text = Annotated[str, Field(min_length=1)]
+DEFAULT = Path(__file__).with_name("policy.yaml")
+
+
+class RulesBackend(Section):
+    """Patterns: those that are shipped, and those in `files`."""
+
+    kind: ClassVar[str] = "rules"
+
+    files: list[Text] = []
+    shipped: bool = True
+
+    def open(self) -> Backend:
+        """The back end. Raises ConfigError where a file cannot be read."""
+        paths = [SHIPPED_RULES] * self.shipped + [expanded(name) for name in self.files]
+        return Rules([pattern for path in paths for pattern in read_rules(path)])
+
+
+BackendSection = RulesBackend
+KINDS: dict[str, type[Section]] = {"rules": RulesBackend}
+
+
+def _by_kind(given: Any, _: Any) -> Any:
+    """The entry as what its one key says, so that an error is about that kind and not about all of them."""
+    if isinstance(given, Section):
+        return given
+    keys = [str(key) for key in given] if isinstance(given, dict) else []
+    if len(keys) == 1 and keys[0] in KINDS:
+        inner = given[keys[0]]
+        return KINDS[keys[0]].model_validate({} if inner is None else inner)
+    near = difflib.get_close_matches(keys[0], KINDS, n=1) if len(keys) == 1 else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    got = " and ".join(keys) or ("no key" if isinstance(given, dict) else "a value without keys")
+    raise ValueError(f"expected a section with one of {', '.join(KINDS)}, got {got}{hint}")
+
+
+class CategoryPolicy(Section):
+    """What becomes of a category: `action`, or one of its own for `input` and `output`; the rest is as for all.
+
+    From the score `threshold` on it is flagged. `filler` is said in place of such a text, or as the answer to it.
+    """
+
+    action: Action | None = None
+    input: Action | None = None
+    output: Action | None = None
+    threshold: Fraction | None = None
+    filler: Text | None = None
+
+
+class Policy(Section):
+    """A policy. `action`, `threshold` and `filler` are those of each category that has none of its own.
+
+    A filler may name the `{category}`. `unavailable` is said where a back end fails and `on_error` is closed.
+    """
+
+    description: str = ""
+    backends: Annotated[list[Annotated[BackendSection, WrapValidator(_by_kind)]], Field(min_length=1)]
+    combine: Literal["any", "all", "first"] = "any"
+    on_error: Literal["closed", "open"] = "closed"
+    action: Action = "replace"
+    threshold: Fraction = 0.5
+    filler: Text = "I would rather not talk about that. Is there something else that I can help with?"
+    unavailable: Text = "I cannot answer that at the moment. Please try again later."
+    categories: ByCategory[CategoryPolicy] = {}
+
+    def treatments(self) -> dict[str, Treatment]:
+        """What becomes of each category."""
+        return {name: self._treatment(name, self.categories.get(name, CategoryPolicy())) for name in CATEGORIES}
+
+    def _treatment(self, name: str, own: CategoryPolicy) -> Treatment:
+        action = own.action or self.action
+        threshold = self.threshold if own.threshold is None else own.threshold
+        filler = (own.filler or self.filler).replace("{category}", name)
+        return Treatment(own.input or action, own.output or action, threshold, filler)
+
+
+def read_policy(path: str | Path) -> Policy:
+    """The policy of a file; `default` is the one that is shipped. Raises ConfigError with each problem and its line."""
+    file = DEFAULT if str(path) == "default" else expanded(path)
+    return read_section(file, Policy, "a moderation policy (backends, categories)")[0]
+
+
+def open_policy(path: str | Path) -> Moderator:
+    """A policy's file at work. Raises ConfigError."""
+    policy = read_policy(path)
+    return Moderator(
+        [backend.open() for backend in policy.backends],
+        policy.treatments(),
+        policy.combine,
+        policy.on_error,
+        policy.unavailable,
+    )
