@@ -3,8 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from rlhfjax.training.checkpoint import (
     tokenizer_of,
 )
 
-__all__ = ["export_checkpoint", "import_model", "lineage", "parse_size"]
+__all__ = ["export_checkpoint", "export_gguf", "import_model", "lineage", "parse_size"]
 
 ITEMS = ("policy", "average", "value", "reward")
 
@@ -95,6 +95,22 @@ def export_checkpoint(
     processes write files of weights at the same time.
     """
     check_target(target, PARITY, force)
+    with _opened(checkpoint, target, item) as (what, model, leaves, tokenizer, origin):
+        settings = {"dtype": dtype, "shard_size": shard_size, "force": force, "lineage": origin}
+        return export_leaves(target, what, model, leaves, tokenizer, peers=processes, **settings)
+
+
+def export_gguf(checkpoint: str, target: Path, *, item: str | None, quantize: str, force: bool) -> dict[str, Any]:
+    """A policy of a checkpoint as one GGUF file, with its lineage; what was found when it was read back."""
+    from rlhfjax.interop.gguf_export import export_gguf
+
+    with _opened(checkpoint, target, item) as (_, model, leaves, tokenizer, origin):
+        return export_gguf(target, model, leaves, tokenizer, quantize=quantize, force=force, lineage=origin)
+
+
+@contextmanager
+def _opened(checkpoint: str, target: Path, item: str | None) -> Iterator[tuple[str, Any, Any, Any, dict[str, Any]]]:
+    """An item of a checkpoint: its name, its model, its leaves, the tokenizer and the lineage."""
     step_dir = find_checkpoint(checkpoint)
     meta = read_meta(step_dir)
     held = [name for name in ITEMS if (step_dir / name).is_dir()]
@@ -102,9 +118,8 @@ def export_checkpoint(
     if what not in held:
         raise ConfigError(f"--item: expected one of {', '.join(held)} (what {step_dir} holds), got {what!r}")
     model, leaves = open_leaves(step_dir, what, scratch=Path(os.path.abspath(target)).parent)
-    settings = {"dtype": dtype, "shard_size": shard_size, "force": force, "lineage": lineage(step_dir)}
     with closing(leaves):
-        return export_leaves(target, what, model, leaves, tokenizer_of(meta), peers=processes, **settings)
+        yield what, model, leaves, tokenizer_of(meta), lineage(step_dir)
 
 
 def lineage(step_dir: Path) -> dict[str, dict[str, Any]]:

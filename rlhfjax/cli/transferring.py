@@ -43,13 +43,16 @@ def export(
         str, typer.Argument(metavar="CKPT", help="A checkpoint, a stage's directory, or a run's (its last policy).")
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="DST", parser=directory, help="The Hugging Face directory that is made.")
+        Path, typer.Argument(metavar="DST", parser=directory, help="The directory that is made, or a file NAME.gguf.")
     ],
     item: Annotated[
         str | None, typer.Option(metavar="ITEM", help="policy, average, value or reward.  [default: what it serves]")
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16.")] = "float32",
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The largest file of weights.")] = "5GB",
+    quantize: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Of a .gguf file: f32, f16 or q8_0.  [default: f32]")
+    ] = None,
     adapters: Annotated[
         bool, typer.Option("--adapters", help="Write a policy's adapters alone, as PEFT does, in float32.")
     ] = False,
@@ -59,15 +62,27 @@ def export(
     """Write a model as a Hugging Face directory, with a model card and proof that it computes the same.
 
     Adapters are merged into their base, or with --adapters written alone. No model is read whole, and processes of
-    `launch local` share the work.
+    `launch local` share the work. A DST that ends in .gguf is one file for llama.cpp, with tokenizer and template.
 
     \b
-    Example:
+    Examples:
       rlhfjax export runs/quickstart exported/policy --dtype bfloat16
+      rlhfjax export runs/quickstart exported/policy.gguf --quantize q8_0
     """
+    as_gguf = target.suffix == ".gguf"
+    if (as_gguf or adapters) and (dtype, shard_size) != ("float32", "5GB"):
+        what, own = ("a .gguf file", "; --quantize says its type") if as_gguf else ("--adapters", " in float32")
+        raise ConfigError(f"{what}: it is one file{own}; remove --dtype and --shard-size")
+    if quantize and not as_gguf:
+        raise ConfigError(f"--quantize: expected DST to end in .gguf, got {target}; a directory has --dtype")
+    if as_gguf:
+        if adapters:
+            raise ConfigError(
+                "--adapters: expected a directory, got a .gguf file; adapters go into a .gguf file merged"
+            )
+        _export_gguf(checkpoint, target, item, quantize or "f32", force, no_verify)
+        return
     if adapters:
-        if (dtype, shard_size) != ("float32", "5GB"):
-            raise ConfigError("--adapters: they are one file in float32; remove --dtype and --shard-size")
         with unverified(no_verify):
             _export_adapters(checkpoint, target, item, force)
         return
@@ -79,6 +94,15 @@ def export(
         parity = transfer.export_checkpoint(checkpoint, place, **settings)
     [difference] = (value for key, value in parity.items() if key.endswith("_difference"))
     say(f"wrote {stores.address(target)} (read back, it differs by at most {difference:.2g})")
+
+
+def _export_gguf(checkpoint: str, target: Path, item: str | None, quantize: str, force: bool, no_verify: bool) -> None:
+    from rlhfjax import transfer
+
+    stores.require_local(target, "DST")
+    with unverified(no_verify):
+        parity = transfer.export_gguf(checkpoint, target, item=item, quantize=quantize, force=force)
+    say(f"wrote {target} (read back, it differs by at most {parity['max_abs_logit_difference']:.2g})")
 
 
 def verify_export(

@@ -22,7 +22,7 @@ from rlhfjax.interop.adapted import Merged
 from rlhfjax.interop.families import hf_config
 from rlhfjax.interop.huggingface import INDEX, SCORE_BIAS, open_directory
 from rlhfjax.interop.model_card import model_card
-from rlhfjax.interop.parity import Proof, compared
+from rlhfjax.interop.parity import Proof, compared, same_bits
 from rlhfjax.interop.safetensors_files import STORED, Written
 from rlhfjax.interop.weight_files import Plan, from_json, to_json
 from rlhfjax.interop.whole_directories import Alone, Peers, check_target, shared_directory
@@ -76,7 +76,7 @@ def export_leaves(
     if dtype not in STORED:
         raise ConfigError(f"dtype: expected {', '.join(STORED)}, got {dtype!r}")
     lineage = dict(lineage or {})
-    model, leaves = _as_there(model, leaves, lineage)
+    model, leaves = as_there(model, leaves, lineage)
     if scalar := "head/kernel" in leaves.shapes:
         tokenizer = _padding_apart(tokenizer)
     stored = _folded(leaves) if scalar else leaves
@@ -93,7 +93,7 @@ def export_leaves(
             for name, text in files.items():
                 (part / name).write_text(text, encoding="utf-8")
             leaves.check()
-            proof = Proof(model.config, leaves, stored, open_directory(part), dtype)
+            proof = Proof(model.config, leaves, stored, open_directory(part), same_bits(dtype))
             leaves.check()
             parity = compared(*proof.found, dtype, scalar)
             digests = {path.name: verify_export.sha256(path) for path in map(part.joinpath, files)}
@@ -109,7 +109,7 @@ def export_leaves(
         return json.loads(peers.by_first(finish, "export"))
 
 
-def _as_there(model: SequenceModel, leaves: Leaves, lineage: dict[str, Any]) -> tuple[LanguageModel, Leaves]:
+def as_there(model: SequenceModel, leaves: Leaves, lineage: dict[str, Any]) -> tuple[LanguageModel, Leaves]:
     """The model with its adapters merged, without what no architecture has a place for, which `lineage` then says."""
     if not isinstance(model, LanguageModel):
         raise ConfigError("export: expected a decoder, got an encoder–decoder, which has no architecture there")

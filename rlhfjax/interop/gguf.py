@@ -88,7 +88,7 @@ def open_gguf(path: Path) -> Pretrained:
         raise IntegrityError(f"{path}: expected at most {config.vocab_size} tokens, got {tokenizer.vocab_size}")
 
     def read(weight: Weight, name: str) -> np.ndarray:
-        return _as_transformers(file.read(_name(name, architecture)), name, architecture, config)
+        return _as_transformers(file.read(name_in_file(name, architecture)), name, architecture, config)
 
     return Pretrained(config, "policy", tokenizer, wanted, read, notes=(note,) if note else ())
 
@@ -97,9 +97,9 @@ def _check(file: GgufFile, wanted: tuple[Weight, ...], config: DecoderConfig, ar
     """Every tensor is there in its shape, and no other."""
     names = set()
     for weight in wanted:
-        shape = weight.shape[::-1] if _transposed(weight.name, architecture) else weight.shape
+        shape = weight.shape[::-1] if transposed(weight.name, architecture) else weight.shape
         for _, theirs in names_of(weight, config):
-            name = _name(theirs, architecture)
+            name = name_in_file(theirs, architecture)
             names.add(name)
             if name not in file.tensors:
                 raise IntegrityError(f"{file.path}: expected tensor {name!r}, which the file lacks; fetch it again")
@@ -115,7 +115,7 @@ def _check(file: GgufFile, wanted: tuple[Weight, ...], config: DecoderConfig, ar
         )
 
 
-def _name(theirs: str, architecture: str) -> str:
+def name_in_file(theirs: str, architecture: str) -> str:
     """The name in the file of a tensor of transformers."""
     stem, ending = theirs.rpartition(".")[::2]
     names: Mapping[str, str] = _NAMES | _BEHIND if architecture in (*_LATER_GEMMA, "olmo2") else _NAMES
@@ -123,14 +123,30 @@ def _name(theirs: str, architecture: str) -> str:
     return f"blk.{inside[1]}.{names[inside[2]]}.{ending}" if inside else f"{names[stem]}.{ending}"
 
 
-def _transposed(theirs: str, architecture: str) -> bool:
+def transposed(theirs: str, architecture: str) -> bool:
     return architecture == "gpt2" and theirs.endswith(
         ("c_attn.weight", "attn.c_proj.weight", "c_fc.weight", "mlp.c_proj.weight")
     )
 
 
+def as_in_file(tensor: np.ndarray, theirs: str, architecture: str, config: DecoderConfig) -> np.ndarray:
+    """A float32 tensor of transformers as llama.cpp has it: `_as_transformers`, undone."""
+    if transposed(theirs, architecture):
+        return tensor.T
+    if architecture in _INTERLEAVED and re.search(r"self_attn\.[qk]_proj\.", theirs):
+        heads = config.heads if ".q_proj." in theirs else config.kv_heads
+        halves = tensor.reshape(heads, 2, config.head_dim // 2, *tensor.shape[1:])
+        return halves.swapaxes(1, 2).reshape(tensor.shape)
+    if architecture == "gptneox" and "query_key_value" in theirs:
+        kinds = tensor.reshape(config.heads, 3, config.head_dim, *tensor.shape[1:])
+        return kinds.swapaxes(0, 1).reshape(tensor.shape)
+    if architecture.startswith("gemma") and theirs.endswith("norm.weight"):
+        return tensor + np.float32(1)
+    return tensor
+
+
 def _as_transformers(tensor: np.ndarray, theirs: str, architecture: str, config: DecoderConfig) -> np.ndarray:
-    if _transposed(theirs, architecture):
+    if transposed(theirs, architecture):
         return tensor.T
     if architecture in _INTERLEAVED and re.search(r"self_attn\.[qk]_proj\.", theirs):
         heads = config.heads if ".q_proj." in theirs else config.kv_heads

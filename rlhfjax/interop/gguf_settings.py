@@ -1,6 +1,6 @@
-"""The settings of a GGUF file's metadata, in the words of config.json."""
+"""The settings of a GGUF file's metadata, in the words of config.json, and back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -150,4 +150,65 @@ _OWN = {
     "granite": _granite,
     "phi3": _phi3,
     "smollm3": lambda get, found: {"no_rope_layer_interval": 4},  # as llama.cpp has it, whatever the file says
+}
+
+
+def metadata_of(hf: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The architecture of a config.json in GGUF, and its settings there, without the architecture before each.
+
+    What cannot be said is left out, as reading it again shows. Raises ConfigError for an architecture that is unknown.
+    """
+    [name] = hf["architectures"]
+    architectures = {name: architecture for architecture, name in CLASSES.items()} | _ALSO
+    if name not in architectures:
+        raise ConfigError(f"expected a model of {', '.join(architectures)} to write as GGUF, got {name}")
+    architecture = architectures[name]
+    head_dim = hf.get("head_dim") or hf.get("hidden_size", 0) // hf.get("num_attention_heads", 1)
+    found = {ours: hf.get(theirs) for ours, theirs in (_WRITTEN | _WRITTEN_OF.get(architecture, {})).items()}
+    if architecture in ("gptneox", "phi3"):
+        found["rope.dimension_count"] = int(hf.get("rotary_pct", hf.get("partial_rotary_factor", 1.0)) * head_dim)
+    if architecture not in ("gpt2", "gptneox"):
+        found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    return architecture, {key: value for key, value in found.items() if value is not None}
+
+
+_ALSO = {"MistralForCausalLM": "llama"}  # one that has no window is a llama
+_WRITTEN = {
+    "vocab_size": "vocab_size",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "context_length": "max_position_embeddings",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+_WRITTEN_OF = {
+    "gpt2": {
+        "embedding_length": "n_embd",
+        "feed_forward_length": "n_inner",
+        "block_count": "n_layer",
+        "attention.head_count": "n_head",
+        "context_length": "n_positions",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    },
+    "gptneox": {
+        "attention.layer_norm_epsilon": "layer_norm_eps",
+        "rope.freq_base": "rotary_emb_base",
+        "use_parallel_residual": "use_parallel_residual",
+    },
+    "gemma2": {
+        "attention.sliding_window": "sliding_window",
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    "gemma3": {"attention.sliding_window": "sliding_window"},
+    "phi3": {"attention.sliding_window": "sliding_window"},
+    "granite": {
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logits_scaling",
+    },
 }

@@ -45,9 +45,9 @@ class Plan:
 
     def _produced(self, file: str) -> Iterator[tuple[str, np.ndarray]]:
         for name in self.files[file]:
-            yield name, self._tensor(name)
+            yield name, self.tensor(name)
 
-    def _tensor(self, name: str) -> np.ndarray:
+    def tensor(self, name: str) -> np.ndarray:
         """A tensor as it is stored, filled a block at a time."""
         stored, leaves = STORED[self._dtype], self._leaves
         if name == HEAD:
