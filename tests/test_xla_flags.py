@@ -9,10 +9,12 @@ from typer.testing import CliRunner
 
 from rlhfjax.cli import app
 from rlhfjax.errors import ConfigError
-from rlhfjax.host.processes import use_order
+from rlhfjax.host.cpus import use_order
 from rlhfjax.xla_flags import check_flags, refused, words_of
 
 GOOD, BAD, UNREADABLE = "--xla_dump_hlo_as_text", "--xla_no_such_flag=true", "--xla_cpu_multi_thread_eigen=7"
+PATIENT = "--xla_cpu_collective_timeout_seconds=2592000"
+OWN = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT"
 
 
 @pytest.fixture(autouse=True)
@@ -72,13 +74,13 @@ def test_flags_in_a_file(asked, tmp_path):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (None, IN_ORDER),
-        (GOOD, f"{GOOD} {IN_ORDER}"),
-        ("FILE", f"{GOOD} {IN_ORDER}"),  # a name with flags behind it would be the name of another file
-        ("--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT", "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT"),
+        (None, f"{PATIENT} {IN_ORDER}"),
+        (GOOD, f"{GOOD} {PATIENT} {IN_ORDER}"),
+        ("FILE", f"{GOOD} {PATIENT} {IN_ORDER}"),  # a name with flags behind it would be the name of another file
+        (f"{OWN} {PATIENT[:-5]}", f"{OWN} {PATIENT[:-5]}"),
     ],
 )
-def test_processes_start_their_collectives_in_one_order(asked, tmp_path, monkeypatch, given, expected):
+def test_processes_start_their_collectives_in_one_order_and_wait_in_them(asked, tmp_path, monkeypatch, given, expected):
     (tmp_path / "flags").write_text(GOOD, encoding="utf-8")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     if given:
@@ -90,7 +92,7 @@ def test_processes_start_their_collectives_in_one_order(asked, tmp_path, monkeyp
 def test_processes_say_when_there_is_no_such_order(monkeypatch):
     said = []
     monkeypatch.setenv("XLA_FLAGS", GOOD)
-    monkeypatch.setattr("rlhfjax.host.processes.refused", list)
+    monkeypatch.setattr("rlhfjax.host.cpus.refused", list)
     use_order(said.append)
     assert os.environ["XLA_FLAGS"] == GOOD
     assert IN_ORDER in said[0]

@@ -46,12 +46,12 @@ def doctor(
     seconds = wait or (loaded.reliability.deadlines.join if loaded else _WAIT)
     place = None
     if one_of_several(coordinator, num_processes, process_id):
-        from rlhfjax.host import examination, processes
+        from rlhfjax.host import cpus, examination, processes
 
         place = processes.place_of(coordinator, num_processes, process_id, os.environ)
         if place is None and processes.in_cluster(os.environ):
             place = examination.in_cluster()
-        processes.split_devices()
+        cpus.split_devices()
     from rlhfjax.runs.doctor import examine
 
     code = examine(loaded, run_dir, place, seconds, lambda text: typer.echo(printable(text)))

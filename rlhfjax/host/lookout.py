@@ -27,8 +27,10 @@ from rlhfjax.host import marks, processes
 
 PERIOD = 1.0  # seconds between two posts
 GRACE = 5.0  # seconds after a deadline until the watchdog, which can say nothing, ends a process that nobody ended
-_BOARD, _VERDICT = "rlhfjax/marks", "rlhfjax/verdict"
+_BOARD, _VERDICT, _HEARD = "rlhfjax/marks", processes.VERDICT, "rlhfjax/heard"
+_LAST_WORD = 5.0  # seconds that the speaker waits for the others to have heard it
 _FRAMES = 3
+_OVER = ("gone", "stopped by a signal", "stopped by a debugger")
 _DEAD = 134  # what jax ends a process with when another one is dead
 
 
@@ -48,8 +50,11 @@ class Seen:
         return bool(self.told["limit"]) and self.told["age"] + now - self.at > self.told["limit"]
 
     def silent(self, now: float, most: float) -> bool:
-        """Whether it posts nothing any more, while it has a deadline; elsewhere libraries may hold its lock."""
-        return bool(self.told["limit"]) and now - self.at > most
+        """Whether it posts nothing any more, while it has a deadline; elsewhere libraries may hold its lock.
+
+        What the system says of one of this machine, that it is stopped or gone, counts anywhere.
+        """
+        return now - self.at > most and (bool(self.told["limit"]) or state_of(self.told) in _OVER)
 
 
 def verdict(seen: Mapping[int, Seen], now: float, most_silent: float) -> tuple[str, list[int]] | None:
@@ -117,9 +122,9 @@ class Lookout:
     def __init__(self, heartbeat: float, say: Callable[[str], None], noted: Callable[[str], None]):
         self._say, self._noted = say, noted
         self._index, self._count = jax.process_index(), processes.count()
+        # Of a process, and of the store of process 0: jax itself takes notice after `heartbeat` and two seconds more.
         self._most_silent = max(0.7 * heartbeat, 2.0)
-        self._most_waited = 0.4 * heartbeat  # for the store of process 0: jax ends the others after half of it
-        self._period = min(PERIOD, self._most_waited / 4)
+        self._period = min(PERIOD, heartbeat / 10)
         self._store = processes.shared_store() if self._count > 1 else None
         devices = [f"{device.platform}:{device.id}" for device in jax.local_devices()]
         shown = devices[0] + (f" to {devices[-1].rpartition(':')[2]}" if devices[1:] else "")
@@ -182,7 +187,7 @@ class Lookout:
             found, speaks = None, True
             if self._silent_store():
                 first = {0: self._seen[0]} if 0 in self._seen else {}
-                found, speaks = verdict(first, now, self._most_waited), self._index == 1
+                found, speaks = verdict(first, now, self._most_silent), self._index == 1
             elif self._index < 2:
                 silence = self._most_silent if self._answered > self._held_up else math.inf
                 found = verdict(dict(self._seen), now, silence)
@@ -207,13 +212,25 @@ class Lookout:
             self._noted(told["line"])
         sys.stdout.flush()
         sys.stderr.flush()
-        if self._store and not self._index:
-            time.sleep(2 * self._period)  # the others read it from here
+        self._last_word(told["held_up_by"])
         os._exit(_DEAD if "(gone)" in told["line"] else Stopped.exit_code)
+
+    def _last_word(self, held_up_by: list[int]) -> None:
+        """Process 0, which keeps the store, leaves last: jax ends who has not heard why with a stack of its own."""
+        if self._store is None or self._silent_store():
+            return
+        others, until = set(range(self._count)) - {self._index, *held_up_by}, time.monotonic() + _LAST_WORD
+        with suppress(jax.errors.JaxRuntimeError):
+            self._store.key_value_set(f"{_HEARD}/{self._index}", "heard", allow_overwrite=True)
+            while self._index == 0 and time.monotonic() < until:
+                heard = {int(key.rpartition("/")[2]) for key, _ in self._store.key_value_dir_get(_HEARD)}
+                if others <= heard:
+                    return
+                time.sleep(0.05)
 
     def _silent_store(self) -> bool:
         waited = time.monotonic() - max(self._answered, self._held_up)
-        return self._index > 0 and waited > self._most_waited
+        return self._index > 0 and waited > self._most_silent
 
 
 _running = False

@@ -15,20 +15,16 @@ import jax
 from jax.experimental import multihost_utils
 
 from rlhfjax.errors import ConfigError, DataError, IntegrityError, RewardError, RlhfjaxError, Stopped
-from rlhfjax.host import marks
+from rlhfjax.host import cpus, marks
 from rlhfjax.host.rendezvous import Place, meet
-from rlhfjax.xla_flags import refused, words_of
 
 VARIABLES = ("RLHFJAX_COORDINATOR", "RLHFJAX_NUM_PROCESSES", "RLHFJAX_PROCESS_ID")
-DEVICES = "RLHFJAX_DEVICES_PER_PROCESS"
 FOREVER_MS = 30 * 24 * 3600 * 1000  # a wait ends earlier when the process that is waited for dies
 _ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, RewardError, IntegrityError, Stopped, RlhfjaxError)}
 _ABORTED = 134  # what a process ends with that jax aborts because another one died
 _SIGNS_OF_LOSS = ("Gloo ", "NCCL", "coordination service", "Connection reset by peer")
-# With the scheduler that is the default, programs may start their collectives in another order in each process.
-_IN_ORDER = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
-_THREADS = 8  # of each of several CPU devices
-_SCHEDULERS = ("--xla_cpu_scheduler_type", "--xla_cpu_enable_concurrency_optimized_scheduler")  # somebody's choice
+VERDICT = "rlhfjax/verdict"  # what the lookout says of a hang, in the store that all share
+_JAX_LATER = 2.0  # seconds after the heartbeat until which the lookout has the first word
 
 
 def place_of(
@@ -85,13 +81,13 @@ def started(
 ) -> Iterator[None]:
     """The run inside is one of several processes, where `place` or the cluster says so.
 
-    A process that is silent for `heartbeat` seconds is taken for dead, and the others end with 134 (SIGABRT), as does
-    one whose collectives fail because another is gone. What only this process failed with is given to `failed`, which
-    says it and gives the exit code, and ends the process at once: the others are waiting for it. Raises ConfigError or
-    Stopped when not all of them come within `timeout` seconds.
+    A process that is silent for `heartbeat` seconds is taken for dead by the lookout, and later by jax: then the others
+    end with 134 (SIGABRT), as does one whose collectives fail because another is gone. What only this process failed
+    with is given to `failed`, which says it and gives the exit code, and ends the process at once: the others are
+    waiting for it. Raises ConfigError or Stopped when not all of them come within `timeout` seconds.
     """
     cluster = place is None and in_cluster(os.environ)
-    _settings(cluster or (place is not None and place.count > 1), say)
+    cpus.prepare(cluster or (place is not None and place.count > 1), say)
     if not cluster and (place is None or place.count == 1):
         yield
         return
@@ -99,7 +95,8 @@ def started(
         say(f"{', '.join(sorted(proxies))}: set; if processes do not find each other, unset it")
     if place:
         meet(place, timeout)
-    settings: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat, "initialization_timeout": int(timeout)}
+    settings: dict[str, Any] = {"heartbeat_timeout_seconds": jax_heartbeat(heartbeat)}
+    settings |= {"initialization_timeout": int(timeout)}
     if place:
         settings |= {"coordinator_address": place.coordinator, "coordinator_bind_address": place.bind}
         settings |= {"num_processes": place.count, "process_id": place.index}
@@ -111,6 +108,8 @@ def started(
     except BaseException as error:
         lost = lost_another(error)
         if lost or not _everywhere(error):
+            if lost and hung():  # who left did so because of a hang that is said already
+                os._exit(Stopped.exit_code)
             if lost:
                 say(f"process {jax.process_index()}: another process is gone, see its log: {lost}")
             code = _ABORTED if lost else failed(error)
@@ -124,43 +123,21 @@ def started(
     jax.distributed.shutdown()
 
 
-def _settings(several: bool, say: Callable[[str], None]) -> None:
-    """What must be set before jax starts its devices."""
-    split_devices()
-    if not several:
-        return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    use_order(say)
-    _use_threads(int(os.environ.get(DEVICES, "1")))
+def jax_heartbeat(heartbeat: int) -> int:
+    """Seconds of silence after which jax ends the processes, with a stack of its own and no word of why.
 
-
-def split_devices() -> None:
-    """Let jax make as many devices of a CPU as the variable says."""
-    if DEVICES in os.environ:
-        if not os.environ[DEVICES].isdigit() or int(os.environ[DEVICES]) == 0:
-            raise ConfigError(f"{DEVICES}: expected a whole number above 0, got {os.environ[DEVICES]!r}")
-        jax.config.update("jax_num_cpu_devices", int(os.environ[DEVICES]))
-
-
-def _use_threads(devices: int) -> None:
-    """Give XLA, which reads NPROC, threads for the collectives of so many CPU devices of this process.
-
-    A collective holds one until the other processes have come to it. By default there is one for each core or device,
-    which a few programs in flight spend; where the others spent theirs on other collectives, all wait for ever.
+    Its processes tell that they live once in half of this, so it may come to that after half of it. Until then the
+    lookout has said who is silent.
     """
-    if devices > 1 and "NPROC" not in os.environ:
-        os.environ["NPROC"] = str(max(_THREADS * devices, os.cpu_count() or 1))
+    return int(2 * (heartbeat + _JAX_LATER))
 
 
-def use_order(say: Callable[[str], None]) -> None:
-    """Let XLA_FLAGS have programs start their collectives in one order, unless they choose a scheduler themselves."""
-    words = words_of(os.environ.get("XLA_FLAGS", ""))
-    if any(word.startswith(_SCHEDULERS) for word in words):
-        return
-    if refused([_IN_ORDER]):
-        say(f"this jaxlib takes no {_IN_ORDER}: collectives of processes on CPUs may wait for each other")
-        return
-    os.environ["XLA_FLAGS"] = " ".join([*words, _IN_ORDER])
+def hung() -> bool:
+    """Whether the lookout has said that the run hangs."""
+    try:
+        return bool(shared_store().key_value_dir_get(VERDICT))
+    except jax.errors.JaxRuntimeError:
+        return False  # process 0 is gone, and with it what was said
 
 
 def lost_another(error: BaseException | None) -> str | None:

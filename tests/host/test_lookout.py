@@ -5,7 +5,8 @@ import platform
 
 import pytest
 
-from rlhfjax.host.lookout import Seen, state_of, verdict
+from rlhfjax.host.lookout import Lookout, Seen, state_of, verdict
+from rlhfjax.host.processes import jax_heartbeat
 
 NOW = 1000.0
 
@@ -66,6 +67,22 @@ def test_silence_comes_first():
     line, who = verdict({0: seen(11, age=31.0), 1: seen(12, ago=25.0)}, NOW, 24.0)
     assert who == [1]
     assert " says nothing since 25 s (stopped, dead or cut off); last it was in ppo step 12, update" in line
+
+
+def test_between_units_of_work_silence_is_not_enough_but_what_the_system_says_is():
+    gone = {"host": platform.node(), "pid": 2**22 + 1}
+    assert verdict({0: seen(12), 1: seen(12, limit=0.0, ago=25.0)}, NOW, 24.0) is None
+    line, who = verdict({0: seen(12), 1: seen(12, limit=0.0, ago=25.0, **gone)}, NOW, 24.0)
+    assert who == [1]
+    assert " says nothing since 25 s (gone); " in line
+
+
+@pytest.mark.parametrize("heartbeat", [3, 10, 30, 600])
+def test_jax_ends_nobody_before_the_line_is_said(heartbeat):
+    """Who was stopped told jax that it lives once in half of jax's heartbeat, so it is missed after half of it."""
+    assert jax_heartbeat(heartbeat) / 2 >= heartbeat + 2
+    lookout = Lookout(heartbeat, print, print)
+    assert lookout._most_silent + 1.5 * lookout._period < heartbeat
 
 
 def test_what_the_system_knows_of_a_process():

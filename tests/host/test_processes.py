@@ -160,16 +160,6 @@ def test_strangers_at_the_door_are_sent_away(monkeypatch):
     assert ended == [None]
 
 
-@pytest.mark.parametrize(("devices", "given", "wanted"), [(1, None, None), (40, None, 320), (4, "3", 3)])
-def test_several_cpu_devices_of_a_process_have_threads_to_wait_in(monkeypatch, devices, given, wanted):
-    monkeypatch.delenv("NPROC", raising=False)
-    if given:
-        monkeypatch.setenv("NPROC", given)
-    processes._use_threads(devices)
-    found = os.environ.pop("NPROC", None)
-    assert found == (None if wanted is None else str(wanted))
-
-
 def test_what_processes_do_not_agree_on_is_named():
     same = {"code": "a", "configuration seed": "1"}
     assert difference({0: same, 1: same, 2: dict(same)}) is None
