@@ -154,7 +154,7 @@ def test_the_verbs_are_these():
     assert {" ".join(names) for names, _ in verbs()} == {
         "run", "ls", "cp", "show", "validate", "schema", "generate", "import", "export", "env", "metrics", "score",
         "data prepare", "data inspect", "launch local", "launch render", "verify", "verify-export", "reproduce",
-        "goodput", "doctor", "plan",
+        "goodput", "doctor", "plan", "moderate",
     }  # fmt: skip
 
 

@@ -95,7 +95,8 @@ def _at(schema: dict[str, Any], path: Path) -> dict[str, Any] | None:
         part = _resolve(part, schema)
         for option in (part or {}).get("anyOf", [part]):
             option = _resolve(option, schema) or {}
-            child = option.get("items") if isinstance(name, int) else option.get("properties", {}).get(name)
+            named = option.get("properties", {}).get(name, option.get("additionalProperties") or None)
+            child = option.get("items") if isinstance(name, int) else named
             if child is not None:
                 break
         else:

@@ -1,14 +1,18 @@
 """`policy.yaml`: who judges, and what becomes of each category on either side."""
 
 import difflib
+import os
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, WrapValidator
 
-from rlhfjax.config.sections import Fraction, Section
+from rlhfjax.config.sections import Count, Fraction, Positive, Section
+from rlhfjax.errors import ConfigError
+from rlhfjax.moderation.audit import Audit
 from rlhfjax.moderation.moderator import Moderator, Treatment
 from rlhfjax.moderation.reading import ByCategory, read_section
+from rlhfjax.moderation.remote import Remote
 from rlhfjax.moderation.rule_files import SHIPPED as SHIPPED_RULES
 from rlhfjax.moderation.rule_files import read_rules
 from rlhfjax.moderation.rules import Rules
@@ -33,8 +37,34 @@ class RulesBackend(Section):
         return Rules([pattern for path in paths for pattern in read_rules(path)])
 
 
-BackendSection = RulesBackend
-KINDS: dict[str, type[Section]] = {"rules": RulesBackend}
+class UrlBackend(Section):
+    """A service with OpenAI's `/v1/moderations`, such as `https://api.openai.com/v1`.
+
+    `key_env` names the variable of the environment that holds its key. It answers within `timeout` seconds; an answer
+    under way is judged by windows of `window` characters, each `every` new ones.
+    """
+
+    kind: ClassVar[str] = "url"
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+[^\s?#@]*$")]
+    model: Text | None = None
+    key_env: Text | None = None
+    timeout: Positive = 10.0
+    window: Count = 400
+    every: Count = 200
+
+    def open(self) -> Backend:
+        """The back end; nothing is asked yet. Raises ConfigError where its key is not there."""
+        key = os.environ.get(self.key_env, "").strip() if self.key_env else None
+        if self.key_env and not key:
+            raise ConfigError(
+                f"{self.url}: expected its key in the variable {self.key_env} of the environment, got none"
+            )
+        return Remote(self.url, self.model, key, self.timeout, self.window, self.every)
+
+
+BackendSection = RulesBackend | UrlBackend
+KINDS: dict[str, type[RulesBackend | UrlBackend]] = {kind.kind: kind for kind in get_args(BackendSection)}
 
 
 def _by_kind(given: Any, _: Any) -> Any:
@@ -67,7 +97,8 @@ class CategoryPolicy(Section):
 class Policy(Section):
     """A policy. `action`, `threshold` and `filler` are those of each category that has none of its own.
 
-    A filler may name the `{category}`. `unavailable` is said where a back end fails and `on_error` is closed.
+    A filler may name the `{category}`. `unavailable` is said where a back end fails and `on_error` is closed. To the
+    file `audit` a line is added for each text that is flagged.
     """
 
     description: str = ""
@@ -79,6 +110,7 @@ class Policy(Section):
     filler: Text = "I would rather not talk about that. Is there something else that I can help with?"
     unavailable: Text = "I cannot answer that at the moment. Please try again later."
     categories: ByCategory[CategoryPolicy] = {}
+    audit: Text | None = None
 
     def treatments(self) -> dict[str, Treatment]:
         """What becomes of each category."""
@@ -97,13 +129,15 @@ def read_policy(path: str | Path) -> Policy:
     return read_section(file, Policy, "a moderation policy (backends, categories)")[0]
 
 
-def open_policy(path: str | Path) -> Moderator:
-    """A policy's file at work. Raises ConfigError."""
+def open_policy(path: str | Path, audited: bool = True) -> Moderator:
+    """A policy's file (or `default`) at work; without `audited` its audit log stays as it is. Raises ConfigError."""
     policy = read_policy(path)
+    audit = [Audit(expanded(policy.audit))] if policy.audit and audited else []
     return Moderator(
         [backend.open() for backend in policy.backends],
         policy.treatments(),
         policy.combine,
         policy.on_error,
         policy.unavailable,
+        *audit,
     )

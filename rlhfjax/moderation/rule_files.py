@@ -10,7 +10,7 @@ from pydantic import Field
 from rlhfjax.config.sections import Fraction, Section
 from rlhfjax.errors import ConfigError
 from rlhfjax.moderation.reading import ByCategory, read_section
-from rlhfjax.moderation.rules import Pattern, Phrase, Rules, phrase_of
+from rlhfjax.moderation.rules import Pattern, Phrase, phrase_of
 
 Text = Annotated[str, Field(min_length=1)]
 Phrases = Text | Annotated[list[Text], Field(min_length=1)]  # the name of a list, or phrases
@@ -44,11 +44,6 @@ def read_rules(path: Path) -> list[Pattern]:
             unless = _phrases(section.unless, file.lists, f"{here}.unless") if section.unless else ()
             patterns.append(Pattern(category, parts, section.within, unless, section.score))
     return patterns
-
-
-def shipped_rules() -> Rules:
-    """The rules that come with the package."""
-    return Rules(read_rules(SHIPPED))
 
 
 def _phrases(given: str | list[str], lists: Mapping[str, list[str]], where: str) -> tuple[Phrase, ...]:

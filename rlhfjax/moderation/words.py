@@ -4,6 +4,7 @@ Every character is read by itself (NFKD, without marks, in lower case), so that 
 words of the whole. What cannot be seen inside a word (marks, joiners, soft hyphens, apostrophes) is not there.
 """
 
+import itertools
 import re
 import unicodedata
 from functools import lru_cache
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 LONGEST = 128  # characters of a word; what goes on is another one, so that a text without spaces is not kept for ever
 _RUN = 3  # so many single letters in a row are one word that was spelled out
+_STRETCHES = 4  # of a letter many times in one word
 _WORDS = ("a", "i")
 _LEET = str.maketrans("034579@$", "oeastgas")
 _ONES = ("i", "l")  # what a 1 stands for
@@ -125,7 +127,17 @@ def _forms(word: str) -> tuple[str, ...]:
     read = [plain]
     if any(letter.isalpha() for letter in plain) or "@" in word or "$" in word:
         read += [word.translate(_LEET).replace("1", one) for one in _ONES]
-    for each in tuple(read):
-        if re.search(r"(.)\1\1", each):
-            read += [re.sub(r"(.)\1{2,}", r"\1", each), re.sub(r"(.)\1{2,}", r"\1\1", each)]
+    read += [shorter for each in tuple(read) for shorter in _shorter(each)]
     return tuple(dict.fromkeys(each for each in read if each))
+
+
+def _shorter(word: str) -> list[str]:
+    """The word with each stretch of one letter, of three or more, as one of it or as two."""
+    parts = re.split(r"((.)\2{2,})", word)  # what lies between, a stretch, its letter, what lies between …
+    if len(parts) > 3 * _STRETCHES + 1 or len(parts) == 1:
+        return []
+    stretches = [(letter, 2 * letter) for letter in parts[2::3]]
+    return [
+        "".join(itertools.chain(*zip(parts[::3], (*chosen, ""), strict=True)))
+        for chosen in itertools.product(*stretches)
+    ]
