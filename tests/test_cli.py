@@ -74,6 +74,7 @@ def calls(monkeypatch):
     transfer = types.SimpleNamespace(
         import_model=record("import_model"),
         export_checkpoint=record("export_checkpoint", {"max_abs_logit_difference": 0.25}),
+        export_gguf=record("export_gguf", {"max_abs_logit_difference": 0.25}),
         parse_size=len,
     )
     made_here = {"run_recipe": record("run_recipe"), "inspect_batch": record("inspect_batch", rows)}
@@ -109,6 +110,7 @@ def calls(monkeypatch):
 
     records = Records({"prompt": f"p{i}", "text": "\x1b]0;title\x07x"} for i in range(9))
     module("data.datasets", open_source=record("open_source", records), default_data_dir=lambda: "DEFAULT")
+    module("api.dialogue", Dialogue=record("dialogue", types.SimpleNamespace(system=None)))
     module("runs.doctor", examine=record("examine", 0))
     module("host.environment", environment_report=record("environment_report", "python  3"))
     monkeypatch.setattr(rlhfjax, "load", record("load", Model()), raising=False)
@@ -154,7 +156,7 @@ def test_the_verbs_are_these():
     assert {" ".join(names) for names, _ in verbs()} == {
         "run", "ls", "cp", "show", "validate", "schema", "generate", "import", "export", "env", "metrics", "score",
         "data prepare", "data inspect", "launch local", "launch render", "verify", "verify-export", "reproduce",
-        "goodput", "doctor", "plan", "moderate",
+        "goodput", "doctor", "plan", "chat", "moderate",
     }  # fmt: skip
 
 

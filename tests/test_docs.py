@@ -107,9 +107,9 @@ def test_models_are_taken_in_and_given_out_as_shown(words, monkeypatch):
 
     called = []
     monkeypatch.setattr(transfer, "import_model", lambda *given, **options: called.append(given))
-    monkeypatch.setattr(
-        transfer, "export_checkpoint", lambda *given, **options: called.append(given) or {"max_difference": 0.0}
-    )
+    for name in ("export_checkpoint", "export_gguf"):
+        said = {"max_abs_logit_difference": 0.0}
+        monkeypatch.setattr(transfer, name, lambda *given, said=said, **options: called.append(given) or said)
     result = CliRunner().invoke(app, words[1:])
     assert (result.exit_code, called) == (0, [(words[2], Path(words[3]))]), result.output
 

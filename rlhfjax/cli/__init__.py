@@ -8,6 +8,7 @@ import typer
 
 from rlhfjax.cli import (
     asking,
+    chatting,
     checking,
     configurations,
     datasets,
@@ -61,6 +62,7 @@ for verb in (
     configurations.validate,
     configurations.schema,
     generating.generate,
+    chatting.chat,
     asking.score,
     moderating.moderate,
     transferring.import_,
