@@ -325,7 +325,7 @@ def test_a_model_without_a_tokenizer_streams_ids(policy):
 
 def test_other_settings_are_not_another_program(policy):
     policy.generate(["the"], max_new_tokens=9)
-    run = policy._programs.run
+    run = policy.programs.run
     programs = run._cache_size()
     for seed in range(12):
         settings = {"temperature": seed / 9, "top_k": seed % 3, "top_p": 1 - seed / 20, "min_p": seed / 99}

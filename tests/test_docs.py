@@ -216,7 +216,7 @@ def test_records_shown_are_of_the_kind_they_are_shown_for():
 def test_python_compiles_and_equations_run(path):
     for block in blocks(path, "python"):
         code = compile(block.text, path.name, "exec")
-        if "rlhfjax.load" not in block.text:
+        if "rlhfjax.load" not in block.text and "import openai" not in block.text:  # see tests/serving/test_document.py
             exec(code, {})
 
 
@@ -346,4 +346,5 @@ def test_nothing_of_somebodys_machine_and_nothing_unfinished(path):
     text = path.read_text(encoding="utf-8")
     assert re.findall(r"(?<![\w.~])/(?:work|tmp|home|root|Users|mnt)\b", text) == []
     assert re.findall(r"\b(?:TODO|FIXME|XXX|TBD)\b", text) == []
-    assert set(re.findall(r"https?://([^/)\s]+)", text)) <= {"semver.org", "docs.astral.sh", "api.openai.com"}
+    known = {"semver.org", "docs.astral.sh", "api.openai.com", "127.0.0.1:8000"}
+    assert set(re.findall(r"https?://([^/)\s]+)", text)) <= known

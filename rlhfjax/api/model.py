@@ -110,7 +110,7 @@ class Model:
         if stop and not speculate:
             made = self._until(rows, sampling, seed, n, stop)
         else:
-            made = completions(self._programs.generate(rows, jax.random.key(seed), sampling, n), self.tokenizer)
+            made = completions(self.programs.generate(rows, jax.random.key(seed), sampling, n), self.tokenizer)
             if stop and self.tokenizer:
                 made = [cut_at(one, self.tokenizer, rows[i // n][-1], stop) for i, one in enumerate(made)]
         return [made[i : i + n] for i in range(0, len(made), n)]
@@ -126,22 +126,29 @@ class Model:
         asked = sampling_params(self.tokenizer, self.config.vocab_size, **settings)
         [row] = self._prompt_ids([prompt])
         self._check_length(len(row) + asked.max_new_tokens)
-        return self._opened(self._programs.room(1, len(row), asked)).submit(row, stop, seed, **settings)
+        return self._opened(self.programs.room(1, len(row), asked)).submit(row, stop, seed, **settings)
 
     def session(self, slots: int = 8, context: int | None = None, top_log_probs: int = 0, block: int = 1) -> Session:
         """Room for `slots` responses at a time to prompts that come and go (`Session.submit`).
 
         A prompt and its response have `context` tokens at most together (None: as many as the model can read).
         """
+        room = self.room(slots, context, top_log_probs)
+        if block < 1:
+            raise ConfigError(f"session: expected block >= 1, got {block}")
+        return self._opened(room, block)
+
+    def room(self, slots: int, context: int | None = None, top_log_probs: int = 0) -> Room:
+        """What fits into a session of so many slots. Raises ConfigError as `session`."""
         self._expect(scalar=False, what="session")
         most = self.config.context if context is None else context
-        if not 1 <= slots <= _MOST or not 2 <= most <= self.config.context or block < 1:
+        if not 1 <= slots <= _MOST or not 2 <= most <= self.config.context:
             raise ConfigError(
-                f"session: expected slots >= 1, context of 2 to {self.config.context} and block >= 1, got "
-                f"slots={slots}, context={context}, block={block}"
+                f"session: expected slots >= 1 and context of 2 to {self.config.context}, got slots={slots}, "
+                f"context={context}"
             )
         shared = most if isinstance(self.config, DecoderConfig) else None
-        return self._opened(Room(slots, most, most, shared, top_log_probs=top_log_probs), block)
+        return Room(slots, most, most, shared, top_log_probs=top_log_probs)
 
     def beam_search(
         self,
@@ -206,14 +213,15 @@ class Model:
     def _logits(self):
         if isinstance(self.network, EncoderDecoder):
             raise ConfigError("logits: expected a decoder, got an encoder–decoder, whose logits are of a response")
-        return jax.jit(self._split(self.network.logits))
+        return self.compiled(self.network.logits)
 
     @cached_property
     def _scores(self):
-        return jax.jit(self._split(self.network.scores))
+        return self.compiled(self.network.scores)
 
     @cached_property
-    def _programs(self) -> Programs:
+    def programs(self) -> Programs:
+        """What samples from this model, compiled as it is needed."""
         sampled = partial(sampling_on, self.mesh) if self.mesh else lambda program: program
         return Programs(self.network, self.params, laid_out=sampled)
 
@@ -224,18 +232,19 @@ class Model:
 
         return jax.jit(sampling_on(self.mesh, search) if self.mesh else search, static_argnums=2)
 
-    def _split(self, program: Callable[..., Any]) -> Callable[..., Any]:
-        """The program of all the devices of the mesh, which share its rows."""
-        return laid_out_on(layout_of(self.mesh), program) if self.mesh else program
+    def compiled(self, program: Callable[..., Any], donate: int | None = None) -> Callable[..., Any]:
+        """A jitted program of arrays, on all the devices of the mesh, which share its rows; one may be `donate`d."""
+        laid_out = laid_out_on(layout_of(self.mesh), program) if self.mesh else program
+        return jax.jit(laid_out, donate_argnums=() if donate is None else donate)
 
     def _opened(self, room: Room, block: int = 1) -> Session:
-        return Session(Engine(self._programs, room, block), self.tokenizer, self.config.vocab_size)
+        return Session(Engine(self.programs, room, block), self.tokenizer, self.config.vocab_size)
 
     def _until(
         self, rows: list[list[int]], sampling: SamplingParams, seed: int, n: int, stop: Sequence[str]
     ) -> list[Completion]:
         """`n` responses to each row, none of which is written further than to its first stop string."""
-        room = self._programs.room(n * len(rows), max(map(len, rows)), sampling)
+        room = self.programs.room(n * len(rows), max(map(len, rows)), sampling)
         session = self._opened(room, _BLOCK)
         streams = [session.start(row, sampling, stop, seed, i * n + j) for i, row in enumerate(rows) for j in range(n)]
         while session.busy:

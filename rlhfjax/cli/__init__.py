@@ -21,6 +21,7 @@ from rlhfjax.cli import (
     rendering,
     reproducing,
     running,
+    serving,
     timing,
     transferring,
 )
@@ -65,6 +66,7 @@ for verb in (
     chatting.chat,
     asking.score,
     moderating.moderate,
+    serving.serve,
     transferring.import_,
     transferring.export,
     transferring.verify_export,

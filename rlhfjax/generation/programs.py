@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from rlhfjax.generation.sampling import RowSampling, Sampler, SamplingParams, by_row, uniforms
 from rlhfjax.generation.session import Slots, Step, admit, empty_slots, step
@@ -22,7 +23,8 @@ class Room:
     """What fits into a session: `slots` responses at a time, `prompt` and `new_tokens` tokens of each.
 
     Both together may be `context` tokens where one cache holds them (None: as many as they are). Each response may have
-    `stops` stop ids, and `top_log_probs` likeliest tokens reported of each position.
+    `stops` stop ids, `biases` logits that something is added to, and `top_log_probs` likeliest tokens reported of each
+    position. With a `chunk`, prompts are read so many tokens at a time, and what they begin with alike is read once.
     """
 
     slots: int
@@ -31,6 +33,13 @@ class Room:
     context: int | None = None
     stops: int = _STOPS
     top_log_probs: int = 0
+    biases: int = 0
+    chunk: int | None = None
+
+    @property
+    def together(self) -> int:
+        """Tokens of a prompt and its response."""
+        return self.context or self.prompt + self.new_tokens
 
 
 class Programs:
@@ -51,6 +60,7 @@ class Programs:
     ):
         self._arrange = jax.jit(laid_out(model.arrange), static_argnums=1)
         self._params, self._weights = params, {}
+        reading: Any = model  # where prompts are read in chunks it has `extend`, as decoders have it
         self.slots, self.narrowest = slots, narrowest
 
         def run(weights, prompts, key, asked, rows, shape: SamplingParams, samples: int) -> Rollout:
@@ -59,7 +69,7 @@ class Programs:
         def opened(room: Room) -> Slots:
             sizes = (room.prompt, room.new_tokens) if room.context is None else (room.context, 0)
             nobody = SamplingParams(1, 0, 0, top_log_probs=room.top_log_probs)
-            rows = by_row([nobody] * room.slots, room.stops, room.top_log_probs)
+            rows = by_row([nobody] * room.slots, room.stops, room.top_log_probs, room.biases)
             noise = jnp.zeros((room.slots, room.new_tokens, 2), jnp.float32)
             return empty_slots(model.empty_cache(room.slots, *sizes), noise, jax.tree.map(jnp.asarray, rows))
 
@@ -67,6 +77,18 @@ class Programs:
             logits, read = model.prefill(weights, prompts.tokens, prompts.mask, 0)
             noise = uniforms(key, prompts.uid, slots.noise.shape[1])
             return admit(slots, place, read, logits, noise, rows)
+
+        def read(weights, slots: Slots, place, source, start, tokens, count) -> tuple[Slots, Array]:
+            """`count` tokens more of a prompt, of which the slot `source` holds the first `start`."""
+            row = replace(slots.cache.take(source), lengths=start)
+            hidden, row = reading.extend(weights, row, tokens, count)
+            return replace(slots, cache=slots.cache.put(row, place)), hidden[0]
+
+        def begun(weights, slots: Slots, place, hidden, last, uid, key, rows: RowSampling) -> tuple[Slots, Step]:
+            """The first token after a prompt that its slot holds, from the states of its last chunk."""
+            logits = reading.unembed(weights, hidden[last])
+            noise = uniforms(key, uid, slots.noise.shape[1])
+            return admit(slots, place, None, logits, noise, rows)
 
         def stepped(weights, slots: Slots, kept, count: int) -> tuple[Slots, Step]:
             slots = replace(slots, active=slots.active & kept)
@@ -76,6 +98,8 @@ class Programs:
         self.open = jax.jit(laid_out(opened), static_argnums=0)
         # A session's cache is written in place; what went in is gone.
         self.admit = jax.jit(laid_out(admitted), donate_argnums=1)
+        self.read = jax.jit(laid_out(read), donate_argnums=1)
+        self.begin = jax.jit(laid_out(begun), donate_argnums=1)
         self.step = jax.jit(laid_out(stepped), static_argnames="count", donate_argnums=1)
 
     def weights(self, rows: int) -> Any:

@@ -15,6 +15,7 @@ from rlhfjax.functional.logits import apply_temperature, filter_logits
 from rlhfjax.types import Params
 
 _NO_TOKEN = -1
+_BEYOND = 2**31 - 1  # an id that no vocabulary has; a negative one would count from its end
 
 
 class Sampler(Protocol):
@@ -42,8 +43,9 @@ class SamplingParams:
     program. Rows that differ, and settings that may change, are `RowSampling`.
 
     `stop_id` and each of `stop_ids` end a response from position `stop_after` on, `pad_id` fills what follows. The
-    `top_log_probs` likeliest tokens are reported for every position. `speculation` says where draft tokens come from.
-    With `slots`, at most so many responses are written at a time, and one that ends makes room for the next.
+    `top_log_probs` likeliest tokens are reported for every position. `bias` is added to the logits of ids before all
+    else. `speculation` says where draft tokens come from. With `slots`, at most so many responses are written at a
+    time, and one that ends makes room for the next.
     """
 
     max_new_tokens: int
@@ -58,6 +60,7 @@ class SamplingParams:
     top_log_probs: int = 0
     speculation: "Speculation | None" = None
     slots: int | None = None
+    bias: tuple[tuple[int, float], ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +69,8 @@ class RowSampling:
     """How to draw for each of B rows: the settings of `SamplingParams` as arrays, which no program is compiled for.
 
     `stops` are the ids that end a row's response, -1 where there are fewer. What is reported of each token has a shape,
-    so `top_log_probs` is one static number for all rows.
+    so `top_log_probs` is one static number for all rows; those that are not `reported` may get zeros. `bias` is added
+    to the logits of `biased` ids; where there are fewer, they are beyond any vocabulary.
     """
 
     max_new_tokens: Int[Array, "B"]
@@ -76,6 +80,9 @@ class RowSampling:
     top_k: Int[Array, "B"]
     top_p: Float[Array, "B"]
     min_p: Float[Array, "B"]
+    reported: Bool[Array, "B"]
+    biased: Int[Array, "B N"]
+    bias: Float[Array, "B N"]
     top_log_probs: int = field(default=0, metadata={"static": True})
 
     @property
@@ -87,12 +94,19 @@ class RowSampling:
 Sampling = SamplingParams | RowSampling
 
 
-def by_row(settings: Sequence[SamplingParams], stops: int, top_log_probs: int = 0) -> RowSampling:
-    """Settings of one row each, in numpy, with room for so many stop ids."""
+def by_row(
+    settings: Sequence[SamplingParams], stops: int, top_log_probs: int = 0, biases: int | None = None
+) -> RowSampling:
+    """Settings of one row each, in numpy, with room for so many stop ids and biases (None: as many as there are)."""
     ends = np.full((len(settings), stops), _NO_TOKEN, np.int32)
+    most = max((len(one.bias) for one in settings), default=0) if biases is None else biases
+    biased = np.full((len(settings), most), _BEYOND, np.int32)
+    bias = np.zeros((len(settings), most), np.float32)
     for row, one in enumerate(settings):
         ids = dict.fromkeys((one.stop_id, *one.stop_ids))
         ends[row, : len(ids)] = list(ids)
+        for place, pair in enumerate(one.bias):
+            biased[row, place], bias[row, place] = pair
 
     def column(name: str, dtype: type) -> Any:
         return np.asarray([getattr(one, name) for one in settings], dtype)
@@ -105,6 +119,9 @@ def by_row(settings: Sequence[SamplingParams], stops: int, top_log_probs: int = 
         column("top_k", np.int32),
         column("top_p", np.float32),
         column("min_p", np.float32),
+        column("top_log_probs", np.int32) > 0,  # pyright: ignore[reportArgumentType]
+        biased,  # pyright: ignore[reportArgumentType]
+        bias,  # pyright: ignore[reportArgumentType]
         top_log_probs,
     )
 
@@ -141,6 +158,7 @@ def uniforms(key: jax.Array, uid: Int[Array, "B"], count: int) -> Float[Array, "
 def draw(noise: Float[Array, "B 2"], logits: Float[Array, "B V"], sampling: Sampling) -> Drawn:
     """One token per row by `noise`."""
     greedy = sampling.temperature == 0
+    logits = _biased(logits, sampling)
     if isinstance(sampling, RowSampling):
         # From the largest on, so that at any temperature it stays the largest however a division is rounded.
         logits = logits - logits.max(axis=-1, keepdims=True)
@@ -166,8 +184,38 @@ def draw(noise: Float[Array, "B 2"], logits: Float[Array, "B V"], sampling: Samp
     else:
         token = _inverted(noise, blocks, largest, sums)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    top, ids = jax.lax.top_k(logits, sampling.top_log_probs)
+    top, ids = _likeliest(logits, sampling)
     return Drawn(token, chosen - normalizer, ids.astype(jnp.int32), top - normalizer[:, None])
+
+
+def _biased(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """The logits with what is added to some, which costs nothing where no row asks for it."""
+    if isinstance(sampling, SamplingParams):
+        if not sampling.bias:
+            return logits
+        ids, values = zip(*sampling.bias, strict=True)
+        return logits.at[:, jnp.asarray(ids, jnp.int32)].add(jnp.asarray(values, logits.dtype)[None])
+    if not sampling.biased.shape[1]:
+        return logits
+    rows = jnp.arange(len(logits), dtype=jnp.int32)[:, None]
+
+    def added() -> Array:
+        return logits.at[rows, sampling.biased].add(sampling.bias.astype(logits.dtype), mode="drop")
+
+    return jax.lax.cond((sampling.biased < logits.shape[1]).any(), added, lambda: logits)
+
+
+def _likeliest(logits: Float[Array, "B V"], sampling: Sampling) -> tuple[Array, Array]:
+    """The largest logits and their ids, which are not looked for where no row tells them."""
+    if isinstance(sampling, SamplingParams) or not sampling.top_log_probs:
+        top, ids = jax.lax.top_k(logits, sampling.top_log_probs)
+        return top, ids
+    shape = len(logits), sampling.top_log_probs
+
+    def nothing() -> tuple[Array, Array]:
+        return jnp.zeros(shape, logits.dtype), jnp.zeros(shape, jnp.int32)
+
+    return jax.lax.cond(sampling.reported.any(), lambda: tuple(jax.lax.top_k(logits, sampling.top_log_probs)), nothing)
 
 
 def _drawn_in_parts(devices: layout.Layout, noise: Float[Array, "B 2"], logits: Float[Array, "B V"], greedy: bool):

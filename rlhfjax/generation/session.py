@@ -58,8 +58,8 @@ def admit(
 ) -> tuple[Slots, Step]:
     """Put N prompts into the slots `place`, which are distinct, and draw the first token of each response.
 
-    `read` is the model's cache of the prompts and `logits` what it says after them. A place of S or more is nowhere:
-    nothing is kept of its prompt. What was in a slot is gone.
+    `read` is the model's cache of the prompts (None: the slots hold them) and `logits` what it says after them. A place
+    of S or more is nowhere: nothing is kept of its prompt. What was in a slot is gone.
     """
     first, kept = jnp.zeros_like(place), place < len(slots.token)
     drawn = draw(noise[:, 0], logits, sampling)
@@ -69,7 +69,7 @@ def admit(
         return mine.at[place].set(theirs, mode="drop", unique_indices=True)
 
     made = Slots(
-        slots.cache.put(read, place),
+        slots.cache if read is None else slots.cache.put(read, place),
         put(slots.token, drawn.token),
         put(slots.position, first + 1),
         put(slots.active, active),

@@ -1,0 +1,68 @@
+"""`rlhfjax serve`: models behind HTTP, as OpenAI's clients know it."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from rlhfjax.cli import asking
+from rlhfjax.cli.asking import Date, Template
+from rlhfjax.cli.checking import NoVerify
+from rlhfjax.cli.options import with_options
+from rlhfjax.errors import ConfigError
+from rlhfjax.terminal import say
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much of everything is taken: the fields of `serving.limits.Limits`."""
+
+    slots: Annotated[int, typer.Option(metavar="N", min=1, help="Responses that are written at a time.")] = 16
+    context: Annotated[
+        int | None,
+        typer.Option(metavar="T", min=2, help="Tokens of a prompt and its response.  [default: all a model can read]"),
+    ] = None
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="T", min=1, help="Tokens of a response.  [default: what the context leaves]")
+    ] = None
+    queue: Annotated[int, typer.Option(metavar="N", min=0, help="Responses that may wait; others get a 429.")] = 64
+    seconds: Annotated[float, typer.Option(metavar="S", min=1, help="A response that takes longer ends there.")] = 600.0
+
+
+@with_options
+def serve(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]CKPT...", help="Checkpoints, stages or runs, each a model.")
+    ],
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="One that others reach needs --token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0: any that is free.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", envvar="RLHFJAX_TOKEN", help="What clients give as their API key."),
+    ] = None,
+    bounds: Bounds = Bounds(),
+    template: Template = None,
+    date: Date = None,
+    no_verify: NoVerify = False,
+) -> None:
+    """Serve models to OpenAI's clients: chat, completions, embeddings, scores. Needs the extra `serve`.
+
+    \b
+    Examples:
+      rlhfjax serve runs/quickstart
+      rlhfjax serve chat=runs/smollm2_chat sft=runs/smollm2_chat/sft reward=runs/smollm2_chat/reward --port 8080
+    """
+    try:
+        from rlhfjax.serving import running
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serve: expected the extra `serve`, got no {error.name}; pip install '.[serve]'") from None
+    from rlhfjax.serving.limits import Limits
+
+    named, access = running.named(checkpoints), running.access_of(host, token)
+    taken = running.listen(host, port)
+    limits = Limits(bounds.slots, bounds.context, bounds.max_tokens, bounds.queue, seconds=bounds.seconds)
+    models = {name: asking.load(path, date, template, no_verify) for name, path in named.items()}
+    with running.opened(models, limits, say) as hall:
+        shown = f"[{host}]" if ":" in host else host
+        say(f"ready: http://{shown}:{taken.getsockname()[1]}/v1 serves {', '.join(named)}")
+        running.server_of(hall, access).run(sockets=[taken])
