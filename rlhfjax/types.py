@@ -140,6 +140,7 @@ class Rollout:
     routes: Int[Array, "B J L K"] | None = None  # of prompt and response joined, as `TokenBatch` has them
     rerouted: Float[Array, "B R"] | None = None  # the share of layers that route a token otherwise; -1: not known
     rewards: dict[str, Float[Array, "B"]] | None = None  # by name, where a recipe lists what its scores are made of
+    kept: Bool[Array, "B"] | None = None  # the responses that are learned from, where some may be dropped
 
     def scored(self, log_probs: Array, ref_log_probs: Array, values: Array, scores: Array) -> "Rollout":
         """The same rollout with what the models say of it."""

@@ -7,10 +7,16 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhfjax.types import Rollout
 
 
-def differing(scores: Float[Array, "B"], group: int) -> Bool[Array, "G"]:
-    """Groups in which not all scores are the same: where they are, no response is better than another."""
+def differing(scores: Float[Array, "B"], group: int, kept: Bool[Array, "G N"] | None = None) -> Bool[Array, "G"]:
+    """Groups in which not all scores are the same: where they are, no response is better than another.
+
+    Of a group only those count that are `kept`, if that is given.
+    """
     scores = scores.reshape(-1, group)
-    return (scores != scores[:, :1]).any(axis=1)
+    if kept is None:
+        return (scores != scores[:, :1]).any(axis=1)
+    lowest = jnp.where(kept, scores, jnp.inf).min(axis=1)
+    return jnp.where(kept, scores, -jnp.inf).max(axis=1) > lowest
 
 
 def chosen(informative: Bool[Array, "N"], count: int) -> Int[Array, "count"]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from rlhfjax.algorithms.groups import differing
 from rlhfjax.algorithms.objective import OnlineAlgorithm
 from rlhfjax.algorithms.responses import response_counts, response_sums, update_metrics
-from rlhfjax.algorithms.scored_rollouts import final_scores, measured
+from rlhfjax.algorithms.scored_rollouts import final_scores, kept_in_groups, mean_over_kept, measured
 from rlhfjax.functional import (
     group_relative,
     importance_ratio,
@@ -77,7 +77,8 @@ class Grpo(OnlineAlgorithm):
 
     def informative(self, rollout: Rollout) -> Bool[Array, "G"]:
         """Groups in which a response scores better than another."""
-        return differing(final_scores(rollout, self.missing_eos, self.missing_eos_value), self.group)
+        scores = final_scores(rollout, self.missing_eos, self.missing_eos_value)
+        return differing(scores, self.group, kept_in_groups(rollout, self.group))
 
     def estimate(self, rollout: Rollout, kl_coef: Float[Array, ""]) -> tuple[Experience, dict[str, Array]]:
         """Scores, less kl_coef x KL and the penalty for length, compared within each group."""
@@ -86,8 +87,12 @@ class Grpo(OnlineAlgorithm):
         metrics = {"objective/groups_alike": 1.0 - self.informative(rollout).astype(jnp.float32).mean()}
         if self.overlong is not None and self.longest is not None:
             length = overlong_penalty(mask.sum(axis=1), self.longest, self.overlong)
-            penalties, metrics = penalties + length, metrics | {"objective/overlong_penalty": length.mean()}
-        each = group_relative((scores + penalties).reshape(-1, self.group), deviation=self.deviation)
+            penalties, metrics = (
+                penalties + length,
+                metrics | {"objective/overlong_penalty": mean_over_kept(length, rollout)},
+            )
+        kept = kept_in_groups(rollout, self.group)
+        each = group_relative((scores + penalties).reshape(-1, self.group), deviation=self.deviation, present=kept)
         metrics |= measured(rollout, scores, penalties, kl_coef)
         if self.dynamic_sampling:  # a response without tokens has no share in any mean
             taught = jnp.repeat(self.informative(rollout), self.group)

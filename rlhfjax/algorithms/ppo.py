@@ -70,8 +70,8 @@ class Ppo(OnlineAlgorithm):
         return self.both(params, rows) if self.both else (*self.log_probs(params, rows), self.values(params, rows))
 
     def weight(self, experience: Experience | TokenExperience) -> Float[Array, ""]:
-        """Response tokens in the batch."""
-        return experience.mask.sum().astype(jnp.float32)
+        """Response tokens in the batch, 1 at least: where all responses were dropped the sums are 0."""
+        return jnp.maximum(experience.mask.sum(), 1).astype(jnp.float32)
 
     def loss(
         self,

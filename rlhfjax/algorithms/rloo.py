@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from rlhfjax.algorithms.groups import differing
 from rlhfjax.algorithms.objective import OnlineAlgorithm
 from rlhfjax.algorithms.responses import first_tokens, response_counts, response_sums, update_metrics
-from rlhfjax.algorithms.scored_rollouts import final_scores, measured
+from rlhfjax.algorithms.scored_rollouts import final_scores, kept_in_groups, measured
 from rlhfjax.functional import leave_one_out, masked_sum, sequence_kl, surrogates
 from rlhfjax.types import Experience, Params, Rollout, TokenExperience
 
@@ -56,9 +56,10 @@ class Rloo(OnlineAlgorithm):
         """Scores less kl_coef x KL, less the mean of the others in the group."""
         mask, scores = rollout.response_mask, final_scores(rollout, self.missing_eos, self.missing_eos_value)
         non_score = -kl_coef * sequence_kl(rollout.log_probs, rollout.ref_log_probs, mask, "k1")
-        each = leave_one_out((scores + non_score).reshape(-1, self.group))
+        kept = kept_in_groups(rollout, self.group)
+        each = leave_one_out((scores + non_score).reshape(-1, self.group), present=kept)
         advantages = jnp.where(mask, each.reshape(-1)[:, None], 0.0)
-        alike = 1.0 - differing(scores, self.group).astype(jnp.float32).mean()
+        alike = 1.0 - differing(scores, self.group, kept).astype(jnp.float32).mean()
         metrics = measured(rollout, scores, non_score, kl_coef) | {"objective/groups_alike": alike}
         return Experience(rollout, advantages, jnp.zeros_like(advantages)), metrics
 

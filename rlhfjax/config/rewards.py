@@ -222,6 +222,24 @@ class ForbiddenReward(HostTerm):
     forbidden: Forbidden
 
 
+class Moderation(Section):
+    """-1 where the policy's file (or `default`) flags the response as an output, else 0.
+
+    With `flagged: drop` such a response is left out of the update besides, as though it had not been drawn.
+    """
+
+    policy: Text
+    flagged: Literal["penalise", "drop"] = "penalise"
+
+
+class ModerationReward(CalledTerm):
+    """A punishment for what moderation flags; in a process of its own, since a service may be asked."""
+
+    kind = "moderation"
+
+    moderation: Moderation
+
+
 _Any = (
     ModelReward
     | FunctionReward
@@ -232,6 +250,7 @@ _Any = (
     | ExactMatchReward
     | NumericMatchReward
     | ForbiddenReward
+    | ModerationReward
 )
 KINDS: dict[str, type[Term]] = {kind.kind: kind for kind in get_args(_Any)}
 

@@ -1,5 +1,7 @@
 """Advantages: generalised advantage estimation over tokens, and baselines over a group of responses."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -40,38 +42,49 @@ def gae(
     return advantages, jnp.where(keep, advantages + values, 0.0)
 
 
-def group_relative(scores: Float[Array, "B G"], *, deviation: str = "sample") -> Float[Array, "B G"]:
+def group_relative(
+    scores: Float[Array, "B G"], *, deviation: str = "sample", present: Bool[Array, "B G"] | None = None
+) -> Float[Array, "B G"]:
     """Scores standardised within the responses of one prompt: (s − mean) · (σ² + 1e-8)^-½.
 
     σ² over the G responses divides by G − 1 (`sample`, as TRL, verl and NeMo-RL do) or by G (`population`: a group of
     4 has advantages 15 % larger); `none` leaves s − mean (Dr. GRPO, Liu et al. 2025). Equal scores of any size, and a
-    group of one, give exactly 0: nothing to prefer. Raises ValueError on another deviation.
+    group of one, give exactly 0: nothing to prefer. What is not `present` is 0 and counts for nothing in its group.
+    Raises ValueError on another deviation.
     Source: Shao et al. 2024 (DeepSeekMath), outcome supervision, which says "std" alone.
     """
-    centred = _centred(scores)
+    centred = _centred(scores, present)
     if deviation == "none":
         return centred
     if deviation not in ("sample", "population"):
         raise ValueError(f"expected deviation 'sample', 'population' or 'none', got {deviation!r}")
-    count = max(jnp.shape(scores)[-1] - (deviation == "sample"), 1)
+    least = max if present is None else jnp.maximum
+    count = least(_count(scores, present) - (1 if deviation == "sample" else 0), 1)
     return centred * jax.lax.rsqrt(jnp.sum(jnp.square(centred), axis=-1, keepdims=True) / count + 1e-8)
 
 
-def _centred(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:
-    return masked_centred(scores, jnp.ones(jnp.shape(scores), bool), axis=-1)
+def _centred(scores: Float[Array, "B G"], present: Bool[Array, "B G"] | None) -> Float[Array, "B G"]:
+    return masked_centred(scores, jnp.ones(jnp.shape(scores), bool) if present is None else present, axis=-1)
 
 
-def leave_one_out(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:
+def _count(scores: Float[Array, "B G"], present: Bool[Array, "B G"] | None) -> Any:
+    """Responses of each group: a number, or where some may be absent an array."""
+    return jnp.shape(scores)[-1] if present is None else jnp.sum(present, axis=-1, keepdims=True, dtype=jnp.float32)
+
+
+def leave_one_out(scores: Float[Array, "B G"], *, present: Bool[Array, "B G"] | None = None) -> Float[Array, "B G"]:
     """Each score less the mean of the other responses to its prompt: s_i − Σ_{j≠i} s_j / (G − 1).
 
-    Equal scores of any size give exactly 0. Raises ValueError for G = 1, where there is no other response.
+    Equal scores of any size give exactly 0, and so does what is not `present`, which counts for no other response.
+    Raises ValueError for G = 1, where there is no other response.
     Source: Ahmadian et al. 2024 (RLOO), eq. 9.
     """
     group = jnp.shape(scores)[-1]
     if group < 2:
         raise ValueError(f"expected at least 2 responses per prompt to leave one out, got {group}")
     # Around the mean the scores sum to 0, so that the others of a response sum to −(s_i − mean).
-    return _centred(scores) * (group / (group - 1))
+    least, count = max if present is None else jnp.maximum, _count(scores, present)
+    return _centred(scores, present) * (count / least(count - 1, 1))
 
 
 def overlong_penalty(lengths: Int[Array, "B"], longest: Scalar, buffer: Scalar) -> Float[Array, "B"]:

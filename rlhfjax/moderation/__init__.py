@@ -4,7 +4,7 @@ Nothing here imports jax.
 """
 
 from rlhfjax.moderation.moderator import Guarded, Moderator, Treatment
-from rlhfjax.moderation.policy import Policy, open_policy, read_policy
+from rlhfjax.moderation.policy import Policy, open_policy, policy_files, read_policy
 from rlhfjax.moderation.rules import Rules
 from rlhfjax.moderation.streaming import Guard
 from rlhfjax.moderation.verdicts import (
@@ -34,5 +34,6 @@ __all__ = [
     "Treatment",
     "Verdict",
     "open_policy",
+    "policy_files",
     "read_policy",
 ]

@@ -21,16 +21,16 @@ def together(how: How, found: Sequence[Judgement]) -> Judgement:
     return Judgement(scores, tuple(dict.fromkeys(span for judgement in found for span in judgement.spans)))
 
 
-def judged(backends: Sequence[Backend], how: How, text: str) -> tuple[list[Judgement], str | None]:
-    """The judgements of a text by the back ends that gave one, and the first failure that counts.
+def judged(backends: Sequence[Backend], how: How, texts: Sequence[str]) -> tuple[list[list[Judgement]], str | None]:
+    """The judgements of texts, a list for each back end that gave them, and the first failure that counts.
 
     With `first` they are asked in order until one answers, and it counts only where none did.
     """
-    found: list[Judgement] = []
+    found: list[list[Judgement]] = []
     failed: str | None = None
     for backend in backends:
         try:
-            found += backend.judge([text])
+            found.append(backend.judge(texts))
         except BackendError as why:
             failed = failed or f"{backend.name}: {why}"
             continue

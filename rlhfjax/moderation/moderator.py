@@ -41,7 +41,7 @@ class Moderator:
 
     def input(self, text: str) -> Verdict:
         """The verdict of what somebody wrote: where it `stops`, the model is not to be called."""
-        return self._judge("input", text)
+        return self._judged("input", [text])[0]
 
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> Verdict:
         """The strongest verdict of the messages of a conversation, each by itself, whoever has written it."""
@@ -50,7 +50,11 @@ class Moderator:
 
     def output(self, text: str) -> Verdict:
         """The verdict of a whole answer: where it `stops`, `filler` is what its reader gets, or nothing."""
-        return self._judge("output", text)
+        return self._judged("output", [text])[0]
+
+    def outputs(self, texts: Sequence[str]) -> list[Verdict]:
+        """The verdicts of whole answers, for which each back end is asked once."""
+        return self._judged("output", texts)
 
     def guard(self) -> "Guarded":
         """For one answer that is sent while it is made."""
@@ -96,11 +100,16 @@ class Moderator:
     def _weight(self, side: Side, name: str, found: Judgement) -> tuple[int, float]:
         return ACTIONS.index(getattr(self._treatments[name], side)), found.scores[name]
 
-    def _judge(self, side: Side, text: str) -> Verdict:
-        found, failed = judged(self.backends, self.how, text) if text else ([], None)
-        verdict = self.decide(side, together(self.how, found), failed)
-        self.noted(text, verdict)
-        return verdict
+    def _judged(self, side: Side, texts: Sequence[str]) -> list[Verdict]:
+        asked = [text for text in texts if text]
+        found, failed = judged(self.backends, self.how, asked) if asked else ([], None)
+        each = iter(
+            [self.decide(side, together(self.how, [*of_one]), failed) for of_one in _by_text(found, len(asked))]
+        )
+        verdicts = [next(each) if text else Verdict(side) for text in texts]
+        for text, verdict in zip(texts, verdicts, strict=True):
+            self.noted(text, verdict)
+        return verdicts
 
     def noted(self, text: str, verdict: Verdict) -> None:
         """Tell of a text that is flagged, or that a back end failed on."""
@@ -120,6 +129,11 @@ class Guarded(Guard):
         if self.verdict is not None:
             self._moderator.noted(self.text, self.verdict)
         return sent
+
+
+def _by_text(found: Sequence[Sequence[Judgement]], count: int) -> Iterator[tuple[Judgement, ...]]:
+    """The judgements of each text, of lists that back ends gave; nothing of each where none gave any."""
+    return zip(*found, strict=True) if found else iter([()] * count)
 
 
 def _text(content: Any) -> str:

@@ -129,6 +129,13 @@ def read_policy(path: str | Path) -> Policy:
     return read_section(file, Policy, "a moderation policy (backends, categories)")[0]
 
 
+def policy_files(path: str | Path) -> list[str]:
+    """The files that a policy is made of, its own and those of its rules, none that is shipped. Raises ConfigError."""
+    backends = read_policy(path).backends
+    rules = [name for backend in backends if isinstance(backend, RulesBackend) for name in backend.files]
+    return ([] if str(path) == "default" else [str(path)]) + rules
+
+
 def open_policy(path: str | Path, audited: bool = True) -> Moderator:
     """A policy's file (or `default`) at work; without `audited` its audit log stays as it is. Raises ConfigError."""
     policy = read_policy(path)

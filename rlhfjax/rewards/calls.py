@@ -1,7 +1,8 @@
-"""A worker's work on examples: call a function, run a command, match a pattern. Standard library alone.
+"""A worker's work on examples: call a function, run a command, match a pattern, ask a moderation policy.
 
-Each kind is loaded once and gives a function from examples to an answer: `values`, for each a number, or a text that
-says what came instead of one; or `error`, what went wrong with all of them.
+It is the standard library alone, but for what a policy needs. Each kind is loaded once and gives a function from
+examples to an answer: `values`, for each a number, or a text that says what came instead of one; or `error`, what went
+wrong with all of them.
 """
 
 import contextlib
@@ -170,6 +171,23 @@ def pattern(pattern: str, full: bool) -> tuple[Score, Answer]:
     compiled = re.compile(pattern)
     match = compiled.fullmatch if full else compiled.search
     return (lambda examples: {"values": [float(match(example.response) is not None) for example in examples]}), {}
+
+
+def moderation(policy: str) -> tuple[Score | None, Answer]:
+    """-1 where a policy flags the response, else 0; its audit log is not written."""
+    from rlhfjax.errors import RlhfjaxError
+    from rlhfjax.moderation import open_policy
+
+    try:
+        moderator = open_policy(policy, audited=False)
+    except RlhfjaxError as error:
+        return None, {"error": str(error)}
+
+    def score(examples: list[Example]) -> Answer:
+        verdicts = moderator.outputs([example.response for example in examples])
+        return {"values": [verdict.failed or (-1.0 if verdict.flagged else 0.0) for verdict in verdicts]}
+
+    return score, {}
 
 
 def _die_with_parent() -> None:

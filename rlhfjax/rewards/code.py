@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhfjax.errors import ConfigError, DataError
 from rlhfjax.fetch import file_sha256
+from rlhfjax.moderation import policy_files
 from rlhfjax.places import expanded
 
 
@@ -39,13 +40,18 @@ def _stamp(name: str) -> tuple[int, int]:
 
 
 def files_of(term: Any) -> list[CodeFile]:
-    """The files of a reward: that of a function, and those among the words of a command. Raises ConfigError."""
+    """The files of a reward: that of a function, those among the words of a command, a policy with its rules.
+
+    Raises ConfigError.
+    """
     if term.kind == "function":
         return [_code_file(term.function.rpartition(":")[0])]
     if term.kind == "command":
         program, *rest = term.command
         own = [program] if "/" in program else []  # others are found on PATH, and are the machine's
         return [_code_file(name) for name in [*own, *(word for word in rest if os.path.isfile(word))]]
+    if term.kind == "moderation":
+        return [_code_file(name) for name in policy_files(term.moderation.policy)]
     return []
 
 
@@ -81,6 +87,7 @@ def facts_of(terms: Sequence[Any]) -> dict[str, dict[str, Any]]:
 def _code(term: Any) -> dict[str, Any]:
     named = {"function": term.function} if term.kind == "function" else {}
     named |= {"argv": list(term.command)} if term.kind == "command" else {}
+    named |= {"policy": term.moderation.policy} if term.kind == "moderation" else {}
     return named | {"sha256": {file.name: file.sha256 for file in files_of(term)}} if named else {}
 
 

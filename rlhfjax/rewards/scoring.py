@@ -61,7 +61,7 @@ class Rewards:
         return Pending(self, step, len(examples), [(each.term, each.submit(examples)) for each in self._scorers])
 
     def _edited(self, term: Any, file: CodeFile) -> None:
-        if term.kind == "command":
+        if term.kind in ("command", "moderation"):  # read again by a worker that takes another's place
             raise RewardError(
                 f"reward {term.title}: {file.name} was edited since this run began: expected SHA-256 "
                 f"{file.sha256[:12]}…; put it back, or do the stage again"
@@ -166,6 +166,8 @@ class _Scorer:
                 return {"kind": "function", "path": path, "name": name, "source": source, "environment": environment}
             case "command":
                 return {"kind": "command", "argv": list(self.term.command)}
+            case "moderation":
+                return {"kind": "moderation", "policy": self.term.moderation.policy}
             case "format":
                 form = self.term.format
                 return {"kind": "pattern", "pattern": form.pattern, "full": form.match == "full"}

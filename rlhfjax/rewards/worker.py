@@ -14,11 +14,16 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhfjax.rewards.calls import command, function, pattern
+from rlhfjax.rewards.calls import command, function, moderation, pattern
 from rlhfjax.rewards.example import Example
 from rlhfjax.rewards.frames import framed, read_message
 
-_KINDS: Mapping[str, Callable[..., Any]] = {"function": function, "command": command, "pattern": pattern}
+_KINDS: Mapping[str, Callable[..., Any]] = {
+    "function": function,
+    "command": command,
+    "moderation": moderation,
+    "pattern": pattern,
+}
 
 
 def main(descriptor: int) -> None:

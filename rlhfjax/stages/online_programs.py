@@ -12,6 +12,7 @@ import optax
 from rlhfjax.algorithms import Mix, OnlineAlgorithm, online_part, restrict
 from rlhfjax.algorithms.groups import refilled
 from rlhfjax.algorithms.packing import on_packed, packed_experience
+from rlhfjax.algorithms.scored_rollouts import without_dropped
 from rlhfjax.functional import adaptive_kl
 from rlhfjax.generation import SamplingParams, generate
 from rlhfjax.host_memory import on_device
@@ -142,7 +143,7 @@ def build(
 
     def estimate(rollout: Rollout, kl_coef: Any):
         rollout, rewards = learner.judges.total(rollout)
-        experience, metrics = online.estimate(rollout, kl_coef)
+        experience, metrics = online.estimate(without_dropped(rollout), kl_coef)
         return experience, metrics | rewards | seen_by(rollout)
 
     def update(base: Params, state: OnlineState, experience: Any, pretraining: Any, measured: dict, key: jax.Array):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.algorithms.likelihood import token_scores
-from rlhfjax.config.rewards import RECIPE, ModelReward, on_host
+from rlhfjax.config.rewards import RECIPE, ModelReward, ModerationReward, on_host
 from rlhfjax.errors import RewardError
 from rlhfjax.functional.masking import at_last
 from rlhfjax.host import processes
@@ -60,12 +60,23 @@ class Judges:
         return replace(rollout, scores=nothing, rewards=rewards)
 
     def total(self, rollout: Rollout) -> tuple[Rollout, dict[str, jax.Array]]:
-        """The weighted sum as the score of each response, and the mean and deviation of each reward."""
+        """The weighted sum as the score of each response, and the mean and deviation of each reward.
+
+        Responses that moderation flags are counted, and with `flagged: drop` marked as not to be learned from.
+        """
         if rollout.rewards is None:
             return rollout, {}
         rewards = {term.title: rollout.rewards[term.title] for term in self.terms}
         scores = sum(jnp.float32(term.weight) * rewards[term.title] for term in self.terms)
         means = {f"objective/reward/{title}": x.mean() for title, x in rewards.items()}
+        flags = [(term, rewards[term.title] < 0) for term in self.terms if isinstance(term, ModerationReward)]
+        means |= {f"objective/flagged/{term.title}": x.sum().astype(jnp.float32) for term, x in flags}
+        if dropped := [x for term, x in flags if term.moderation.flagged == "drop"]:
+            kept = ~jnp.stack(dropped).any(axis=0)
+            rollout, means = (
+                replace(rollout, kept=kept),
+                means | {"objective/dropped": (~kept).sum().astype(jnp.float32)},
+            )
         return replace(rollout, scores=scores), means | {
             f"objective/reward_std/{title}": x.std() for title, x in rewards.items()
         }

@@ -117,6 +117,8 @@ _OBJECTIVE = (
 _REWARDS = (
     Metric("objective/reward/NAME", "reward", _ROLLOUTS, "mean", "the reward NAME, before its weight"),
     Metric("objective/reward_std/NAME", "reward", _ROLLOUTS, "standard deviation", "spread of that reward"),
+    Metric("objective/flagged/NAME", "responses", _ROLLOUTS, "count", "responses that the moderation NAME flags"),
+    Metric("objective/dropped", "responses", _ROLLOUTS, "count", "of these what is not learned from (flagged: drop)"),
     Metric("objective/reward_failures", "rewards", _ROLLOUTS, "count",
            "rewards of responses that were not found (on_error: skip or value)"),
 )  # fmt: skip

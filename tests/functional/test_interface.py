@@ -31,7 +31,7 @@ SIGNATURES = {
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature(name):
     parameters = inspect.signature(getattr(functional, name)).parameters.values()
-    added = ("axis", "normalizer", "deviation")
+    added = ("axis", "normalizer", "deviation", "present")
     promised = [p.replace(annotation=inspect.Parameter.empty) for p in parameters if p.name not in added]
     assert str(inspect.Signature(promised)) == f"({SIGNATURES[name]})"
 

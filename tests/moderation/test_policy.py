@@ -165,11 +165,11 @@ def test_judgements_are_taken_together_by_the_highest_the_lowest_or_the_first():
 @pytest.mark.parametrize(("how", "asked"), [("any", [1, 1, 1]), ("all", [1, 1, 1]), ("first", [1, 1, 0])])
 def test_back_ends_are_asked_as_their_combination_needs(how, asked):
     three = [Fixed(None, "a"), Fixed({"hate": 0.1}, "b"), Fixed({"hate": 0.9}, "c")]
-    found, failed = judged(three, how, "text")
+    found, failed = judged(three, how, ["text"])
     assert [each.asked for each in three] == asked
-    assert [each.scores["hate"] for each in found] == ([0.1] if how == "first" else [0.1, 0.9])
+    assert [each.scores["hate"] for [each] in found] == ([0.1] if how == "first" else [0.1, 0.9])
     assert failed == (None if how == "first" else "a: it is away")
-    assert judged([Fixed(None, "a")], how, "text") == ([], "a: it is away")
+    assert judged([Fixed(None, "a")], how, ["text"]) == ([], "a: it is away")
 
 
 @pytest.mark.parametrize(
