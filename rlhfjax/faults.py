@@ -1,10 +1,12 @@
 """Faults on purpose, so that tests can see what a run does when it is killed, hangs or computes nonsense.
 
 `RLHFJAX_FAULT=KIND@POINT:STEP[:PROCESS]` asks for one (`STEP+`: from there on), and is an error unless
-`RLHFJAX_ALLOW_FAULTS=1` allows it. Without the first variable everything here is a comparison with None.
+`RLHFJAX_ALLOW_FAULTS=1` allows it; several have commas between them. Without the first variable everything here is a
+look at an empty list.
 """
 
 import ctypes
+import errno
 import os
 import signal
 import threading
@@ -14,9 +16,11 @@ from dataclasses import dataclass
 from rlhfjax.errors import ConfigError
 
 _SIGNALS = {name: getattr(signal, name.upper()) for name in ("sigkill", "sigterm", "sigint", "sigstop", "sigsegv")}
-KINDS = (*_SIGNALS, "abort", "exception", "hang", "spin", "lock", "lock_gil", "nan", "inf")
+_NUMBERS = ("nan", "inf")
+KINDS = (*_SIGNALS, "abort", "exception", "hang", "spin", "lock", "lock_gil", "full", "slow", *_NUMBERS)
 _held = threading.Lock()
 _FOREVER = 3600  # seconds; whoever waits for a hang has a shorter deadline
+_SLOW = 5.0  # seconds
 
 
 class InjectedFault(RuntimeError):
@@ -56,16 +60,26 @@ def read_fault(text: str | None, allowed: bool) -> Fault | None:
     return Fault(kind, words[0], int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else None, onwards)
 
 
-_fault = read_fault(os.environ.get("RLHFJAX_FAULT"), os.environ.get("RLHFJAX_ALLOW_FAULTS") == "1")
-_spent = False
+def read_faults(text: str | None, allowed: bool) -> list[Fault]:
+    """Those that a text like `sigterm@ppo:3,slow@ppo:4` asks for. Raises ConfigError as `read_fault`."""
+    return [fault for part in (text or "").split(",") if (fault := read_fault(part, allowed))]
+
+
+_faults = read_faults(os.environ.get("RLHFJAX_FAULT"), os.environ.get("RLHFJAX_ALLOW_FAULTS") == "1")
+_spent: set[Fault] = set()
 
 
 def reach(point: str, step: int) -> None:
     """Called where a fault may be wanted; it happens here when this is the place, and once."""
-    global _fault
-    if _fault is None or not _here(_fault, point, step) or _fault.kind in ("nan", "inf"):
-        return
-    fault, _fault = _fault, None
+    for fault in [fault for fault in _faults if fault.kind not in _NUMBERS and _here(fault, point, step)]:
+        _faults.remove(fault)
+        if mark := os.environ.get("RLHFJAX_FAULT_MARK"):  # the file that gets the time, for those who count from it
+            with open(mark, "w", encoding="ascii") as file:
+                file.write(str(time.time()))
+        _happen(fault, f"{point}:{step}")
+
+
+def _happen(fault: Fault, where: str) -> None:
     if fault.kind in _SIGNALS:
         os.kill(os.getpid(), _SIGNALS[fault.kind])
     elif fault.kind == "abort":
@@ -80,8 +94,12 @@ def reach(point: str, step: int) -> None:
     elif fault.kind == "lock":
         _held.acquire()
         _held.acquire()  # by the one that has it already
+    elif fault.kind == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    elif fault.kind == "slow":
+        time.sleep(_SLOW)
     else:
-        raise InjectedFault(f"{fault.kind} at {point}:{step}, as RLHFJAX_FAULT asked")
+        raise InjectedFault(f"{fault.kind} at {where}, as RLHFJAX_FAULT asked")
 
 
 def factor(point: str, step: int) -> float:
@@ -89,16 +107,17 @@ def factor(point: str, step: int) -> float:
 
     Training that goes back and comes to the step again meets the fault no second time.
     """
-    global _spent
-    if _fault is None or _spent or _fault.kind not in ("nan", "inf") or not _here(_fault, point, step):
-        return 1.0
-    _spent = not _fault.onwards
-    return float(_fault.kind)
+    for fault in _faults:
+        if fault.kind in _NUMBERS and fault not in _spent and _here(fault, point, step):
+            if not fault.onwards:
+                _spent.add(fault)
+            return float(fault.kind)
+    return 1.0
 
 
 def wanted(point: str) -> bool:
     """Whether numbers at `point` are to be multiplied at any step, for programs that must be compiled with that."""
-    return _fault is not None and _fault.kind in ("nan", "inf") and _fault.point == point
+    return any(fault.kind in _NUMBERS and fault.point == point for fault in _faults)
 
 
 def _here(fault: Fault, point: str, step: int) -> bool:

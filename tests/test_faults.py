@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rlhfjax.errors import ConfigError
-from rlhfjax.faults import Fault, read_fault
+from rlhfjax.faults import Fault, read_fault, read_faults
 
 STEPS = """
 from rlhfjax import faults
@@ -39,6 +39,15 @@ def reached(fault, program=STEPS, allowed="1"):
 def test_reading(text, fault):
     assert read_fault(text, True) == fault
     assert read_fault("", False) is None
+
+
+def test_several_happen_one_after_the_other(tmp_path):
+    both = [Fault("slow", "save", 1), Fault("full", "save", 2, 0)]
+    assert read_faults("slow@save:1,full@save:2:0", True) == both
+    assert read_faults(None, False) == []
+    done = reached("sigstop@other:0,sigterm@save:5,full@save:2")
+    assert done.stdout.split() == ["0", "1"]
+    assert "[Errno 28] No space left on device" in done.stderr
 
 
 @pytest.mark.parametrize("text", ["sigkill", "sigkill@save", "sigkill@save:two", "fire@save:2", "sigkill@a:1:2:3"])

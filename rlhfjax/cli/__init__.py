@@ -18,6 +18,7 @@ from rlhfjax.cli import (
     launching,
     moderating,
     planning,
+    rehearsing,
     rendering,
     reproducing,
     running,
@@ -25,6 +26,7 @@ from rlhfjax.cli import (
     timing,
     transferring,
 )
+from rlhfjax.launch.process_group import die_with_launcher
 from rlhfjax.terminal import Door
 from rlhfjax.xla_flags import check_flags
 
@@ -73,6 +75,7 @@ for verb in (
     reproducing.reproduce,
     timing.goodput,
     examining.doctor,
+    rehearsing.rehearse,
     describing.env,
     describing.metrics,
 ):
@@ -81,5 +84,5 @@ for verb in (
 
 def main() -> None:
     """Entry point of the console script."""
-    launching.die_with_launcher()
+    die_with_launcher()
     app()

@@ -1,11 +1,6 @@
 """`rlhfjax launch`: several processes of one run on this machine, and how a run becomes one of several."""
 
-import ctypes
 import os
-import signal
-import sys
-import threading
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +12,8 @@ import typer
 from rlhfjax import config as configuration
 from rlhfjax import stores
 from rlhfjax.cli.datasets import OPTIONS
-from rlhfjax.errors import ConfigError, RlhfjaxError
-from rlhfjax.launch.process_group import LAUNCHER, Restarts, supervise
+from rlhfjax.errors import RlhfjaxError
+from rlhfjax.launch.process_group import Restarts, supervise
 from rlhfjax.terminal import fail, say
 
 launch = typer.Typer(no_args_is_help=True, help="Start a run in several processes.", **OPTIONS)
@@ -128,24 +123,3 @@ def _said(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else 1
     traceback.print_exception(error)
     return 1
-
-
-def die_with_launcher() -> None:
-    """A process that `launch local` started ends when the launcher does, however that ends."""
-    launcher = os.environ.pop(LAUNCHER, None)
-    if launcher is None:
-        return
-    if not launcher.isdigit():
-        raise ConfigError(f"{LAUNCHER}: expected the number of a process, got {launcher!r}; unset it")
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also when every thread of this one is stuck
-    else:
-        threading.Thread(target=_watch, args=(int(launcher),), daemon=True).start()
-    if os.getppid() != int(launcher):  # it was too late
-        os._exit(128 + signal.SIGKILL)
-
-
-def _watch(launcher: int) -> None:
-    while os.getppid() == launcher:
-        time.sleep(1.0)
-    os._exit(128 + signal.SIGKILL)

@@ -1,5 +1,6 @@
 """Processes that live and die together, and are started again as long as that gets a run further."""
 
+import ctypes
 import json
 import os
 import selectors
@@ -7,12 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from rlhfjax.errors import ConfigError
 
 COMMAND = (sys.executable, "-m", "rlhfjax.cli")
 LAUNCHER = "RLHFJAX_LAUNCHER"
@@ -247,3 +251,24 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def die_with_launcher() -> None:
+    """A process that `launch local` started ends when the launcher does, however that ends."""
+    launcher = os.environ.pop(LAUNCHER, None)
+    if launcher is None:
+        return
+    if not launcher.isdigit():
+        raise ConfigError(f"{LAUNCHER}: expected the number of a process, got {launcher!r}; unset it")
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also when every thread of this one is stuck
+    else:
+        threading.Thread(target=_watch, args=(int(launcher),), daemon=True).start()
+    if os.getppid() != int(launcher):  # it was too late
+        os._exit(128 + signal.SIGKILL)
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1.0)
+    os._exit(128 + signal.SIGKILL)

@@ -86,14 +86,15 @@ def findings(run: Run | None, run_dir: Path | None, place: Place | None) -> tupl
 def inputs(run: Run) -> Iterable[Finding]:
     """Data files and checkpoints that the configuration names."""
     sources = {entry.source for stage in NAMES for entry, _ in entries_of(run, stage)}
-    files = sorted(source for source in sources if is_path(source))
+    files, read = sorted(source for source in sources if is_path(source)), True
     for source in files:
         if not os.access(source, os.R_OK):
             why = "cannot be read" if os.path.exists(source) else "is not there"
             text = f"{source} {why} (data of the configuration: put it there, or correct the path)"
             yield Finding(FAIL, "data", text, DataError.exit_code)
-    names = len(sources) - len(files)
-    yield Finding(OK, "data", f"{len(files)} files and folders, {names} by name or address")
+            read = False
+    if read:
+        yield Finding(OK, "data", f"{len(files)} files and folders, {len(sources) - len(files)} by name or address")
     if given := _checkpoints(run):
         yield Finding(OK, "checkpoints", f"{', '.join(given)} can be read")
 
@@ -127,16 +128,17 @@ def merged(found: Mapping[int, list[Finding]]) -> list[Finding]:
     names = dict.fromkeys(finding.name for each in found.values() for finding in each)
     table = []
     for name in names:
-        of = {index: each for index, one in found.items() for each in one if each.name == name}
+        of = [(index, each) for index, one in found.items() for each in one if each.name == name]
         bad: dict[Finding, list[int]] = {}
-        for index, each in of.items():
+        for index, each in of:
             if each.level != OK:
                 bad.setdefault(each, []).append(index)
         for each, indices in bad.items():
             table.append(replace(each, text=f"{_processes(indices)}: {each.text}"))
         if not bad:
-            index, first = next(iter(of.items()))
-            others = f" (process {index}; well in {len(of)})" if len(of) > 1 else ""
+            index, first = of[0]
+            processes = len({index for index, _ in of})
+            others = f" (process {index}; well in {processes})" if processes > 1 else ""
             table.append(replace(first, text=first.text + others))
     return table
 

@@ -138,7 +138,7 @@ sys.exit(supervise([], 2, None, Restarts(5, 5, None), 60.0, lambda text: print(t
 """
 CHILD = """
 import os, pathlib, signal, sys, time
-from rlhfjax.cli.launching import die_with_launcher
+from rlhfjax.launch.process_group import die_with_launcher
 die_with_launcher()
 here = pathlib.Path(__file__).parent
 name = f"{os.environ['RLHFJAX_PROCESS_ID']}-{os.getpid()}"

@@ -90,6 +90,11 @@ def test_what_is_well_is_one_line_and_what_is_not_one_for_each():
     ]
 
 
+def test_what_is_wrong_on_one_host_is_not_hidden_by_what_is_well_of_the_same_name():
+    lacks, others = Finding(FAIL, "data", "x.jsonl is not there", 3), Finding(OK, "data", "2 files")
+    assert merged({0: [others], 1: [lacks, others]}) == [Finding(FAIL, "data", "process 1: x.jsonl is not there", 3)]
+
+
 def test_clocks():
     assert clocks({0: 0.0, 1: 0.02, 2: -0.3}) == Finding(OK, "clock", "at most 0.30 s apart")
     assert clocks({0: 0.0, 1: 5.0}).level == WARN
