@@ -110,7 +110,8 @@ def import_all() -> None:
 
     for found in pkgutil.walk_packages(rlhfjax.__path__, "rlhfjax."):
         if not found.name.endswith("__main__"):
-            importlib.import_module(found.name)
+            with suppress(ImportError):  # of an extra that is not installed
+                importlib.import_module(found.name)
     gc.collect()
     gc.freeze()
 
