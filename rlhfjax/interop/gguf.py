@@ -18,6 +18,9 @@ from rlhfjax.interop.gguf_files import GgufFile, open_file
 from rlhfjax.interop.gguf_settings import CLASSES, described
 from rlhfjax.interop.gguf_tokenizer import tokenizer_of_metadata
 from rlhfjax.interop.pretrained import Pretrained, names_of
+from rlhfjax.interop.safetensors_files import finite
+from rlhfjax.interop.tensors import box
+from rlhfjax.leaves import Region
 from rlhfjax.models import DecoderConfig
 
 # Gemma 2 and 3, and OLMo 2, have norms behind their blocks.
@@ -87,8 +90,14 @@ def open_gguf(path: Path) -> Pretrained:
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise IntegrityError(f"{path}: expected at most {config.vocab_size} tokens, got {tokenizer.vocab_size}")
 
-    def read(weight: Weight, name: str) -> np.ndarray:
-        return _as_transformers(file.read(name_in_file(name, architecture)), name, architecture, config)
+    def read(weight: Weight, name: str, region: Region) -> np.ndarray:
+        block, see = box(weight, region)
+        made = _as_transformers(file, name, block, architecture, config)
+        if not finite(made):
+            raise IntegrityError(
+                f"{path}: expected finite numbers in tensor {name!r}, got infinite ones or none (NaN); fetch it again"
+            )
+        return see(made)
 
     return Pretrained(config, "policy", tokenizer, wanted, read, notes=(note,) if note else ())
 
@@ -130,7 +139,7 @@ def transposed(theirs: str, architecture: str) -> bool:
 
 
 def as_in_file(tensor: np.ndarray, theirs: str, architecture: str, config: DecoderConfig) -> np.ndarray:
-    """A float32 tensor of transformers as llama.cpp has it: `_as_transformers`, undone."""
+    """A float32 tensor of transformers as llama.cpp has it: what reading undoes."""
     if transposed(theirs, architecture):
         return tensor.T
     if architecture in _INTERLEAVED and re.search(r"self_attn\.[qk]_proj\.", theirs):
@@ -145,16 +154,27 @@ def as_in_file(tensor: np.ndarray, theirs: str, architecture: str, config: Decod
     return tensor
 
 
-def _as_transformers(tensor: np.ndarray, theirs: str, architecture: str, config: DecoderConfig) -> np.ndarray:
+def _as_transformers(
+    file: GgufFile, theirs: str, block: Region, architecture: str, config: DecoderConfig
+) -> np.ndarray:
+    """A block of a tensor of transformers."""
+    name, order = name_in_file(theirs, architecture), _order(theirs, architecture, config)
+    if len(block) == 1:
+        row = file.read(name, slice(0, 1), slice(0, *file.tensors[name].shape))[0]
+        made = (row if order is None else row[order])[block]
+        return made - np.float32(1) if architecture.startswith("gemma") and theirs.endswith("norm.weight") else made
     if transposed(theirs, architecture):
-        return tensor.T
+        return file.read(name, block[1], block[0]).T
+    return file.read(name, block[0] if order is None else order[block[0]], block[1])
+
+
+def _order(theirs: str, architecture: str, config: DecoderConfig) -> np.ndarray | None:
+    """Which row of the file each row of transformers' is, unless they are in one order."""
     if architecture in _INTERLEAVED and re.search(r"self_attn\.[qk]_proj\.", theirs):
         heads = config.heads if ".q_proj." in theirs else config.kv_heads
-        pairs = tensor.reshape(heads, config.head_dim // 2, 2, *tensor.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(tensor.shape)
+        pairs = np.arange(heads * config.head_dim).reshape(heads, config.head_dim // 2, 2)
+        return pairs.swapaxes(1, 2).reshape(-1)
     if architecture == "gptneox" and "query_key_value" in theirs:
-        kinds = tensor.reshape(3, config.heads, config.head_dim, *tensor.shape[1:])
-        return kinds.swapaxes(0, 1).reshape(tensor.shape)
-    if architecture.startswith("gemma") and theirs.endswith("norm.weight"):
-        return tensor - np.float32(1)
-    return tensor
+        kinds = np.arange(3 * config.heads * config.head_dim).reshape(3, config.heads, config.head_dim)
+        return kinds.swapaxes(0, 1).reshape(-1)
+    return None

@@ -41,21 +41,27 @@ class GgufFile:
     tensors: dict[str, GgufTensor]
     data: mmap.mmap = field(repr=False)
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, dequantised to float32, or as it is stored where that is a plain float type.
+    def read(self, name: str, rows: slice | np.ndarray, columns: slice) -> np.ndarray:
+        """Rows of a tensor (its last axis is a row; of a vector all), and of these some columns, as a matrix.
 
-        Raises ConfigError for a quantisation that the package `gguf` cannot undo.
+        They are dequantised to float32, or as they are stored where that is a plain float type. No more of the file is
+        looked at than the blocks that they are in. Raises ConfigError for a quantisation that the package `gguf` cannot
+        undo.
         """
         import gguf
 
         tensor = self.tensors[name]
-        raw = np.frombuffer(self.data, np.uint8, tensor.size, tensor.start)
         kind = gguf.GGMLQuantizationType(tensor.kind)
+        block, width = gguf.GGML_QUANT_SIZES[kind]
+        raw = np.frombuffer(self.data, np.uint8, tensor.size, tensor.start)
+        first, last = columns.start // block, -(-columns.stop // block)
+        stored = raw.reshape(-1, tensor.shape[-1] // block * width)[rows, first * width : last * width]
         plain = {kind.F32: "<f4", kind.F16: "<f2", kind.F64: "<f8"}.get(kind)
         try:
             if plain:
-                return raw.view(plain).reshape(tensor.shape).copy()
-            return self._dequantised(raw.reshape(math.prod(tensor.shape[:-1]), -1), kind).reshape(tensor.shape)
+                return stored.view(plain)[:, :: columns.step or 1].copy()
+            here = slice(columns.start - first * block, columns.stop - first * block, columns.step)
+            return self._dequantised(stored, kind, (last - first) * block)[:, here]
         except NotImplementedError as error:
             raise ConfigError(
                 f"{self.path}: expected a quantisation that can be undone, got {kind.name} in {name!r}; use a file of "
@@ -64,13 +70,12 @@ class GgufFile:
         finally:
             self._let_go()
 
-    def _dequantised(self, rows: np.ndarray, kind: Any) -> np.ndarray:
+    def _dequantised(self, rows: np.ndarray, kind: Any, width: int) -> np.ndarray:
         """A part of the rows at a time: what that takes beside them is several times as large as they."""
         import gguf
 
-        first = gguf.quants.dequantize(rows[:1], kind)
-        made = np.empty((len(rows), first.shape[-1]), np.float32)
-        step = max(_AT_ONCE // made.shape[-1], 1)
+        made = np.empty((len(rows), width), np.float32)
+        step = max(_AT_ONCE // width, 1)
         for start in range(0, len(rows), step):
             made[start : start + step] = gguf.quants.dequantize(rows[start : start + step], kind)
             self._let_go()

@@ -16,10 +16,10 @@ import numpy as np
 from rlhfjax.errors import ConfigError, IntegrityError
 from rlhfjax.interop.families import Weight, config_of, weights
 from rlhfjax.interop.hub import blobs_of
-from rlhfjax.interop.mxfp4 import read_matrix, with_matrices
+from rlhfjax.interop.mxfp4 import Packed, read_block, with_matrices
 from rlhfjax.interop.pretrained import Pretrained, names_of
 from rlhfjax.interop.safetensors_files import DTYPES, Tensor, read_elements, read_header, read_tensor
-from rlhfjax.interop.tensors import span
+from rlhfjax.interop.tensors import box, span
 from rlhfjax.interop.text_parts import text_config, text_tensors
 from rlhfjax.leaves import Region
 from rlhfjax.models import DecoderConfig
@@ -71,17 +71,18 @@ def open_directory(directory: Path) -> Pretrained:
         head = {"kernel": read_tensor(kernel, HEAD)[0], "bias": np.asarray(bias)}
     _check(directory, found, wanted, config, scalar)
 
-    def read(weight: Weight, name: str) -> np.ndarray:
-        return read_matrix(found[name], name)
-
-    def read_part(weight: Weight, name: str, region: Region) -> np.ndarray:
+    def read(weight: Weight, name: str, region: Region) -> np.ndarray:
+        tensor = found[name]
+        if isinstance(tensor, Packed):
+            block, see = box(weight, region)
+            return see(read_block(tensor, name, block))
         first, last, see = span(weight, region)
-        return see(read_elements(found[name], name, first, last))
+        return see(read_elements(tensor, name, first, last))
 
     role = "reward" if scalar else "policy"
     tokenizer, of_tokenizer = _tokenizer(directory, config)
     notes += _notes_on(config) + of_tokenizer
-    return Pretrained(config, role, tokenizer, wanted, read, head, notes, None if packed else read_part)
+    return Pretrained(config, role, tokenizer, wanted, read, head, notes)
 
 
 def _without_code(directory: Path, described: dict[str, Any]) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from rlhfjax.errors import IntegrityError
-from rlhfjax.interop.safetensors_files import Tensor, read_octets, read_tensor
+from rlhfjax.interop.safetensors_files import Tensor, read_octets
+from rlhfjax.leaves import Region
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _NUMBERS = np.array([sign * number for sign in (1, -1) for number in _MAGNITUDES], np.float32)
@@ -56,15 +57,19 @@ def with_matrices(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
-def read_matrix(tensor: Tensor, name: str) -> np.ndarray:
-    """`read_tensor` of any of them."""
-    if not isinstance(tensor, Packed):
-        return read_tensor(tensor, name)
-    blocks, scales = read_octets(tensor.blocks, name), read_octets(tensor.scales, name)
-    experts, inputs, outputs = tensor.shape
-    made = np.empty((experts, outputs, inputs), np.float32).swapaxes(1, 2)  # which lies as what is read does
-    for i in range(experts):  # one at a time takes less memory beside
-        made[i : i + 1] = read = dequantize(blocks[i : i + 1], scales[i : i + 1])
+def read_block(tensor: Packed, name: str, block: Region) -> Float[np.ndarray, "E I O"]:
+    """A block [experts, inputs, outputs] of a matrix, an expert at a time. Raises IntegrityError as `read_tensor`."""
+    experts, inputs, outputs = block
+    first, last = inputs.start // 32, -(-inputs.stop // 32)
+    here = slice(inputs.start - 32 * first, inputs.stop - 32 * first, inputs.step)
+    shape = [len(range(*part.indices(size))) for part, size in zip(block, tensor.shape, strict=True)]
+    made = np.empty((shape[0], shape[2], shape[1]), np.float32).swapaxes(1, 2)  # which lies as what is read does
+    for i, expert in enumerate(range(*experts.indices(tensor.shape[0]))):
+        blocks, scales = (
+            read_octets(part, name, expert, outputs)[None, :: outputs.step or 1, first:last]
+            for part in (tensor.blocks, tensor.scales)
+        )
+        made[i : i + 1] = read = dequantize(blocks, scales)[:, here]
         if not np.isfinite(read).all():
             raise IntegrityError(f"{tensor.path}: expected finite numbers in tensor {name!r}, got a scale of infinity")
     return made

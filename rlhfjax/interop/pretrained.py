@@ -24,19 +24,18 @@ from rlhfjax.types import Params
 class Pretrained:
     """What a source says of its model, and how to read it.
 
-    `read(weight, name)` gives one tensor in the shape that `weight` has in the files, in any float type; `name` is
-    `weight.name` with the numbers of layer and expert in it. Where the files can be read in parts, `read_part` gives a
-    region of our parameter in it, of one layer. A scalar model (`role` "reward") has a `head` beside.
+    `read(weight, name, region)` gives a region of our parameter, of one layer, in any float type, and reads no more of
+    the files than that takes; `name` is `weight.name` with the numbers of layer and expert in it. A scalar model
+    (`role` "reward") has a `head` beside.
     """
 
     config: DecoderConfig
     role: str
     tokenizer: AnyTokenizer | None
     weights: tuple[Weight, ...]
-    read: Callable[[Weight, str], np.ndarray]
+    read: Callable[[Weight, str, Region], np.ndarray]
     head: dict[str, np.ndarray] | None = None
     notes: tuple[str, ...] = ()  # for whoever imports it
-    read_part: Callable[[Weight, str, Region], np.ndarray] | None = None
 
 
 def names_of(weight: Weight, config: DecoderConfig) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -75,20 +74,12 @@ class Imported:
         axes = _axes(weight, self._source.config)
         for place in itertools.product(*(range(part.start, part.stop) for part in region[: len(axes)])):
             name = weight.name.format(**dict(zip(axes, place, strict=True)))
-            for part in self._parts(weight, region[len(axes) :]):
+            for part in by_span(weight, region[len(axes) :], MOST // 4):
                 where = (*(slice(i, i + 1) for i in place), *part)
-                yield inside(region, where), self._part(weight, name, part)[(None,) * len(axes)]
+                yield inside(region, where), self._source.read(weight, name, part)[(None,) * len(axes)]
 
     def check(self) -> None:
         """Nothing is known of what somebody else wrote."""
-
-    def _parts(self, weight: Weight, region: Region) -> Iterator[Region]:
-        return by_span(weight, region, MOST // 4) if self._source.read_part else iter([region])
-
-    def _part(self, weight: Weight, name: str, region: Region) -> np.ndarray:
-        if self._source.read_part:
-            return self._source.read_part(weight, name, region)
-        return weight.look(self._source.read(weight, name))[region]
 
 
 def load_parameters(source: Pretrained, mesh: jax.sharding.Mesh | None = None, dtype: str = "float32") -> Params:

@@ -78,7 +78,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
 def read_tensor(tensor: Tensor, name: str) -> np.ndarray:
     """One tensor in memory of its own. Raises IntegrityError where it is not finite or the file has become shorter."""
     read = _filled(tensor, name, np.empty(tensor.shape, DTYPES[tensor.dtype]))
-    if not _finite(read):
+    if not finite(read):
         raise _broken(tensor.path, f"tensor {name!r} with numbers that are infinite or none (NaN)")
     return read
 
@@ -90,9 +90,12 @@ def read_elements(tensor: Tensor, name: str, first: int, last: int) -> np.ndarra
     return read_tensor(part, name)
 
 
-def read_octets(tensor: Tensor, name: str) -> np.ndarray:
-    """The same of a tensor of type U8."""
-    return _filled(tensor, name, np.empty(tensor.shape, np.uint8))
+def read_octets(tensor: Tensor, name: str, place: int, rows: slice) -> np.ndarray:
+    """Of a tensor of type U8, at a place on its first axis, the rows from the start to before the stop of `rows`."""
+    shape = (rows.stop - rows.start, *tensor.shape[2:])
+    start = tensor.start + (place * tensor.shape[1] + rows.start) * math.prod(tensor.shape[2:])
+    part = replace(tensor, shape=shape, start=start, end=start + math.prod(shape))
+    return _filled(part, name, np.empty(shape, np.uint8))
 
 
 def _filled(tensor: Tensor, name: str, read: np.ndarray) -> np.ndarray:
@@ -154,12 +157,13 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     """A tensor in another type. Raises ConfigError when a number is too large for it."""
     with np.errstate(over="ignore"):
         made = array.astype(DTYPES[dtype])
-    if not _finite(made):
+    if not finite(made):
         raise ConfigError(f"tensor {name}: expected numbers that fit {dtype}, got larger ones; take another --dtype")
     return made
 
 
-def _finite(array: np.ndarray) -> bool:
+def finite(array: np.ndarray) -> bool:
+    """Whether no number is infinite or none (NaN)."""
     if array.dtype == ml_dtypes.bfloat16:  # numpy asks it number by number, and its bits all at once
         bits = array.view(np.uint16).ravel("K")
         parts = (bits[start : start + _CACHED] for start in range(0, bits.size, _CACHED))

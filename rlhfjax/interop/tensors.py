@@ -49,6 +49,26 @@ def span(weight: Weight, region: Region) -> tuple[int, int, Callable[[np.ndarray
     return first, last, see
 
 
+def box(weight: Weight, region: Region) -> tuple[Region, Callable[[np.ndarray], np.ndarray]]:
+    """The block of their tensor that a region of ours is in, with a step on each axis, and how it is seen there.
+
+    Each axis of theirs is cut into some of ours, so that the first and the last element are the block's corners.
+    """
+    first, last, _ = span(weight, region)
+    seen = _strides(weight)[region]
+    strides = [stride if size > 1 else 0 for stride, size in zip(seen.strides, seen.shape, strict=True)]
+    moves = [np.unravel_index(stride, weight.shape) for stride in strides]
+    low, high = (np.unravel_index(element, weight.shape) for element in (first, last - 1))
+    steps = [max(math.gcd(*(int(move[axis]) for move in moves)), 1) for axis in range(len(weight.shape))]
+    theirs = tuple(slice(int(a), int(b) + 1, step) for a, b, step in zip(low, high, steps, strict=True))
+
+    def see(block: np.ndarray) -> np.ndarray:
+        own = [int(np.dot(np.floor_divide(move, steps), block.strides)) for move in moves]
+        return as_strided(block, seen.shape, own, writeable=False)
+
+    return theirs, see
+
+
 def by_span(weight: Weight, region: Region, most: int) -> Iterator[Region]:
     """A region of ours in parts that each are in about `most` elements of theirs, next to each other."""
     seen = _strides(weight)[region]

@@ -45,7 +45,9 @@ class Golden:
         }
         self.model = LanguageModel(config_of(self.described))
         listed = weights(self.model.config)
-        source = Pretrained(self.model.config, "policy", None, listed, lambda _, name: self.tensors[name])
+        source = Pretrained(
+            self.model.config, "policy", None, listed, lambda w, name, region: w.look(self.tensors[name])[region]
+        )
         self.params = load_parameters(source)
 
 

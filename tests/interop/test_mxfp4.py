@@ -8,9 +8,11 @@ import pytest
 
 from interop.published import golden, publish, tensors_of
 from rlhfjax.errors import ConfigError, IntegrityError
+from rlhfjax.interop import mxfp4
 from rlhfjax.interop.huggingface import open_directory
 from rlhfjax.interop.mxfp4 import dequantize
-from rlhfjax.interop.pretrained import load_parameters
+from rlhfjax.interop.pretrained import Imported, load_parameters
+from rlhfjax.leaves import read
 
 # E2M1 with the sign in the highest bit: 1 bit of mantissa, exponent bias 1, 0 and 0.5 below the normal numbers.
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -58,6 +60,25 @@ def test_a_directory_is_read_as_the_numbers_that_it_stands_for(directories):
     small, plain = (open_directory(directory) for directory in directories)
     assert [note for note in small.notes if "MXFP4" in note]
     jax.tree.map(np.testing.assert_array_equal, load_parameters(small), load_parameters(plain))
+
+
+def test_a_part_is_read_as_it_is_in_the_whole_and_nothing_else_is(directories, monkeypatch):
+    # parts begin inside a block of 32 and at odd outputs, of which gate and up take turns
+    small, plain = (Imported(open_directory(directory)) for directory in directories)
+    rng, octets = np.random.default_rng(1), []
+    seen = mxfp4.dequantize
+    monkeypatch.setattr(mxfp4, "dequantize", lambda *parts: octets.append(parts[0].size) or seen(*parts))
+    for name in ("gate", "up", "down"):
+        path = f"blocks/experts/{name}/kernel"
+        whole = read(plain, path)
+        assert np.prod(whole.shape[1:]) > 32
+        for _ in range(20):
+            ends = [sorted(rng.choice(size + 1, 2, replace=False)) for size in whole.shape]
+            region = tuple(slice(int(start), int(stop)) for start, stop in ends)
+            np.testing.assert_array_equal(read(small, path, region), whole[region])
+    octets.clear()
+    read(small, "blocks/experts/gate/kernel", (slice(0, 1), slice(1, 2), slice(0, 32), slice(3, 7)))
+    assert sum(octets) == 4 * 16  # of four outputs of gate, a block each
 
 
 def test_what_does_not_fit_or_is_quantised_otherwise_is_refused(directories):
