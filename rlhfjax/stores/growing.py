@@ -26,15 +26,16 @@ class Growing:
         self._parts: list[_Part] = []
         self._file: int | None = None  # the inode that the parts were compared with
 
-    def load(self, found: Mapping[int, str]) -> bytes:
-        """What the parts in the store hold together; those that others were written over no longer count."""
+    def load(self, found: Mapping[int, str], tidy: bool = True) -> bytes:
+        """What the parts in the store hold together; those that others were written over do not count, and may go."""
         self._parts, whole = [], b""
         for offset, key in sorted(found.items()):
             if offset == len(whole):
                 data = self._store.read(key)
                 self._parts.append(_Part(offset, len(data), hashlib.sha256(data).hexdigest()))
                 whole += data
-        self._store.delete(sorted(set(found.values()) - {part_key(self._key, part.offset) for part in self._parts}))
+        if tidy:
+            self._store.delete(sorted(set(found.values()) - {part_key(self._key, part.offset) for part in self._parts}))
         return whole
 
     def is_in(self, path: Path) -> None:

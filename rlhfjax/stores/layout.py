@@ -5,7 +5,8 @@ A directory of a run lies there under the same names, with three exceptions, for
 - There is no renaming, so a step is whole when its manifest is there, which is written after all else of it. One that
   was found damaged has an object DAMAGED in it.
 - Nothing can be appended to an object, so a file that grows is kept in parts, `metrics.jsonl.parts/OFFSET`, until its
-  stage is complete; then it is one object. A part counts where those before it end at its offset.
+  stage is complete, or for one of the run until the launch ends; then it is one object. A part counts where those
+  before it end at its offset, and all of them where they hold more than the object.
 - `.lock/` holds the lock.
 """
 

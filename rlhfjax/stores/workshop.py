@@ -173,6 +173,8 @@ class Workshop:
         """Send what is left, and let others have the lock. Raises Unreachable."""
         if self._lease:
             self.send(self.root)
+            for key in [key for key in self._growing if "/" not in key]:  # of the run: no stage's mark comes for it
+                self._growing.pop(key).finish(self.root / key)
             self._lease.release()
 
     def _finished(self, path: Path) -> bool:
@@ -226,17 +228,21 @@ class Workshop:
         _clear(self.root, self.root, wanted)
         self._stub({step: held for step, held in whole.items() if step not in kept})
         in_parallel(lambda key: self.store.fetch(key, self.root / key), contents.files)
-        for key, found in contents.parts.items():
-            if key not in contents.files:  # the whole object came after the last part
-                self._grow(key, found)
         for key in contents.files:
             found = (self.root / key).stat()
             self._sent[key] = found.st_ino, found.st_mtime_ns, found.st_size
+        for key, parts in contents.parts.items():
+            self._grow(key, parts, contents.files.get(key, -1))
 
-    def _grow(self, key: str, found: dict[int, str]) -> None:
+    def _grow(self, key: str, found: dict[int, str], whole: int) -> None:
+        """A file of its parts, unless they hold no more than an object of `whole` bytes."""
         growing, path = Growing(self.store, key), self.root / key
+        held = growing.load(found, tidy=self._lease is not None)
+        if len(held) <= whole:
+            self.store.delete(found.values() if self._lease else ())
+            return
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.write_bytes(growing.load(found))
+        path.write_bytes(held)
         os.chmod(path, 0o600)
         growing.is_in(path)
         self._growing[key] = growing

@@ -68,8 +68,9 @@ def work(shop, text):
     stage = shop.root / "sft"
     for number in (1, 2):
         stage.mkdir(exist_ok=True)
-        with (stage / "metrics.jsonl").open("a") as rows:
-            rows.write(json.dumps({"step": number, "text": text}) + "\n")
+        for file in (stage / "metrics.jsonl", shop.root / "time.jsonl"):
+            with file.open("a") as rows:
+                rows.write(json.dumps({"step": number, "text": text}) + "\n")
         if not (stage / "checkpoints" / str(number)).exists():
             shop.publish_step(step_of(shop.root, number, text))
     gone = stage / "checkpoints" / "1"
@@ -100,23 +101,57 @@ def test_a_run_killed_at_any_operation_is_whole_in_the_store_and_elsewhere(tmp_p
             assert 2 in whole
         other = opened(objects, tmp_path / f"{count}-elsewhere")
         assert steps_here(other.root) == whole
-        rows = other.root / "sft" / "metrics.jsonl"
-        known = [json.loads(line)["step"] for line in rows.read_text().splitlines()] if rows.exists() else []
-        assert known == list(range(1, len(known) + 1))
-        assert len(known) >= max(whole, default=0)
+        for rows in (other.root / "sft" / "metrics.jsonl", other.root / "time.jsonl"):
+            known = [json.loads(line)["step"] for line in rows.read_text().splitlines()] if rows.exists() else []
+            assert known == list(range(1, len(known) + 1))
+            assert len(known) >= max(whole, default=0)
         for number in whole:
-            other.need(rows.parent / "checkpoints" / str(number))
-            assert not check(rows.parent / "checkpoints" / str(number)).differences
+            step = other.root / "sft" / "checkpoints" / str(number)
+            other.need(step)
+            assert not check(step).differences
         assert not [key for key in objects if ("/1/" in key and 1 not in whole) or ("/2/" in key and 2 not in whole)]
         killed(other)
     assert count > 20
     assert sorted(objects) == sorted(
-        ["sft/complete.json", "sft/metrics.jsonl", ".lock/00000001"]
+        ["sft/complete.json", "sft/metrics.jsonl", "time.jsonl", ".lock/00000001"]
         + [f"sft/checkpoints/2/{name}" for name in ("MANIFEST.sha256.json", "meta/metadata", "policy/_METADATA")]
         + [f"sft/checkpoints/2/{item}/MANIFEST.sha256.json" for item in ("meta", "policy")]
         + ["sft/checkpoints/2/policy/d/a2"]
     )
     assert json.loads(objects[".lock/00000001"])["released"]
+
+
+def test_a_file_of_the_run_grows_over_launches_on_several_machines_whatever_kills_them(tmp_path):
+    # one object after a launch that ended, parts beside it while the next one adds to them, and one object again
+    for count in itertools.count(2):
+        objects, ended = {}, True
+        shop = opened(objects, tmp_path / f"{count}-0")
+        (shop.root / "time.jsonl").write_text("0\n")
+        shop.close()
+        assert objects["time.jsonl"] == b"0\n"
+        try:
+            shop = opened(objects, tmp_path / f"{count}-1", count)
+            for i in (1, 2):
+                with (shop.root / "time.jsonl").open("a") as rows:
+                    rows.write(f"{i}\n")
+                shop.send(shop.root)
+            shop.close()
+        except Killed:
+            ended = False
+            killed(shop)
+        reader = Workshop(MemoryStore(objects), tmp_path / f"{count}-reader")
+        reader.begin()
+        last = opened(objects, tmp_path / f"{count}-2")
+        said = (last.root / "time.jsonl").read_text()
+        assert said == (reader.root / "time.jsonl").read_text()
+        assert said in ("0\n", "0\n1\n", "0\n1\n2\n")
+        last.close()
+        assert sorted(key for key in objects if key.startswith("time")) == ["time.jsonl"]
+        assert objects["time.jsonl"].decode() == said
+        if ended:
+            break
+    assert said == "0\n1\n2\n"
+    assert count > 6
 
 
 def test_a_step_that_is_replaced_or_deleted_is_whole_or_does_not_count_whenever_that_is_killed(tmp_path):
@@ -270,5 +305,5 @@ def test_a_stage_that_is_done_again_leaves_nothing_of_before(tmp_path):
     work(shop, "a")
     shop = opened(objects, tmp_path / "here")
     shop.remove(shop.root / "sft")
-    assert [key for key in objects if not key.startswith(".lock/")] == []
+    assert [key for key in objects if key.startswith("sft")] == []
     killed(shop)
