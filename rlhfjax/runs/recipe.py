@@ -131,7 +131,7 @@ def _share(run_dir: Path) -> None:
     """All processes of a run in an object store work in the directory that the first has filled."""
     several = _processes()
     if several:
-        several.agree({"the directory that all must share (RLHFJAX_SCRATCH)": stores.state_of(run_dir)})
+        several.agree({"RLHFJAX_SCRATCH, a directory that all hosts of this run must see": stores.state_of(run_dir)})
         if not several.is_first():
             stores.sharing(run_dir)
 

@@ -5,6 +5,7 @@ write, `workshop` how a directory of this machine and the store are kept in step
 run makes something whole; for a path of no store they return at once. All raise Stopped where a store does not answer.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,9 +189,10 @@ def named(text: str) -> str:
 def state_of(path: Path) -> str:
     """What tells whether processes share the directory that stands for an address: the lock's number, noted in it."""
     try:
-        return (directory_of(path) / STATE).read_text(encoding="utf-8")
-    except OSError:
-        return "nothing"
+        held = json.loads((directory_of(path) / STATE).read_text(encoding="utf-8"))
+        return f"what lock {held['number']} of {held['url']} fetched"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "nothing of this run"
 
 
 def _opened(root: Path, shop: Workshop) -> Workshop:

@@ -8,6 +8,7 @@ import collections
 import hashlib
 import json
 import random
+import socket
 
 import pytest
 from stores.stand_ins import BUCKET, Network, connection, s3_server, variables
@@ -104,3 +105,27 @@ def lose_now_and_then(network, draw):
             network.at = network.changes + draw.randint(3, 20)
 
     network.at, network.then = network.changes + draw.randint(3, 20), lose
+
+
+def test_processes_that_do_not_see_one_directory_are_told_which_variable_to_set(start, config, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        to = ("--coordinator", f"127.0.0.1:{probe.getsockname()[1]}", "--num-processes", 2, "--process-id")
+    with s3_server(tmp_path / "moto.log") as server:
+        processes = [
+            start(
+                *("run", config, "--run-dir", f"s3://{BUCKET}/run", *to, index),
+                variables=variables(server, tmp_path / f"machine{index}"),
+            )
+            for index in range(2)
+        ]
+        said = [process.communicate()[1] for process in processes]
+        left = objects_of(server)
+    assert [process.returncode for process in processes] == [2, 2], said
+    [line] = [line for line in said[0].splitlines() if "error:" in line]
+    expected = (
+        "error: processes do not agree on RLHFJAX_SCRATCH, a directory that all hosts of this run must see: expected "
+        f"what lock 1 of s3://{BUCKET}/run fetched, as process 0 has it, got nothing of this run in process 1."
+    )
+    assert line.startswith(expected)
+    assert [key for key in left if not key.startswith("run/.lock/")] == []
