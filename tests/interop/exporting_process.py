@@ -36,7 +36,7 @@ def failed(error):
 def main(coordinator, index, folder):
     """Save on a mesh over both processes, export, and import again."""
     place = Place(coordinator, 2, index, coordinator)
-    with started(place, heartbeat=10, timeout=60, say=print, failed=failed):
+    with started(place, heartbeat=60, timeout=600, say=print, failed=failed):
         mesh, host = make_mesh(1, 4, 1, 2), params()
         laid = jax.tree.map(put, jax.tree.map(np.asarray, host), state_shardings(mesh, host))
         tokenizer = Tokenizer.train(["a good movie, a bad one"], 300)

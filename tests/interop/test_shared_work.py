@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
         )
         for index in range(2)
     ]
-    ended = [process.communicate(timeout=600) for process in processes]
+    ended = [process.communicate(timeout=1800) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended
     return made
 

@@ -10,7 +10,7 @@ from stages.tiny_recipe import recipe, write_files, write_jsonl
 from runs.test_templates import GIVEN, TEMPLATE
 
 REWARD = "def letters(examples):\n    return [len(example.response) / 10 for example in examples]\n"
-PATIENCE = "reliability.heartbeat=5"
+PATIENCE = "reliability.heartbeat=60"
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def reports():
         )
         for index in range(2)
     ]
-    ended = [process.communicate(timeout=300) for process in started]
+    ended = [process.communicate(timeout=1800) for process in started]
     assert [process.returncode for process in started] == [0, 0], ended
     return [json.loads(out.splitlines()[-1]) for out, _ in ended]
 

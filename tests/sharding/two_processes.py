@@ -53,7 +53,7 @@ def fails():
 
 def main(coordinator, index):
     place, report = Place(coordinator, 2, index, coordinator), {}
-    with started(place, heartbeat=10, timeout=60, say=print, failed=lambda error: 1):
+    with started(place, heartbeat=60, timeout=600, say=print, failed=lambda error: 1):
         report["devices"] = [jax.device_count(), jax.local_device_count()]
         report["first"] = is_first()
         for name, axes in {"data": (4,), "fsdp": (2, 2), "tensor": (1, 1, 1, 4), "sequence": (2, 1, 2)}.items():

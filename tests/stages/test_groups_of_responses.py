@@ -186,7 +186,7 @@ def test_two_processes_give_the_bits_of_one_with_as_many_devices(given, finished
     rows, held = [], []
     for count, devices in ((2, 1), (1, 2)):
         run_dir = begun(finished, tmp_path / str(count))
-        words = ["run", given.both, "stages.evaluate=null", "reliability.heartbeat=5", "--run-dir", run_dir]
+        words = ["run", given.both, "stages.evaluate=null", "reliability.heartbeat=60", "--run-dir", run_dir]
         code, _, err = command("launch", "local", "-n", count, "--devices-per-process", devices, "--", *words)
         assert code == 0, err
         logged = [row for stage in STAGES for row in rows_of(run_dir / stage / "metrics.jsonl")]

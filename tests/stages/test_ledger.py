@@ -15,7 +15,7 @@ from stages.tiny_recipe import STEPS
 
 TRAINED = {"pretrain", "sft", "reward", "ppo"}
 PROMPTS = 16  # of an iteration
-PATIENCE = 400  # seconds, of a busy machine
+PATIENCE = 1800  # seconds, of a busy machine
 
 
 def texts_of(files):
@@ -67,7 +67,7 @@ class Run:
     def __init__(self, start, config, folder):
         self.start, self.folder, self.stage = start, folder, folder / "ppo"
         guards = ["reliability.guards.non_finite=1", "reliability.guards.on_divergence=rollback"]
-        self.words = ["run", config, "--run-dir", folder, "--only", "ppo", "reliability.heartbeat=5", *guards]
+        self.words = ["run", config, "--run-dir", folder, "--only", "ppo", "reliability.heartbeat=60", *guards]
         self.words += ["stages.ppo.steps=80", "logging.samples=16", "checkpoints.every=2", "checkpoints.keep=4"]
 
     def launched(self, processes, devices, fault=None):

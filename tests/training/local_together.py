@@ -70,7 +70,7 @@ def restore(mesh, index, folder):
 
 def main(coordinator, index, folders):
     place = Place(coordinator, 2, index, coordinator)
-    with started(place, heartbeat=10, timeout=60, say=print, failed=lambda error: 1):
+    with started(place, heartbeat=60, timeout=600, say=print, failed=lambda error: 1):
         mesh = make_mesh(data=1, fsdp=4, tensor=2)
         if len(folders) == 1:
             save(mesh, index, folders[0])

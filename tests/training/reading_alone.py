@@ -24,7 +24,7 @@ def counted() -> int:
 
 def main(folder: str, coordinator: str, count: int, index: int) -> None:
     place = Place(coordinator, count, index, coordinator) if count > 1 else None
-    with started(place, heartbeat=60, timeout=120, say=print, failed=lambda error: 1):
+    with started(place, heartbeat=60, timeout=600, say=print, failed=lambda error: 1):
         mesh = make_mesh(data=1, fsdp=count)
         load_model(Path(folder), mesh, item="value")  # what is imported and compiled for it
         before = counted()

@@ -32,7 +32,7 @@ def models(step: int):
 
 def main(coordinator, index, folder):
     with started(
-        Place(coordinator, 2, index, coordinator), heartbeat=10, timeout=60, say=print, failed=lambda error: 1
+        Place(coordinator, 2, index, coordinator), heartbeat=60, timeout=600, say=print, failed=lambda error: 1
     ):
         mesh = make_mesh(data=1, fsdp=4, tensor=2)
         checkpoints = Checkpoints(Path(folder), keep=2)

@@ -14,7 +14,7 @@ import pytest
 from training.local_together import DURABLE, LAST
 
 WORKER = Path(__file__).with_name("local_together.py")
-PATIENCE = 300  # seconds, of a busy machine
+PATIENCE = 1800  # seconds, of a busy machine
 
 pytestmark = pytest.mark.faults
 

@@ -18,7 +18,7 @@ from rlhfjax.training.state import abstract
 from training.saving_together import models
 
 WORKER = Path(__file__).with_name("saving_together.py")
-SAVES, PATIENCE = 8, 120  # seconds, of a busy machine; where it dead-locked, the first or second save did
+SAVES, PATIENCE = 8, 1200  # seconds, of a busy machine; where it dead-locked, the first or second save did
 
 
 @pytest.fixture(scope="module")
