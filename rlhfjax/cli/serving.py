@@ -41,6 +41,9 @@ def serve(
         typer.Option(metavar="TOKEN", envvar="RLHFJAX_TOKEN", help="What clients give as their API key."),
     ] = None,
     bounds: Bounds = Bounds(),
+    moderation: Annotated[
+        str | None, typer.Option(metavar="POLICY", help="A policy's YAML file, or `default`: both sides are judged.")
+    ] = None,
     template: Template = None,
     date: Date = None,
     no_verify: NoVerify = False,
@@ -50,19 +53,22 @@ def serve(
     \b
     Examples:
       rlhfjax serve runs/quickstart
+      rlhfjax serve runs/quickstart --moderation default
       rlhfjax serve chat=runs/smollm2_chat sft=runs/smollm2_chat/sft reward=runs/smollm2_chat/reward --port 8080
     """
     try:
         from rlhfjax.serving import running
     except ModuleNotFoundError as error:
         raise ConfigError(f"serve: expected the extra `serve`, got no {error.name}; pip install '.[serve]'") from None
+    from rlhfjax.moderation import open_policy
     from rlhfjax.serving.limits import Limits
 
     named, access = running.named(checkpoints), running.access_of(host, token)
+    moderator = open_policy(moderation) if moderation else None
     taken = running.listen(host, port)
     limits = Limits(bounds.slots, bounds.context, bounds.max_tokens, bounds.queue, seconds=bounds.seconds)
     models = {name: asking.load(path, date, template, no_verify) for name, path in named.items()}
-    with running.opened(models, limits, say) as hall:
+    with running.opened(models, limits, say, moderator) as hall:
         shown = f"[{host}]" if ":" in host else host
         say(f"ready: http://{shown}:{taken.getsockname()[1]}/v1 serves {', '.join(named)}")
         running.server_of(hall, access).run(sockets=[taken])

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,9 +14,12 @@ from fastapi.concurrency import run_in_threadpool
 from rlhfjax.api.settings import check_stop, sampling_params
 from rlhfjax.errors import RlhfjaxError
 from rlhfjax.generation import SamplingParams
+from rlhfjax.moderation import Moderator
+from rlhfjax.serving.answers import Written
 from rlhfjax.serving.jobs import Delta, Job
 from rlhfjax.serving.limits import Limits
 from rlhfjax.serving.models import Served
+from rlhfjax.serving.moderating import FILTERED, guarded, judged_answer
 from rlhfjax.serving.problems import Problem
 from rlhfjax.serving.schemas import Drawing
 from rlhfjax.serving.worker import Full, Worker
@@ -35,6 +38,7 @@ class Hall:
     worker: Worker
     models: dict[str, Served]
     limits: Limits
+    moderator: Moderator | None = None
     ended: Callable[[Job], None] = lambda job: None  # is told of each response that has ended
 
     def served(self, name: str) -> Served:
@@ -182,6 +186,12 @@ class Asked:
         how: Mapping[str, Any] = {"stop": c.stop, "seed": c.seed, "uid": place, "reports": c.reports}
         return Job(prompt, c.sampling, c.served.tokenizer, deliver, **how)
 
+    def sendable(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """`deltas` as they may be sent at once: what the policy stops is held back, and ends its response."""
+        if self._hall.moderator is None:
+            return self.deltas()
+        return guarded(self._hall.moderator, self.deltas(), lambda place: self._hall.worker.cancel(self.jobs[place]))
+
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """What comes of all responses, until each has ended."""
         left = len(self.jobs)
@@ -215,7 +225,24 @@ class Asked:
                 job.response.finish_reason = "length" if job.response.tokens else "cancelled"
 
 
-async def unless_gone(request: Request, asked: Asked, work: Any) -> Any:
+class Answered:
+    """What was asked and is answered without a model: each response is the filler of its prompt."""
+
+    def __init__(self, choices: Choices, fillers: Sequence[str]):
+        self.choices, self._fillers = choices, fillers
+        self.jobs: Sequence[Job | None] = [None] * (len(choices.prompts) * choices.count)
+
+    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        for place in range(len(self.jobs)):
+            yield place, Delta(self._fillers[place // self.choices.count], (), 0, FILTERED)
+
+    sendable = deltas
+
+    def cancel(self) -> None:
+        """There is nothing under way."""
+
+
+async def unless_gone(request: Request, asked: Asked | Answered, work: Any) -> Any:
     """The result of a coroutine about what was asked, which is cancelled when the client leaves."""
     task = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request))
@@ -233,3 +260,17 @@ async def unless_gone(request: Request, asked: Asked, work: Any) -> Any:
 async def _left(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def all_written(hall: Hall, asked: Asked | Answered) -> list[Written]:
+    """All responses when they have ended, and the filler in the place of each that the policy stops."""
+    written = [Written() for _ in asked.jobs]
+    async with aclosing(asked.deltas()) as deltas:
+        async for place, delta in deltas:
+            written[place].add(delta)
+    for one in written:
+        if hall.moderator and one.finish_reason != FILTERED:
+            verdict = await judged_answer(hall.moderator, one.text)
+            if verdict.stops:
+                one.texts, one.tokens, one.finish_reason = [verdict.filler or ""], [], FILTERED
+    return written

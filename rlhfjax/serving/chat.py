@@ -10,11 +10,13 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from rlhfjax.api.prompts import ids_of
-from rlhfjax.serving.answers import Written, chat_log_probs, usage
+from rlhfjax.serving.answers import chat_log_probs, usage
 from rlhfjax.serving.asking import (
+    Answered,
     Asked,
     Choices,
     Hall,
+    all_written,
     drawing,
     in_thread,
     room_for,
@@ -24,6 +26,7 @@ from rlhfjax.serving.asking import (
 )
 from rlhfjax.serving.events import event_stream
 from rlhfjax.serving.models import Served
+from rlhfjax.serving.moderating import judged_messages
 from rlhfjax.serving.problems import Json, Problem
 from rlhfjax.serving.schemas import ChatRequest
 
@@ -35,12 +38,13 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """An answer to messages, whole or as a stream of events."""
     hall: Hall = request.app.state.hall
     served = hall.served(body.model)
-    asked = Asked(hall, await _choices(hall, served, body))
+    choices = await _choices(hall, served, body)
+    asked = await _asked(hall, choices, body)
     head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time()), "model": served.name}
     head["system_fingerprint"] = served.fingerprint
     if body.stream:
         return event_stream(_chunks(asked, body, head), asked.cancel)
-    return Json(await unless_gone(request, asked, _whole(asked, body, head)))
+    return Json(await unless_gone(request, asked, _whole(hall, asked, body, head)))
 
 
 async def _choices(hall: Hall, served: Served, body: ChatRequest) -> Choices:
@@ -58,11 +62,17 @@ async def _choices(hall: Hall, served: Served, body: ChatRequest) -> Choices:
     return Choices(served, [ids], sampling, stops_of(body), seed_of(body.seed), body.n or 1, bool(body.logprobs))
 
 
-async def _whole(asked: Asked, body: ChatRequest, head: Mapping[str, Any]) -> dict[str, Any]:
-    written = [Written() for _ in asked.jobs]
-    async with aclosing(asked.deltas()) as deltas:
-        async for place, delta in deltas:
-            written[place].add(delta)
+async def _asked(hall: Hall, choices: Choices, body: ChatRequest) -> Asked | Answered:
+    """Responses under way, or the answer to a conversation that the policy keeps from the model."""
+    if hall.moderator:
+        verdict = await judged_messages(hall.moderator, [message.record for message in body.messages])
+        if verdict.stops:
+            return Answered(choices, [verdict.filler or ""])
+    return Asked(hall, choices)
+
+
+async def _whole(hall: Hall, asked: Asked | Answered, body: ChatRequest, head: Mapping[str, Any]) -> dict[str, Any]:
+    written = await all_written(hall, asked)
     choices = [
         {
             "index": place,
@@ -76,7 +86,7 @@ async def _whole(asked: Asked, body: ChatRequest, head: Mapping[str, Any]) -> di
     return {**head, "object": "chat.completion", "choices": choices, "usage": spent}
 
 
-async def _chunks(asked: Asked, body: ChatRequest, head: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+async def _chunks(asked: Asked | Answered, body: ChatRequest, head: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
     head = {**head, "object": "chat.completion.chunk"}
     tells = bool(body.stream_options and body.stream_options.include_usage)
     counts = [0] * len(asked.jobs)
@@ -85,7 +95,7 @@ async def _chunks(asked: Asked, body: ChatRequest, head: Mapping[str, Any]) -> A
         choice = {"index": place, "delta": delta, "logprobs": said, "finish_reason": reason}
         return {**head, "choices": [choice]} | ({"usage": None} if tells else {})
 
-    async with aclosing(asked.deltas()) as deltas:
+    async with aclosing(asked.sendable()) as deltas:
         for place in range(len(asked.jobs)):
             yield chunk(place, {"role": "assistant", "content": ""})
         async for place, delta in deltas:

@@ -13,9 +13,11 @@ from starlette.responses import Response
 from rlhfjax.api.prompts import ids_of
 from rlhfjax.serving.answers import Written, log_probs, usage
 from rlhfjax.serving.asking import (
+    Answered,
     Asked,
     Choices,
     Hall,
+    all_written,
     drawing,
     in_thread,
     room_for,
@@ -25,6 +27,7 @@ from rlhfjax.serving.asking import (
 )
 from rlhfjax.serving.events import event_stream
 from rlhfjax.serving.models import Served
+from rlhfjax.serving.moderating import FILTERED, judged_texts
 from rlhfjax.serving.problems import Json, Problem
 from rlhfjax.serving.schemas import CompletionRequest
 from rlhfjax.serving.tokens import Token, token_of
@@ -56,7 +59,10 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         raise Problem(400, "max_tokens: expected at least 1 without echo", param="max_tokens")
     rows = await in_thread(_prompt_ids, served, body.prompt)
     most = room_for(hall, served, rows, _DEFAULT if body.max_tokens is None else body.max_tokens)
-    prompts = [await _prompt(hall, served, body, row) for row in rows]
+    fillers = await _fillers(hall, served, rows)
+    if any(filler is None for filler in fillers) and any(filler is not None for filler in fillers):
+        raise Problem(400, "the policy of this server stops some of these prompts; ask for them apart", code=FILTERED)
+    prompts = [Prompt(row) if fillers[0] is not None else await _prompt(hall, served, body, row) for row in rows]
     head = {"id": f"cmpl-{uuid4().hex}", "object": "text_completion", "created": int(time()), "model": served.name}
     head["system_fingerprint"] = served.fingerprint
     if not most:
@@ -65,10 +71,12 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         return Json({**head, "choices": choices, "usage": usage(sum(map(len, rows)), 0)})
     sampling = drawing(served, body, most, body.logprobs or 0)
     reports = body.logprobs is not None
-    asked = Asked(hall, Choices(served, rows, sampling, stops_of(body), seed_of(body.seed), best, reports))
+    choices = Choices(served, rows, sampling, stops_of(body), seed_of(body.seed), best, reports)
+    stopped = [filler for filler in fillers if filler is not None]
+    asked = Answered(choices, stopped) if stopped else Asked(hall, choices)
     if body.stream:
         return event_stream(_chunks(asked, body, prompts, head), asked.cancel)
-    return Json(await unless_gone(request, asked, _whole(asked, body, prompts, head)))
+    return Json(await unless_gone(request, asked, _whole(hall, asked, body, prompts, head)))
 
 
 def _prompt_ids(served: Served, given: Any) -> list[list[int]]:
@@ -97,13 +105,19 @@ def _choice(body: CompletionRequest, index: int, prompt: Prompt, one: Written) -
     return {"index": index, "text": prompt.text + one.text, "logprobs": said, "finish_reason": one.finish_reason}
 
 
+async def _fillers(hall: Hall, served: Served, rows: Sequence[Sequence[int]]) -> list[str | None]:
+    """What stands in the place of an answer to each prompt; None where the policy lets the model answer."""
+    if hall.moderator is None or served.tokenizer is None:
+        return [None] * len(rows)
+    texts = await in_thread(lambda: [served.tokenizer.decode(row) for row in rows])  # pyright: ignore[reportOptionalMemberAccess]
+    verdicts = await judged_texts(hall.moderator, texts)
+    return [(verdict.filler or "") if verdict.stops else None for verdict in verdicts]
+
+
 async def _whole(
-    asked: Asked, body: CompletionRequest, prompts: Sequence[Prompt], head: Mapping[str, Any]
+    hall: Hall, asked: Asked | Answered, body: CompletionRequest, prompts: Sequence[Prompt], head: Mapping[str, Any]
 ) -> dict[str, Any]:
-    written = [Written() for _ in asked.jobs]
-    async with aclosing(asked.deltas()) as deltas:
-        async for place, delta in deltas:
-            written[place].add(delta)
+    written = await all_written(hall, asked)
     count, best, choices = body.n or 1, asked.choices.count, []
     for row, prompt in enumerate(prompts):
         places = range(row * best, (row + 1) * best)
@@ -115,14 +129,15 @@ async def _whole(
     return {**head, "choices": choices, "usage": spent}
 
 
-def _mean_log_prob(asked: Asked, place: int) -> float:
+def _mean_log_prob(asked: Asked | Answered, place: int) -> float:
     """What the best are chosen by: the mean log-probability of a token."""
-    found = asked.jobs[place].response.log_probs
+    job = asked.jobs[place]
+    found = job.response.log_probs if job else []
     return sum(found) / max(len(found), 1)
 
 
 async def _chunks(
-    asked: Asked, body: CompletionRequest, prompts: Sequence[Prompt], head: Mapping[str, Any]
+    asked: Asked | Answered, body: CompletionRequest, prompts: Sequence[Prompt], head: Mapping[str, Any]
 ) -> AsyncIterator[dict[str, Any]]:
     tells = bool(body.stream_options and body.stream_options.include_usage)
     counts, ends = [0] * len(asked.jobs), [0] * len(asked.jobs)
@@ -133,7 +148,7 @@ async def _chunks(
         choice = {"index": place, "text": text, "logprobs": said, "finish_reason": reason}
         return {**head, "choices": [choice]} | ({"usage": None} if tells else {})
 
-    async with aclosing(asked.deltas()) as deltas:
+    async with aclosing(asked.sendable()) as deltas:
         for place in range(len(asked.jobs)) if body.echo else ():
             prompt = prompts[place // asked.choices.count]
             yield chunk(place, prompt.text, prompt.tokens)

@@ -12,6 +12,7 @@ import uvicorn
 from rlhfjax.api import Model
 from rlhfjax.errors import ConfigError
 from rlhfjax.host import stopping
+from rlhfjax.moderation import Moderator
 from rlhfjax.serving.app import create_app
 from rlhfjax.serving.asking import Hall
 from rlhfjax.serving.limits import Limits
@@ -69,7 +70,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def opened(models: Mapping[str, Model], limits: Limits, say: Callable[[str], None]) -> Iterator[Hall]:
+def opened(
+    models: Mapping[str, Model], limits: Limits, say: Callable[[str], None], moderator: Moderator | None = None
+) -> Iterator[Hall]:
     """A worker with models that are warm, and the end of it."""
     worker = Worker(limits.queue)
     served = {name: serve_model(name, model, limits) for name, model in models.items()}
@@ -78,7 +81,7 @@ def opened(models: Mapping[str, Model], limits: Limits, say: Callable[[str], Non
         for one in served.values():
             say(f"{one.name}: compiling ({one.model.role}, context {one.context})")
             worker.call(one.warm_up).result()
-        yield Hall(worker, served, limits)
+        yield Hall(worker, served, limits, moderator)
     finally:
         worker.close()
 

@@ -106,6 +106,15 @@ class EmbeddingRequest(Body):
     dimensions: int | None = Field(None, ge=1)
 
 
+class ModerationRequest(BaseModel):
+    """Texts to judge; `model` is taken and not read: the policy is that of the server."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    input: str | Annotated[list[str] | list[Part], Field(min_length=1, max_length=_MOST)]
+    model: str | None = None
+
+
 class ScoreRequest(Body):
     """A prompt, or messages, and responses to it; a response that is ids is whole, with its end."""
 

@@ -51,9 +51,9 @@ def alone(policy, prompt, most, n=1, **how):
 
 
 @contextlib.contextmanager
-def served(models, limits=LIMITS, access=OPEN):
+def served(models, limits=LIMITS, access=OPEN, moderator=None):
     """The address of a server of these models, and its hall."""
-    with opened(models, limits, lambda text: None) as hall:
+    with opened(models, limits, lambda text: None, moderator) as hall:
         taken = listen("127.0.0.1", 0)
         server = server_of(hall, access)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
