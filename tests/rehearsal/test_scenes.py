@@ -1,5 +1,7 @@
 """Which faults there are, whom they hit, and what is heard of them."""
 
+from pathlib import Path
+
 import pytest
 
 from rlhfjax.errors import ConfigError
@@ -13,6 +15,12 @@ def test_twenty_are_usual_and_all_are_to_be_had():
     assert [scene.name for scene in chosen("stop, kill,stop")] == ["stop", "kill"]
     with pytest.raises(ConfigError, match="got 'kil'; did you mean kill"):
         chosen("stop,kil")
+
+
+def test_the_document_has_all_of_them():
+    text = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    section = text[text.index("## A rehearsal") : text.index("## Several processes")]
+    assert [name for name in SCENES if f"`{name}`" not in section] == []
 
 
 @pytest.mark.parametrize("name", SCENES)
