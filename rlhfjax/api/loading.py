@@ -15,7 +15,7 @@ from rlhfjax.integrity import unverified
 from rlhfjax.sharding.mesh import AXES, make_mesh
 from rlhfjax.text.chat_writing import ChatSettings
 from rlhfjax.text.loading import AnyTokenizer
-from rlhfjax.training.checkpoint import find_checkpoint, load_model, model_shapes, read_meta, tokenizer_of
+from rlhfjax.training.checkpoint import Bases, find_checkpoint, load_model, model_shapes, read_meta, tokenizer_of
 
 _SHARE = 0.6  # of a device's memory that parameters may take: sampling arranges them anew, in half as many bytes
 
@@ -26,12 +26,14 @@ def load(
     date: datetime.date | str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     mesh: Mesh | Mapping[str, int] | None = None,
+    bases: Bases | None = None,
 ) -> Model:
     """The model of a checkpoint, stage or run directory (of a run: its last policy).
 
     It writes conversations as it was trained on them: with the date of its run (or import) and its
     chat_template_kwargs, unless others are given here. It lies on one device, or where that has no room for it on all
-    those of this process (`fsdp`); `mesh` says otherwise, such as {"fsdp": 2, "tensor": 4}.
+    those of this process (`fsdp`); `mesh` says otherwise, such as {"fsdp": 2, "tensor": 4}. Of adapters whose base is
+    among `bases` the base is not read again, but shared.
 
     Raises ConfigError when there is no checkpoint, or for what its chat template does not read, IntegrityError when it
     cannot be read, or is not what was written; `verify=False` does not compare it with its digests.
@@ -40,7 +42,7 @@ def load(
     with unverified(not verify):
         meta = read_meta(step_dir)
         chosen = _mesh(mesh, step_dir)
-        network, params = load_model(step_dir, chosen)
+        network, params = load_model(step_dir, chosen, bases=bases)
     tokenizer = _speaking(tokenizer_of(meta), date, chat_template_kwargs)
     return Model(meta["role"], network, params, tokenizer, step_dir, chosen)
 

@@ -225,6 +225,12 @@ class Model:
         sampled = partial(sampling_on, self.mesh) if self.mesh else lambda program: program
         return Programs(self.network, self.params, laid_out=sampled)
 
+    def compiled_as(self, other: "Model") -> "Model":
+        """This model with the programs that another of its shape has compiled for sampling."""
+        made = replace(self)
+        made.__dict__["programs"] = other.programs.over(self.params)
+        return made
+
     @cached_property
     def _beam_search(self):
         def search(params: Params, prompts: PromptBatch, settings: BeamParams) -> Any:

@@ -57,14 +57,14 @@ def _message(text: str) -> dict[str, str]:
     return {"role": role, "content": content} if parts and role in ROLES else {"role": "user", "content": text}
 
 
-def load(checkpoint: str, date: str | None, template: Sequence[str] | None, no_verify: bool) -> Any:
-    """The model of a command line, speaking as it says."""
+def load(checkpoint: str, date: str | None, template: Sequence[str] | None, no_verify: bool, bases: Any = None) -> Any:
+    """The model of a command line, speaking as it says; adapters share what `bases` holds."""
     import rlhfjax
     from rlhfjax.host.compile_cache import use_compile_cache
 
     use_compile_cache(say)
     variables = {".".join(map(str, key)): value for key, value in map(parse_override, template or ())}
-    given = {"date": date, "chat_template_kwargs": variables}
+    given = {"date": date, "chat_template_kwargs": variables, "bases": bases}
     with unverified(no_verify):
         return rlhfjax.load(checkpoint, **{name: value for name, value in given.items() if value})
 

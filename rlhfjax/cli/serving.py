@@ -1,7 +1,8 @@
 """`rlhfjax serve`: models behind HTTP, as OpenAI's clients know it."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +12,8 @@ from rlhfjax.cli.checking import NoVerify
 from rlhfjax.cli.options import with_options
 from rlhfjax.errors import ConfigError
 from rlhfjax.terminal import say
+
+_EVERY = 10.0  # seconds between two looks whether a model was replaced
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,28 @@ def serve(
         raise ConfigError(f"serve: expected the extra `serve`, got no {error.name}; pip install '.[serve]'") from None
     from rlhfjax.moderation import open_policy
     from rlhfjax.serving.limits import Limits
+    from rlhfjax.serving.replacing import Replacing
 
     named, access = running.named(checkpoints), running.access_of(host, token)
     moderator = open_policy(moderation) if moderation else None
     taken = running.listen(host, port)
     limits = Limits(bounds.slots, bounds.context, bounds.max_tokens, bounds.queue, seconds=bounds.seconds)
-    models = {name: asking.load(path, date, template, no_verify) for name, path in named.items()}
+
+    def load(path: str, bases: Any = None) -> Any:
+        return asking.load(path, date, template, no_verify, bases)
+
+    models = _loaded(named, load)
     with running.opened(models, limits, say, moderator) as hall:
         shown = f"[{host}]" if ":" in host else host
         say(f"ready: http://{shown}:{taken.getsockname()[1]}/v1 serves {', '.join(named)}")
+        replacing = Replacing(hall, named, load, say)
+        replacing.start(_EVERY)
         running.server_of(hall, access).run(sockets=[taken])
+
+
+def _loaded(named: Mapping[str, str], load: Callable[..., Any]) -> dict[str, Any]:
+    """All models; those with adapters over one base share it."""
+    from rlhfjax.training.checkpoint import Bases
+
+    bases = Bases()
+    return {name: load(path, bases) for name, path in named.items()}

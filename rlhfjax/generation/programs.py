@@ -1,5 +1,6 @@
 """A model's compiled programs for those who hold lists of ids: whole responses at once, or a token at a time."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,6 +102,12 @@ class Programs:
         self.read = jax.jit(laid_out(read), donate_argnums=1)
         self.begin = jax.jit(laid_out(begun), donate_argnums=1)
         self.step = jax.jit(laid_out(stepped), static_argnames="count", donate_argnums=1)
+
+    def over(self, params: Params) -> "Programs":
+        """The same programs, compiled as far as they are, with other parameters of the same shapes."""
+        made = copy.copy(self)
+        made._params, made._weights = params, {}
+        return made
 
     def weights(self, rows: int) -> Any:
         """The weights as so many rows read them on the target."""

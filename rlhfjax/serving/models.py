@@ -1,6 +1,7 @@
 """The models of a server by name: what each is, and the batch and the programs that answer with it."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rlhfjax.api import Model
 from rlhfjax.errors import ConfigError
@@ -51,6 +52,18 @@ class Served:
             self.batch.engine.warm_up()
 
 
+def replaced(before: Served, model: Model, limits: Limits) -> Served:
+    """Another model under a name, warm: compiled anew only where its shape is another one."""
+    if (before.model.network, before.model.role, before.model.mesh) != (model.network, model.role, model.mesh):
+        made = serve_model(before.name, model, limits)
+    else:
+        model = model if before.reader.scalar else model.compiled_as(before.model)
+        batch = Batch(Engine(model.programs, before.batch.engine.room)) if before.batch else None
+        made = Served(before.name, model, before.reader.over(model), batch, *_origin(model))
+    made.warm_up()
+    return made
+
+
 def serve_model(name: str, model: Model, limits: Limits) -> Served:
     """A model made ready to answer, not yet compiled. Raises ConfigError for a context that it has not."""
     most = model.config.context
@@ -65,6 +78,16 @@ def serve_model(name: str, model: Model, limits: Limits) -> Served:
         if not reader.whole and model.mesh is None:
             room = replace(room, chunk=reader.chunk)
         batch = Batch(Engine(model.programs, room))
-    created = int(model.step_dir.stat().st_mtime) if model.step_dir else 0
-    fingerprint = item_digest(model.step_dir / read_meta(model.step_dir)["serve"]) if model.step_dir else ""
-    return Served(name, model, reader, batch, created, f"fp_{fingerprint[:12]}")
+    return Served(name, model, reader, batch, *_origin(model))
+
+
+def _origin(model: Model) -> tuple[int, str]:
+    """When a model was written, in seconds since 1970, and what its weights are known by."""
+    if model.step_dir is None:
+        return 0, "fp_none"
+    return int(model.step_dir.stat().st_mtime), fingerprint(model.step_dir)
+
+
+def fingerprint(step_dir: Path) -> str:
+    """What the weights of a checkpoint are known by, from the digests beside them."""
+    return f"fp_{item_digest(step_dir / read_meta(step_dir)['serve'])[:12]}"

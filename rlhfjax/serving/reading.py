@@ -3,6 +3,7 @@
 Texts are read alone, in chunks, so that requests of any length need the same few programs.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -31,6 +32,13 @@ class Reader:
         self.scalar = model.role in SCALAR
         self.whole = isinstance(model.network, EncoderDecoder)  # reads prompts and responses by two halves
         self._cache: Any = None
+
+    def over(self, model: Model) -> "Reader":
+        """The same programs, compiled as far as they are, for another model of the same shape."""
+        made = copy.copy(self)
+        made.model, made._cache = model, None
+        made.__dict__.pop("_weights", None)
+        return made
 
     def warm_up(self) -> None:
         """Compile all programs."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import uvicorn
+from sse_starlette.sse import AppStatus
 
 from rlhfjax.api import Model
 from rlhfjax.errors import ConfigError
@@ -105,6 +106,7 @@ class _Server(uvicorn.Server):
 
 def server_of(hall: Hall, access: Access) -> uvicorn.Server:
     """What answers requests: `run(sockets=[…])` it."""
+    AppStatus.disable_automatic_graceful_drain()  # which would cut every stream at once
     config = uvicorn.Config(
         create_app(hall, access),
         log_level="warning",
