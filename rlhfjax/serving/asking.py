@@ -199,7 +199,8 @@ class Asked:
             while left:
                 place, delta = await self._deltas.get()
                 if delta.finish_reason == "error":
-                    raise Problem(500, "the device failed; the server ends")
+                    unknown = self.jobs[place].unknown
+                    raise Problem(500, "the device failed" if unknown is None else _foreign(unknown))
                 if delta.finish_reason == "cancelled" and not delta.drawn:
                     raise Problem(503, "no slot became free in time; ask again later", headers=_LATER)
                 if delta.finish_reason:
@@ -223,6 +224,10 @@ class Asked:
         for job in self.jobs:
             if not job.ended:
                 job.response.finish_reason = "length" if job.response.tokens else "cancelled"
+
+
+def _foreign(token: int) -> str:
+    return f"the model drew the id {token}, which its tokenizer has no text for; a logit_bias of -100 keeps it out"
 
 
 class Answered:

@@ -6,6 +6,7 @@ from time import monotonic
 
 import jax
 
+from rlhfjax.errors import DataError
 from rlhfjax.generation import Response, SamplingParams
 from rlhfjax.serving.tokens import Token, token_of
 from rlhfjax.text.loading import AnyTokenizer
@@ -50,6 +51,7 @@ class Job:
         self.response = Response(ids, sampling, jax.random.key(seed), uid, ends=self._add)
         self._tokenizer, self._reports = tokenizer, reports
         self._text = TextStream(tokenizer, ids[-1], stop) if tokenizer else None
+        self.unknown: int | None = None  # an id that the tokenizer has no text for, which ended this
         self._pieces: list[str] = []
         self._seen = self._given = self._length = 0  # tokens looked at; characters given; characters of those tokens
         self._held: list[tuple[int, Token]] = []  # tokens whose text is held back, and where it begins
@@ -65,6 +67,8 @@ class Job:
             return None
         if drawn and self.first is None:
             self.first = monotonic()
+        if self.unknown is not None:
+            return Delta("", (), drawn, "error")
         if self._text and reason:
             self._pieces.append(self._text.end())
         text = "".join(self._pieces)
@@ -79,7 +83,11 @@ class Job:
     def _add(self, token: int) -> bool:
         if self._text is None:
             return False
-        self._pieces.append(self._text.add(token))
+        try:
+            self._pieces.append(self._text.add(token))
+        except DataError:  # an id that only the model has; the responses beside this one go on
+            self.unknown = token
+            return True
         return self._text.stopped
 
     def _look(self, drawn: int) -> None:

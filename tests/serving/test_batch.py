@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from rlhfjax.errors import DataError
 from rlhfjax.generation import Engine, SamplingParams
 from rlhfjax.serving.jobs import Job
 from rlhfjax.serving.models import serve_model
@@ -52,6 +53,24 @@ def test_a_worker_writes_what_the_model_writes_and_bounds_who_waits(policy, work
     assert worker.call(lambda: 6 * 7).result(PATIENCE) == 42
     with pytest.raises(ZeroDivisionError):
         worker.call(lambda: 1 / 0).result(PATIENCE)
+
+
+def test_an_id_that_the_tokenizer_does_not_know_ends_one_response_and_no_other(policy, web, monkeypatch):
+    real = policy.tokenizer.decode
+
+    def decode(ids):  # as if the vocabulary of the model had more ids than that of the tokenizer
+        ids = list(ids)
+        if 77 in ids:
+            raise DataError("got 77")
+        return real(ids)
+
+    monkeypatch.setattr(policy.tokenizer, "decode", decode)
+    how = {"model": "tiny", "prompt": [1, 9], "max_tokens": 3, "seed": 1}
+    refused = web.post("/v1/completions", json=how | {"logit_bias": {"77": 100}})
+    assert (refused.status_code, refused.json()["error"]["type"]) == (500, "server_error")
+    assert "77" in refused.json()["error"]["message"]
+    assert web.post("/v1/completions", json=how | {"logit_bias": {"77": -100}}).status_code == 200
+    assert web.get("/healthz").status_code == 200
 
 
 def test_all_who_wait_hear_of_a_device_that_fails(policy, worker, monkeypatch):
