@@ -211,6 +211,7 @@ def become(module, args, folder, environment, streams):
 def main():
     requests = socket.socket(fileno=int(sys.argv[1]))
     sys.path[0] = os.getcwd()
+    gc.disable()  # imports make no garbage to speak of
     import rlhfjax
 
     for found in pkgutil.walk_packages(rlhfjax.__path__, "rlhfjax."):
@@ -218,6 +219,7 @@ def main():
             importlib.import_module(found.name)
     gc.collect()
     gc.freeze()
+    gc.enable()
     request, streams = serve(requests)
     become(*request, streams)
 

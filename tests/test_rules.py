@@ -44,6 +44,7 @@ from rlhfjax.types import Experience, OnlineState, PromptBatch, Rollout
 PAD, STOP, PROMPT, RESPONSE, ITERATIONS = 0, 1, 5, 6, 3
 KL = {"coef": 0.05, "controller": "adaptive", "target": 0.5, "horizon": 100.0}
 ADAM = {"lr": 0.02, "schedule": "constant"}
+LOGITS = jax.jit(lambda policy, *arguments: policy.response_logits(*arguments), static_argnums=0)
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def log_softmax(z):
 
 def expected_log_probs(run: Recorded, params, rollout: Rollout):
     """log softmax(z / T) at each response token, in numpy."""
-    z = np.asarray(jax.jit(run.policy.response_logits)(params, *map(np.asarray, flat(rollout))), np.float64)
+    z = np.asarray(LOGITS(run.policy, params, *map(np.asarray, flat(rollout))), np.float64)
     log_p = log_softmax(z / run.temperature)
     return np.take_along_axis(log_p, np.asarray(rollout.response)[..., None], axis=2)[..., 0]
 
@@ -181,8 +182,7 @@ def test_2_rollout_and_training_agree_in_the_run(run):
         assert metrics["rollout_vs_train/logp_absdiff_max"] < 1e-5
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("style", "temperature"), [*((style, 0.7) for style in STYLES), ("gpt2", 1.0)])
 def test_2_cached_decoding_and_the_training_forward_agree(style, temperature):
     # fails when decode counts positions from the padded length, or sees padding of the prompt: seen
     model, sampling = tiny(style), SamplingParams(RESPONSE, STOP, PAD, temperature)
@@ -249,6 +249,7 @@ def test_6_the_score_is_that_of_the_response_by_itself(run):
 
     Here each row goes alone, without its padding on the left. Meant to catch a score read at the last column.
     """
+    one = jax.jit(lambda p, t, m: jax.lax.map(lambda r: run.reward.scores(p, r[0][None], r[1][None])[0], (t, m)))
     for rollout in run.rollouts:
         tokens = np.full((len(rollout.prompt), PROMPT + RESPONSE), 7, np.int32)
         mask = np.zeros(tokens.shape, bool)
@@ -256,7 +257,6 @@ def test_6_the_score_is_that_of_the_response_by_itself(run):
         for row in range(len(tokens)):
             ids = [*prompt[row][prompt_mask[row]], *response[row][response_mask[row]]]
             tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
-        one = jax.jit(lambda p, t, m: jax.lax.map(lambda r: run.reward.scores(p, r[0][None], r[1][None])[0], (t, m)))
         alone = one(jax.device_get(run.frozen["rewards"]["model"]), tokens, mask)
         np.testing.assert_allclose(rollout.scores, alone, atol=2e-5)
 
@@ -288,12 +288,12 @@ def test_7_the_controller_follows_the_kl_of_whole_responses(run):
 
 def test_8_advantages_are_whitened_over_all_devices(run):
     # meant to catch each device whitening its own rows
-    ppo = run.algorithm.first if isinstance(run.algorithm, Mix) else run.algorithm
+    estimate = jax.jit((run.algorithm.first if isinstance(run.algorithm, Mix) else run.algorithm).estimate)
     for made, metrics in zip(run.experiences, run.metrics, strict=True):
         real = np.asarray(made.advantages, np.float64)[np.asarray(made.rollout.response_mask)]
         assert real.mean() == pytest.approx(0, abs=1e-5)
         assert real.std() == pytest.approx(1, abs=1e-3)
-        again, _ = jax.jit(ppo.estimate)(jax.device_get(made.rollout), jnp.float32(metrics["objective/kl_coef"]))
+        again, _ = estimate(jax.device_get(made.rollout), jnp.float32(metrics["objective/kl_coef"]))
         np.testing.assert_allclose(made.advantages, again.advantages, atol=1e-4)
 
 

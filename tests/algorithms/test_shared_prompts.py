@@ -114,7 +114,8 @@ def test_an_update_learns_the_same_from_groups_that_share_their_prompt(average):
 
     def learned(group):
         packed = partial(packed_experience, 2, group=group)
-        return jax.jit(lambda p: gradients(algorithm, p, MADE, jax.random.key(0), pack=packed))(params)
+        run = jax.jit(lambda p, made: gradients(algorithm, p, made, jax.random.key(0), pack=packed))
+        return run(params, MADE)
 
     (grads, metrics), (wanted, wanted_metrics) = learned(GROUP), learned(1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6), grads, wanted)
@@ -174,7 +175,8 @@ def dpo():
 
 
 def learned(algorithm, params, pack):
-    return jax.jit(lambda p: gradients(algorithm, p, BATCH, jax.random.key(0), pack=pack))(params)
+    run = jax.jit(lambda p, batch: gradients(algorithm, p, batch, jax.random.key(0), pack=pack))
+    return run(params, BATCH)
 
 
 @cache

@@ -1,6 +1,7 @@
 """Speculative decoding: the tokens of plain decoding, from fewer calls."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from typing import NamedTuple
 
@@ -241,19 +242,38 @@ def four_prompts() -> PromptBatch:
     return PromptBatch(random_tokens(4, 5), left_mask([5, 3, 1, 4], 5), jnp.asarray([70, 3, 11, 4], jnp.int32))
 
 
-@pytest.mark.parametrize(("style", "temperature"), [("gpt2", 0.7), ("llama-gqa", 0.0), ("mistral", 0.7)])
-def test_decoders_answer_as_without(style, temperature):
+@cache
+def decoder_without(style, temperature):
+    """A model, its parameters, settings, and what it answers without guesses."""
+    model = tiny(style, mtp_heads=2)
+    params, settings = params_of(model, seed=5), sampling(stop_id=1, temperature=temperature, max_new_tokens=10)
+    plain = jax.jit(lambda p, b, k: generate(model, p, b, k, settings))(params, four_prompts(), jax.random.key(9))
+    return model, params, settings, plain
+
+
+@pytest.mark.parametrize(
+    ("style", "temperature", "speculation", "cached"),
+    [
+        ("gpt2", 0.7, NGRAM, True),
+        ("llama-gqa", 0.0, HEADS, True),
+        ("llama-gqa", 0.0, HEADS, False),
+        ("mistral", 0.7, HEADS, True),
+        pytest.param("gpt2", 0.7, HEADS, True, marks=pytest.mark.slow),
+        pytest.param("gpt2", 0.7, HEADS, False, marks=pytest.mark.slow),
+        pytest.param("llama-gqa", 0.0, NGRAM, True, marks=pytest.mark.slow),
+        pytest.param("mistral", 0.7, NGRAM, True, marks=pytest.mark.slow),
+        pytest.param("mistral", 0.7, HEADS, False, marks=pytest.mark.slow),
+    ],
+)
+def test_decoders_answer_as_without(style, temperature, speculation, cached):
     """Learned and rotary positions, a window, prompts of several lengths, both ways of guessing.
 
     With the cache of the model, and with none at all.
     """
-    model = tiny(style, mtp_heads=2)
-    params, settings = params_of(model, seed=5), sampling(stop_id=1, temperature=temperature, max_new_tokens=10)
-    plain = jax.jit(lambda p, b, k: generate(model, p, b, k, settings))(params, four_prompts(), jax.random.key(9))
-    for sampler, speculation in ((model, NGRAM), (model, HEADS), (Rereading(model), HEADS)):
-        guessing = replace(settings, speculation=speculation)
-        run = jax.jit(lambda p, b, k, m=sampler, s=guessing: generate(m, p, b, k, s))
-        assert_same(run(params, four_prompts(), jax.random.key(9)), plain)
+    model, params, settings, plain = decoder_without(style, temperature)
+    sampler, guessing = model if cached else Rereading(model), replace(settings, speculation=speculation)
+    run = jax.jit(lambda p, b, k: generate(sampler, p, b, k, guessing))
+    assert_same(run(params, four_prompts(), jax.random.key(9)), plain)
 
 
 def test_guesses_at_int8_change_nothing_either():
@@ -264,6 +284,7 @@ def test_guesses_at_int8_change_nothing_either():
     assert_same(run(replace(settings, speculation=NGRAM)), run(settings))
 
 
+@pytest.mark.slow  # what right guesses save is counted above
 def test_heads_that_learned_to_count_save_most_calls():
     """Trained on 0 1 2 … 9 0 1 …, with the loss of the stages: nearly every guess is kept, three a call."""
     model = tiny("llama", layers=1, width=32, mtp_heads=3, mtp_coef=1.0)

@@ -18,6 +18,9 @@ PACKED = [(1, 70), (2, 1), (3, 60), (0, 69)], [(1, 3), (2, 130), (3, 67)]
 ONE = [(1, 200)], [(1, 170), (0, 30)]
 LEFT = [(0, 30), (1, 170)], [(0, 199), (1, 1)]
 SHORT = [(1, 1), (2, 6)], [(0, 2), (1, 5)]
+# Two groups in a row: a prompt and what goes on from it; the second prompt is empty, and so is a response of the first.
+FORKED = [(1, 60), (2, 3), (3, 70), (5, 1), (7, 9), (8, 40), (0, 17)], [(1, 1), (2, 99), (3, 100)]
+FROM = {2: 1, 3: 1, 4: 1, 5: 1, 7: 6, 8: 6}
 CASES = {
     "causal": (ONE, 2, {}),
     "packed": (PACKED, 2, {}),
@@ -30,6 +33,15 @@ CASES = {
     "a key head for each query": (PACKED, 4, {}),
     "one key head": (LEFT, 1, {}),
     "short": (SHORT, 2, {}),
+}
+IN_PROGRAMS = tuple(CASES)
+CASES |= {
+    "shared prompts": (FORKED, 2, {}),
+    "shared prompts, soft cap": (FORKED, 2, {"softcap": 2.0}),
+    "four rows: packed": ((*PACKED, *LEFT), 2, {}),
+    "four rows: traced window": ((*PACKED, *LEFT), 2, {"window": 9}),
+    "four rows: soft cap": ((*PACKED, *LEFT), 2, {"softcap": 2.0}),
+    "four rows: shared prompts": ((*FORKED, *FORKED), 2, {}),
 }
 HEADS, SIZE = 4, 16
 ON_GPU = jax.default_backend() == "gpu"
@@ -76,14 +88,13 @@ def by_loops(query, key, value, grad, segments, window=None, scale=None, softcap
 
 def computed(program, tensors, segments, local=True, dtype=jnp.float32, prefixes=None, **how):
     how = {"implementation": program, "prefixes": prefixes, "scoring": Scoring(**how)}
-    query, key, value, grad = (jnp.asarray(x, dtype) for x in tensors)
 
     @jax.jit
-    def value_and_gradients(segments, local):
+    def value_and_gradients(segments, local, query, key, value, grad):
         out, back = jax.vjp(lambda *qkv: attend(*qkv, segments, local, **how), query, key, value)
         return out, *back(grad)
 
-    return value_and_gradients(jnp.asarray(segments), local)
+    return value_and_gradients(jnp.asarray(segments), local, *(jnp.asarray(x, dtype) for x in tensors))
 
 
 @cache
@@ -91,11 +102,17 @@ def looped(case):
     """What goes into every program, and what the loops make of it, once for all programs."""
     runs, key_heads, how = CASES[case]
     tensors, segments = arrays(runs, key_heads)
+    how = how | ({"prefixes": prompts_of(segments)} if runs[0] is FORKED[0] else {})
     return tensors, segments, how, by_loops(*tensors, segments, **how)
 
 
+def prompts_of(segments):
+    """The segments that those of `FORKED` go on from."""
+    return np.vectorize(lambda name: FROM.get(name, name))(segments).astype(np.int32)
+
+
 # fails with a window one token too wide, a block that begins one too late, and segments that are not compared: seen
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", IN_PROGRAMS)
 @pytest.mark.parametrize("program", ["xla", "blocked", "splash"])
 def test_every_program_equals_the_loops(program, case):
     tensors, segments, how, expected = looped(case)
@@ -103,30 +120,23 @@ def test_every_program_equals_the_loops(program, case):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-5)
 
 
-# Two groups in a row: a prompt and what goes on from it; the second prompt is empty, and so is a response of the first.
-FORKED = [(1, 60), (2, 3), (3, 70), (5, 1), (7, 9), (8, 40), (0, 17)], [(1, 1), (2, 99), (3, 100)]
-FROM = {2: 1, 3: 1, 4: 1, 5: 1, 7: 6, 8: 6}
-
-
 # fails when a response sees the others of its prompt, or not its prompt, and when a prompt sees responses: seen
+@pytest.mark.parametrize("case", ["shared prompts", "shared prompts, soft cap"])
+@pytest.mark.parametrize("program", ["xla", "blocked", "splash"])
+def test_responses_see_the_prompt_that_they_share_and_not_each_other(program, case):
+    tensors, segments, how, expected = looped(case)
+    for got, wanted in zip(computed(program, tensors, segments, **how), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-5)
+
+
+@NEEDS_GPU
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize(
-    "program",
-    ["xla", "blocked", "splash", pytest.param("cudnn", marks=pytest.mark.skipif(not ON_GPU, reason="no GPU"))],
-)
-def test_responses_see_the_prompt_that_they_share_and_not_each_other(program, softcap):
-    dtype, near = (
-        (jnp.bfloat16, {"rtol": 0.02, "atol": 0.05})
-        if program == "cudnn"
-        else (jnp.float32, {"rtol": 1e-4, "atol": 2e-5})
-    )
-    tensors, segments = arrays(FORKED, 2, dtype)
-    prefixes = np.vectorize(lambda name: FROM.get(name, name))(segments).astype(np.int32)
-    how = {"prefixes": prefixes, "softcap": softcap}
-    for got, wanted in zip(
-        computed(program, tensors, segments, dtype=dtype, **how), by_loops(*tensors, segments, **how), strict=True
-    ):
-        np.testing.assert_allclose(np.asarray(got, np.float64), wanted, **near)
+def test_responses_see_the_prompt_that_they_share_in_half_precision(softcap):
+    tensors, segments = arrays(FORKED, 2, jnp.bfloat16)
+    how = {"prefixes": prompts_of(segments), "softcap": softcap}
+    got = computed("cudnn", tensors, segments, dtype=jnp.bfloat16, **how)
+    for mine, wanted in zip(got, by_loops(*tensors, segments, **how), strict=True):
+        np.testing.assert_allclose(np.asarray(mine, np.float64), wanted, rtol=0.02, atol=0.05)
 
 
 @pytest.mark.parametrize(("program", "length", "window"), [("splash", 2**15 + 1, None), ("blocked", 7, 3)])
@@ -140,7 +150,7 @@ def test_what_takes_no_shared_prompts_says_so(program, length, window):
 
 @NEEDS_GPU
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", IN_PROGRAMS)
 def test_cudnn_equals_the_loops_in_half_precision(case, dtype):
     runs, key_heads, how = CASES[case]
     tensors, segments = arrays(runs, key_heads, dtype)
@@ -154,18 +164,12 @@ def test_cudnn_equals_the_loops_in_half_precision(case, dtype):
 
 @pytest.mark.parametrize("program", ["xla", "blocked", "splash"])
 def test_layers_of_a_scan_choose_their_window_by_a_traced_bool(program):
-    tensors, segments = arrays(PACKED, 2)
-    for local, window in ((True, 9), (False, None)):
-        got = jax.jit(
-            lambda flag: attend(
-                *(jnp.asarray(x, jnp.float32) for x in tensors[:3]),
-                jnp.asarray(segments),
-                flag,
-                scoring=Scoring(window=9),
-                implementation=program,
-            )
-        )(jnp.asarray(local))
-        np.testing.assert_allclose(got, by_loops(*tensors, segments, window=window)[0], rtol=1e-4, atol=2e-5)
+    how = {"scoring": Scoring(window=9), "implementation": program}
+    run = jax.jit(lambda flag, segments, *qkv: attend(*qkv, segments, flag, **how))
+    for local, case in ((True, "window"), (False, "packed")):
+        tensors, segments, _, (wanted, *_) = looped(case)
+        got = run(jnp.asarray(local), jnp.asarray(segments), *(jnp.asarray(x, jnp.float32) for x in tensors[:3]))
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-5)
 
 
 def test_blocks_never_hold_the_scores_of_all_pairs():
@@ -211,40 +215,48 @@ ON_DEVICES = [("packed", mesh) for mesh in MESHES] + [
 ]
 
 
+# Who has which rows, heads and tokens is chosen before the program is: of the slow one, a mesh of each kind.
+OF_SPLASH = [
+    ("packed", "rows and heads"),
+    ("packed", "tokens"),
+    ("shared prompts", "a key head for two"),
+    ("traced window", "queries of a head for two, no tensor"),
+]
+
+
 # fails with places of other devices, and with key heads that are repeated in turn: seen
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
-@pytest.mark.parametrize("program", ["blocked", "splash"])
-@pytest.mark.parametrize(("kind", "mesh"), ON_DEVICES)
+@pytest.mark.parametrize(
+    ("program", "kind", "mesh"),
+    [("blocked", *case) for case in ON_DEVICES]
+    + [pytest.param("splash", *case, marks=[] if case in OF_SPLASH else pytest.mark.slow) for case in ON_DEVICES],
+)
 def test_devices_compute_their_own_rows_and_heads(program, mesh, kind):
-    tensors, segments = arrays((*FORKED, *FORKED) if kind == "shared prompts" else (*PACKED, *LEFT), 2)
-    how = {
-        "shared prompts": {"prefixes": np.vectorize(lambda name: FROM.get(name, name))(segments).astype(np.int32)},
-        "traced window": {"window": 9},
-        "soft cap": {"softcap": 2.0},
-    }.get(kind, {})
+    tensors, segments, how, expected = looped(f"four rows: {kind}")
     with laid_out_by(layout_of(make_mesh(**{"data": 1} | MESHES[mesh]))):
         got = computed(program, tensors, segments, **how)
-    for mine, wanted in zip(got, by_loops(*tensors, segments, **how), strict=True):
+    for mine, wanted in zip(got, expected, strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
 @pytest.mark.parametrize(
     ("kind", "mesh"),
-    [("packed", "tokens"), ("shared prompts", "queries of a head for two"), ("window", "queries of a head for two")],
+    [
+        ("packed", "tokens"),
+        ("shared prompts", "queries of a head for two"),
+        ("traced window", "queries of a head for two"),
+    ],
 )
 def test_what_cudnn_is_asked_on_devices_is_the_same(kind, mesh, monkeypatch):
     # fails with a window one token wider where queries are shared, and without the causal mask there: seen
     plain = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: plain(*a, **k | {"implementation": "xla"}))
     monkeypatch.setattr(attention, "cudnn_takes", lambda *_: True)
-    tensors, segments = arrays((*FORKED, *FORKED) if kind == "shared prompts" else (*PACKED, *LEFT), 2)
-    how = {"window": 9} if kind == "window" else {}
-    if kind == "shared prompts":
-        how = {"prefixes": np.vectorize(lambda name: FROM.get(name, name))(segments).astype(np.int32)}
+    tensors, segments, how, expected = looped(f"four rows: {kind}")
     with laid_out_by(layout_of(make_mesh(**{"data": 1} | MESHES[mesh]))):
         got = computed("cudnn", tensors, segments, **how)
-    for mine, wanted in zip(got, by_loops(*tensors, segments, **how), strict=True):
+    for mine, wanted in zip(got, expected, strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=2e-5)
 
 

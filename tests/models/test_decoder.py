@@ -31,6 +31,11 @@ from rlhfjax.models.rotary import rotate, turns
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 STYLES = ["gpt2", "llama-gqa", *WINDOWED, *LATER]
+# What has no layer or mask that another style lacks is slow where rows are only laid out otherwise.
+LAID_OUT = [
+    pytest.param(style, marks=[] if style in ("gpt2", "llama-gqa", "gemma3", "mixed") else pytest.mark.slow)
+    for style in STYLES
+]
 ON_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="done for CPUs alone")
 # Style, changes to it, rate of dropout. The last six have no last layer of their own.
 READERS = {
@@ -50,10 +55,13 @@ READERS = {
     "one layer": ("llama", {"layers": 1}, 0.0),
     "nine layers": ("llama", {"layers": 9}, 0.0),
 }
+ALIKE = ("window, then none", "dropout, post-norm", "nine layers")  # each is two of the others
 
 
 # fails with the columns of another row, without a sum's own half, with the window of another layer: seen
-@pytest.mark.parametrize("case", READERS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in ALIKE else []) for case in READERS]
+)
 def test_columns_read_alone_are_those_of_all(case):
     style, changes, rate = READERS[case]
     model, batch = tiny(style, **changes), token_batch(3, 8)
@@ -173,7 +181,7 @@ def test_positions_count_real_tokens():
 
 
 # fails with positions = arange, or without the segment test in the attention mask: seen
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", LAID_OUT)
 def test_padding_on_either_side_and_what_it_holds_change_nothing(style):
     model = tiny(style)
     params, document = params_of(model), random_tokens(5, seed=2)
@@ -191,7 +199,7 @@ def test_padding_on_either_side_and_what_it_holds_change_nothing(style):
 
 
 # meant to catch queries that see other segments, and positions that run on over the whole row
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", LAID_OUT)
 def test_packed_documents_equal_the_same_documents_apart(style):
     model = tiny(style)
     params, tokens = params_of(model), random_tokens(1, 9)

@@ -43,8 +43,9 @@ def numbers(model, params):
 
 @pytest.mark.parametrize(
     ("style", "precision"),
-    [(style, "full") for style in ("gpt2", "llama-gqa", "gpt_oss", "mixed", "gemma3")]
-    + [(style, "int8") for style in ("gpt2", "gpt_oss", "mixed")],
+    [("gpt2", "full"), ("gpt_oss", "full"), ("mixed", "full"), ("gpt_oss", "int8"), ("mixed", "int8")]
+    + [pytest.param(style, "full", marks=pytest.mark.slow) for style in ("llama-gqa", "gemma3")]
+    + [pytest.param("gpt2", "int8", marks=pytest.mark.slow)],
 )
 def test_they_say_the_same(style, precision, scanned):
     # fails when a layer reads another's slots or kind, a head another's keys, or a scale is left out
@@ -57,7 +58,11 @@ def test_they_say_the_same(style, precision, scanned):
         np.testing.assert_allclose(mine, theirs, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"slots": 2}, {"speculation": Speculation("ngram", 2)}])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, marks=pytest.mark.slow), {"slots": 2}, {"speculation": Speculation("ngram", 2)}],
+    ids=str,
+)
 def test_they_draw_the_same(settings, scanned):
     model = tiny("llama-gqa")
     params, uid = params_of(model), jnp.arange(4, dtype=jnp.int32)

@@ -44,6 +44,8 @@ PPO_PTX = ALGORITHMS["ppo_ptx"]
 # Language modelling is a part of the mix, with a loss of its own in the metrics and a share of every gradient; what of
 # rankings lies apart are rows and tokens.
 RANKED = ("one, 8 parts", "fsdp 8", "data 2, sequence 2, tensor 2, 4 parts")
+# Each is a part of another one, or of the whole recipe on 2 x 2 x 2 in tests/stages/test_devices.py.
+SLOW = ("fsdp 8", "data 2, fsdp 2, tensor 2", "data 2, sequence 4")
 LOSSES = {
     "language_modelling": ("loss/train",),
     "reward_modelling": ("train/rm/loss", "train/rm/accuracy"),
@@ -107,7 +109,10 @@ def reference():
 
 
 # meant to catch every part (or device) being normalised by its own count
-@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in MESHES if name != "one"],
+)
 def test_loss_and_gradient_do_not_depend_on_parts_or_mesh(mesh, reference):
     asked = ("reward_modelling", "ppo_ptx") if mesh in RANKED else ("ppo_ptx",)
     got = all_gradients(*MESHES[mesh], **{name: ALGORITHMS[name] for name in asked})

@@ -71,9 +71,8 @@ def drawn(model, mesh, sampling, samples=1, params=None):
 
 DRAWS = {
     "plain": ({}, 1),
-    "greedy": ({"temperature": 0.0}, 1),
-    "top k": ({"temperature": 0.7, "top_k": 20}, 1),
-    "likeliest": ({"top_log_probs": 2}, 1),
+    "greedy in slots": ({"temperature": 0.0, "slots": 4}, 1),
+    "likeliest of top k": ({"temperature": 0.7, "top_k": 20, "top_log_probs": 2}, 1),
     "slots": ({"slots": 4}, 1),
     "samples": ({}, 3),
     "guesses": ({"speculation": Speculation("ngram", 2)}, 1),
@@ -89,9 +88,12 @@ def on_one_device(draws):
 # How words are chosen depends on `tensor` alone, where rows lie on the mesh.
 @pytest.mark.parametrize(
     ("mesh", "draws"),
-    [("2 x 2 x 2", draws) for draws in DRAWS]
-    + [("fsdp 8", draws) for draws in ("slots", "samples")]
-    + [("sequence 4, tensor 2", draws) for draws in ("plain", "slots", "guesses")],
+    [("2 x 2 x 2", draws) for draws in ("greedy in slots", "likeliest of top k", "samples", "guesses")]
+    + [("fsdp 8", "slots"), ("sequence 4, tensor 2", "plain")]
+    + [
+        pytest.param("fsdp 8", "samples", marks=pytest.mark.slow),
+        *(pytest.param("sequence 4, tensor 2", draws, marks=pytest.mark.slow) for draws in ("slots", "guesses")),
+    ],
 )
 def test_the_tokens_are_those_of_one_device(mesh, draws):
     settings, samples = DRAWS[draws]

@@ -84,11 +84,11 @@ def built_beside(job):
     ("stage", "mesh", "settings"),
     [
         ("pretrain", ONE, []),
-        ("sft", EIGHT, ADAPTED),
+        pytest.param("sft", EIGHT, ADAPTED, marks=pytest.mark.slow),
         ("reward", EIGHT, []),
-        ("dpo", ONE, [DPO]),
+        pytest.param("dpo", ONE, [DPO], marks=pytest.mark.slow),
         ("ppo", EIGHT, []),
-        ("grpo", EIGHT, [*ADAPTED, "stages.ppo=null", GRPO]),
+        pytest.param("grpo", EIGHT, [*ADAPTED, "stages.ppo=null", GRPO], marks=pytest.mark.slow),
     ],
 )
 def test_they_are_those_of_the_run(stage, mesh, settings, config, copied, monkeypatch):

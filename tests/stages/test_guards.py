@@ -80,6 +80,7 @@ def test_training_that_blows_up_stops(copied, run):
     assert (line["status"], line["exit_code"]) == ("diverged", 4)
 
 
+@pytest.mark.faults  # that no number of a rollout does harm is in tests/training/test_update.py
 def test_a_reward_that_is_nan(copied, run):
     """All scores of an iteration: its updates are skipped, and what is noted of it is no text."""
     run_dir = copied("ppo")

@@ -1,7 +1,7 @@
 """Adapters through SFT, reward model and PPO: what is trained, what is shared, and what a checkpoint holds.
 
-`adapted` is a run with its own pretraining, on one device. `sharded` adapts what that pretraining left as
-`model.checkpoint`, on eight devices as 2 x 2 x 2.
+`sharded` adapts what a pretraining left as `model.checkpoint`, on eight devices as 2 x 2 x 2; `adapted` is a run with
+its own pretraining, on one device.
 """
 
 import json
@@ -46,18 +46,24 @@ def adapted(files, finished, command, tmp_path_factory):
     settings = recipe(files)
     settings["model"]["lora"] = LORA
     (folder / "lora.yaml").write_text(json.dumps(settings), encoding="utf-8")
-    for stage in ("tokenizer", "pretrain"):
-        shutil.copytree(finished / stage, folder / "run" / stage)
+    pretrained(finished, folder / "run")
     code, _, err = command("run", folder / "lora.yaml", "--run-dir", folder / "run")
     assert code == 0, err
     return folder / "run"
 
 
+def pretrained(finished, run_dir):
+    """A run directory with what the finished run has before its SFT."""
+    for stage in ("tokenizer", "pretrain"):
+        shutil.copytree(finished / stage, run_dir / stage)
+    return run_dir
+
+
 @pytest.fixture(scope="module")
-def sharded(files, adapted, tmp_path_factory):
+def sharded(files, finished, tmp_path_factory):
     """A run on eight devices: its directory, its configuration, its programs, and what was there when PPO sampled."""
     folder = tmp_path_factory.mktemp("sharded")
-    settings = recipe(files) | {"model": {"checkpoint": str(adapted / "pretrain"), "lora": LORA}}
+    settings = recipe(files) | {"model": {"checkpoint": str(finished / "pretrain"), "lora": LORA}}
     settings["checkpoints"]["keep"] = STEPS
     settings["stages"] |= {"pretrain": None, "evaluate": None}
     del settings["tokenizer"]
@@ -97,16 +103,16 @@ def base_leaves(tree):
 
 
 @pytest.mark.parametrize("stage", TRAINED)
-def test_the_base_stays_as_it_was_and_the_adapters_move(adapted, stage):
+def test_the_base_stays_as_it_was_and_the_adapters_move(finished, sharded, stage):
     # meant to catch a base that a later stage moves, a base of another type, and a stage that begins anew
-    base = leaves(rlhfjax.load(adapted / "pretrain").params)
-    model = rlhfjax.load(adapted / stage)
+    base = leaves(rlhfjax.load(finished / "pretrain").params)
+    model = rlhfjax.load(sharded.dir / stage)
     assert model.config.lora_alpha == LORA["alpha"]
     kept = base_leaves(model.params)
     assert kept.keys() == base.keys()
     for name in base:
         np.testing.assert_array_equal(kept[name], base[name])
-    start = leaves(split(rlhfjax.load(adapted / "sft").params)[1]) if stage != "sft" else {}
+    start = leaves(split(rlhfjax.load(sharded.dir / "sft").params)[1]) if stage != "sft" else {}
     for name, leaf in leaves(split(model.params)[1]).items():
         if "lora_" in name:
             assert np.abs(leaf).max() > 0
@@ -118,8 +124,8 @@ def test_the_base_stays_as_it_was_and_the_adapters_move(adapted, stage):
 @pytest.mark.parametrize(
     ("stage", "models"), [("sft", ["policy"]), ("reward", ["reward"]), ("ppo", ["policy", "value"])]
 )
-def test_a_checkpoint_holds_adapters_heads_and_their_moments(adapted, stage, models):
-    step = adapted / stage / "checkpoints" / str(STEPS)
+def test_a_checkpoint_holds_adapters_heads_and_their_moments(sharded, stage, models):
+    step = sharded.dir / stage / "checkpoints" / str(STEPS)
     held = saved(step)
     items = Counter(name.split("[")[0] for name in held)
     adapters, head = 2 * len(LORA["targets"]) + 2, 2
@@ -134,10 +140,10 @@ def test_a_checkpoint_holds_adapters_heads_and_their_moments(adapted, stage, mod
     assert items["average"] in (0, sizes[models[0]])
     meta = read_meta(step)
     assert meta["lora"] == LORA
-    assert (step / meta["base"]["path"]).resolve() == find_checkpoint(adapted / "pretrain").resolve()
-    facts = json.loads((adapted / stage / "complete.json").read_text(encoding="utf-8"))
+    assert (step / meta["base"]["path"]).resolve() == find_checkpoint(sharded.dir / "base").resolve()
+    facts = json.loads((sharded.dir / stage / "complete.json").read_text(encoding="utf-8"))
     if stage != "ppo":
-        whole, part = (sum(leaf.size for leaf in jax.tree.leaves(t)) for t in _whole_and_trained(adapted / stage))
+        whole, part = (sum(leaf.size for leaf in jax.tree.leaves(t)) for t in _whole_and_trained(sharded.dir / stage))
         assert (facts["parameters"], facts["trainable_parameters"]) == (whole, part)
 
 
@@ -146,6 +152,7 @@ def _whole_and_trained(stage):
     return params, split(params)[1]
 
 
+@pytest.mark.slow  # `test_devices.py` has that of the whole recipe without them
 @pytest.mark.parametrize("stage", TRAINED)
 def test_the_numbers_are_those_of_one_device(adapted, sharded, stage):
     names = {
@@ -160,11 +167,11 @@ def test_the_numbers_are_those_of_one_device(adapted, sharded, stage):
         assert {name: row[name] for name in wanted} == pytest.approx(wanted, abs=1e-4)
 
 
-def test_the_policy_starts_as_the_reference(adapted):
+def test_the_policy_starts_as_the_reference(sharded):
     # meant to catch a policy with fresh adapters beside a reference with those of SFT
-    first = rows_of(adapted / "ppo" / "metrics.jsonl")[0]
+    first, *_, last = rows_of(sharded.dir / "ppo" / "metrics.jsonl")
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
-    assert rows_of(adapted / "ppo" / "metrics.jsonl")[-1]["objective/kl"] != pytest.approx(0, abs=1e-5)
+    assert last["objective/kl"] != pytest.approx(0, abs=1e-5)
 
 
 def test_ppo_holds_the_base_once(sharded):
@@ -208,15 +215,14 @@ def test_a_run_can_be_moved_and_a_stage_alone_cannot(sharded, tmp_path):
         rlhfjax.load(tmp_path / "alone" / "sft")
 
 
-def test_adapters_may_be_chosen_anew_until_a_stage_has_trained_them(adapted, tmp_path):
-    run = load_config(str(adapted / "config.yaml"), ["model.lora.rank=4"])
+def test_adapters_may_be_chosen_anew_until_a_stage_has_trained_them(config, finished, sharded, tmp_path):
     with pytest.raises(ConfigError, match=r"another configuration: model\.lora\.rank 2 -> 4"):
-        run_recipe(run, adapted)
-    for kept in ("tokenizer", "pretrain"):
-        shutil.copytree(adapted / kept, tmp_path / kept)
-    shutil.copy(adapted / "config.yaml", tmp_path)
-    run_recipe(run, tmp_path, only="pretrain")  # is done, and has nothing to say against it
-    assert load_config(str(tmp_path / "config.yaml")) == run
+        run_recipe(load_config(str(sharded.dir / "config.yaml"), ["model.lora.rank=4"]), sharded.dir)
+    run_dir = pretrained(finished, tmp_path / "run")
+    for rank in (2, 4):
+        run = load_config(config, [f"model.lora={json.dumps(LORA | {'rank': rank})}"])
+        run_recipe(run, run_dir, only="pretrain")  # is done, and has nothing to say against it
+        assert load_config(str(run_dir / "config.yaml")) == run
 
 
 def test_adapters_refuse_another_base(sharded, tmp_path):
@@ -229,21 +235,22 @@ def test_adapters_refuse_another_base(sharded, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [None, LORA | {"rank": 3}])
-def test_a_run_may_start_from_adapters(adapted, sharded, tmp_path, lora):
+def test_a_run_may_start_from_adapters(finished, sharded, tmp_path, lora):
     """They are merged into its base; the model that it starts from is the same one."""
-    settings = sharded.run.model.model_copy(update={"checkpoint": str(adapted / "sft")})
+    settings = sharded.run.model.model_copy(update={"checkpoint": str(sharded.dir / "sft")})
     settings = type(settings).model_validate(settings.model_dump(exclude_unset=True) | {"lora": lora})
     run, mesh = sharded.run.model_copy(update={"model": settings}), make_mesh(devices=jax.devices()[:1])
-    shutil.copytree(adapted / "tokenizer", tmp_path / "tokenizer")
+    shutil.copytree(finished / "tokenizer", tmp_path / "tokenizer")
     model, params = Job(run, "sft", tmp_path, tmp_path, mesh, print, {}).policy_from("pretrain")
     tokens = random_tokens(1, 6, high=300)
-    want = rlhfjax.load(adapted / "sft")
-    assert np.abs(want.logits(tokens) - rlhfjax.load(adapted / "pretrain").logits(tokens)).max() > 1e-3
+    want = rlhfjax.load(sharded.dir / "sft")
+    assert np.abs(want.logits(tokens) - rlhfjax.load(finished / "pretrain").logits(tokens)).max() > 1e-3
     np.testing.assert_allclose(model.logits(params, tokens, jnp.ones((1, 6), bool)), want.logits(tokens), atol=1e-5)
     ranks = {leaf.shape[-1] for name, leaf in leaves(params).items() if name.endswith("lora_a")}
     assert ranks == ({3} if lora else set())
 
 
+@pytest.mark.slow  # their gradients are in tests/models/test_lora.py
 def test_of_full_rank_they_learn_what_all_weights_do():
     """Texts learnt by heart: adapters of full rank come as far as the matrices themselves, those of rank 1 do not."""
     model = tiny(width=16, heads=2)

@@ -36,6 +36,7 @@ def without_last_steps(run_dir, stage, kept):
         shutil.rmtree(run_dir / stage / "checkpoints" / str(step), ignore_errors=True)
 
 
+@pytest.mark.slow  # a run of dpo with moments and its reference there is in test_dpo.py
 def test_the_bits_are_those_of_a_run_that_keeps_all_on_the_device(config, copied, finished, command):
     run_dir = copied("sft")
     words = "stages.evaluate=null", "checkpoints.keep=9", "--run-dir", run_dir

@@ -28,6 +28,7 @@ from stages.once import once
 from stages.tiny_recipe import STAGES, STEPS
 
 SFT = pytest.param("sft", marks=pytest.mark.faults)  # what PPO keeps is more
+QUICK = ("policy", "value model", "KL coefficient")  # in every run; that the list has every array is there, too
 BEFORE = STEPS - 1  # where runs resume
 OVERRIDES = {
     "sft": ["checkpoints.keep=9", "stages.sft.select_by=last", "stages.sft.optimizer.ema_decay=0.9"],
@@ -162,7 +163,11 @@ def test_every_array_of_a_state_belongs_to_an_item(resumed, stage):
 @pytest.mark.parametrize(
     ("stage", "pattern"),
     [
-        pytest.param(stage, pattern, id=f"{stage}: {name}", marks=SFT.marks if stage == "sft" else ())
+        pytest.param(
+            *(stage, pattern),
+            id=f"{stage}: {name}",
+            marks=SFT.marks if stage == "sft" else () if name in QUICK else pytest.mark.faults,
+        )
         for stage, items in ARRAYS.items()
         for name, pattern in items.items()
     ],
@@ -212,13 +217,17 @@ def rows_from(patch, shift):
     ("stage", "mutation"),
     [
         pytest.param("ppo", partial(reads_from_the_start, kind=PromptBatch), id="place in the prompts"),
-        pytest.param("ppo", partial(reads_from_the_start, kind=TokenBatch), id="place in the documents of ptx"),
+        pytest.param(
+            *("ppo", partial(reads_from_the_start, kind=TokenBatch)),
+            id="place in the documents of ptx",
+            marks=pytest.mark.faults,
+        ),
         pytest.param(
             *("sft", partial(reads_from_the_start, kind=TokenBatch)), id="place in the demonstrations", marks=SFT.marks
         ),
         pytest.param("ppo", other_keys, id="keys of sampling and shuffling"),
         pytest.param("sft", other_keys, id="keys of dropout", marks=SFT.marks),
-        pytest.param("ppo", partial(rows_from, shift=1), id="a row twice"),
+        pytest.param("ppo", partial(rows_from, shift=1), id="a row twice", marks=pytest.mark.faults),
         pytest.param("sft", partial(rows_from, shift=-1), id="a row missing", marks=SFT.marks),
     ],
 )

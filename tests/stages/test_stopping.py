@@ -43,11 +43,11 @@ def slow(*values):
 @pytest.mark.parametrize(
     ("point", "stage", "step"),
     [
-        slow("pretrain:2", "pretrain", 2),
+        ("pretrain:2", "pretrain", 2),
         slow("sft:3", "sft", 3),
         slow("reward:1", "reward", 1),
         slow("measure:3", "sft", 3),
-        ("rollout:3", "ppo", 2),
+        slow("rollout:3", "ppo", 2),
         slow("score:2", "ppo", 1),
         slow("update:2", "ppo", 2),
         slow("save:2", "ppo", 2),
@@ -108,11 +108,11 @@ def test_sigterm_while_the_tokenizer_is_made(started, config, tmp_path):
 
 
 def test_a_second_signal_does_not_wait(started, copied, config):
-    run_dir = copied("ppo")
-    # The first comes where the loop can't end before the update; that hangs, and so nothing is saved.
-    process = started("hang@update:2", "run", config, "--run-dir", run_dir, "--only", "ppo")
-    metrics = run_dir / "ppo" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and (run_dir / "ppo" / "checkpoints" / "1").exists(), process, "the first step")
+    run_dir = copied("pretrain")
+    # The first comes where the loop can't end before the step; that hangs, and so nothing is saved.
+    process = started("hang@pretrain:2", "run", config, "--run-dir", run_dir, "--only", "pretrain")
+    stage = run_dir / "pretrain"
+    wait_for(lambda: (stage / "metrics.jsonl").exists() and (stage / "checkpoints" / "1").exists(), process, "a step")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert process.poll() is None

@@ -111,7 +111,7 @@ def train(directory, **settings):
     return steps, state, rows
 
 
-@pytest.mark.parametrize("whiten", [True, False], ids=["whitened", "plain"])
+@pytest.mark.parametrize("whiten", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["whitened", "plain"])
 def test_the_policy_becomes_the_reference_times_exp_reward_over_beta(tmp_path, whiten):
     # meant to catch a reference at temperature 1, half or twice the penalty, no EOS in the loss, and the score replaced
     # where the end is missing
