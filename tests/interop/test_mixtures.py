@@ -64,6 +64,12 @@ def test_logits(golden, side):
     np.testing.assert_allclose(got[mask], golden.theirs[f"{side}_logits"][mask], atol=1e-4, rtol=0)
 
 
+# Their routers differ in what the logits of all show.
+@pytest.mark.parametrize(
+    "golden",
+    [pytest.param(name, marks=[] if name == "mixtral" else pytest.mark.slow) for name in MODELS],
+    indirect=True,
+)
 def test_greedy_tokens(golden):
     tokens, mask, wanted = (golden.theirs[name] for name in ("tokens", "left", "greedy"))
     sampling = SamplingParams(max_new_tokens=wanted.shape[1], stop_id=-1, pad_id=0, temperature=0.0)
