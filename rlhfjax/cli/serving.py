@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -43,6 +44,9 @@ def serve(
         str | None,
         typer.Option(metavar="TOKEN", envvar="RLHFJAX_TOKEN", help="What clients give as their API key."),
     ] = None,
+    feedback: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep votes of the chat page there, as records for a recipe.")
+    ] = None,
     bounds: Bounds = Bounds(),
     moderation: Annotated[
         str | None, typer.Option(metavar="POLICY", help="A policy's YAML file, or `default`: both sides are judged.")
@@ -51,12 +55,11 @@ def serve(
     date: Date = None,
     no_verify: NoVerify = False,
 ) -> None:
-    """Serve models to OpenAI's clients: chat, completions, embeddings, scores. Needs the extra `serve`.
+    """Serve models to OpenAI's clients, and a chat page to people. Needs the extra `serve`.
 
     \b
     Examples:
-      rlhfjax serve runs/quickstart
-      rlhfjax serve runs/quickstart --moderation default
+      rlhfjax serve runs/quickstart --moderation default --feedback votes
       rlhfjax serve chat=runs/smollm2_chat sft=runs/smollm2_chat/sft reward=runs/smollm2_chat/reward --port 8080
     """
     try:
@@ -64,9 +67,11 @@ def serve(
     except ModuleNotFoundError as error:
         raise ConfigError(f"serve: expected the extra `serve`, got no {error.name}; pip install '.[serve]'") from None
     from rlhfjax.moderation import open_policy
+    from rlhfjax.serving.feedback import Feedback
     from rlhfjax.serving.limits import Limits
     from rlhfjax.serving.replacing import Replacing
 
+    votes = Feedback(feedback) if feedback else None
     named, access = running.named(checkpoints), running.access_of(host, token)
     moderator = open_policy(moderation) if moderation else None
     taken = running.listen(host, port)
@@ -77,8 +82,9 @@ def serve(
 
     models = _loaded(named, load)
     with running.opened(models, limits, say, moderator) as hall:
+        hall.feedback = votes
         shown = f"[{host}]" if ":" in host else host
-        say(f"ready: http://{shown}:{taken.getsockname()[1]}/v1 serves {', '.join(named)}")
+        say(f"ready: http://{shown}:{taken.getsockname()[1]} talks, and /v1 serves {', '.join(named)}")
         replacing = Replacing(hall, named, load, say)
         replacing.start(_EVERY)
         running.server_of(hall, access).run(sockets=[taken])

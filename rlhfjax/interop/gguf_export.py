@@ -59,7 +59,7 @@ def export_gguf(
     dtype, number = TYPES[quantize]
     words = {"general.name": target.stem, "general.file_type": number, "general.quantization_version": 2}
     words |= {LINEAGE: json.dumps(told, ensure_ascii=False)}
-    words |= {} if tokenizer is None else vocabulary_of(tokenizer, model.config.vocab_size)
+    words |= vocabulary_of(tokenizer, model.config.vocab_size) if tokenizer else {"tokenizer.ggml.model": "none"}
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from rlhfjax.serving import chat, completions, judging, moderating
+from rlhfjax.serving import chat, completions, judging, moderating, page
 from rlhfjax.serving.asking import Hall
 from rlhfjax.serving.metrics import CONTENT_TYPE, Counted, Metrics
 from rlhfjax.serving.problems import Json, Problem, of_fields, of_status
@@ -40,7 +40,7 @@ def create_app(hall: Hall, access: Access) -> FastAPI:
     app = FastAPI(title="rlhfjax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.hall, app.state.metrics = hall, Metrics(hall)
     hall.ended = app.state.metrics.ended
-    for room in (chat, completions, judging, moderating):
+    for room in (chat, completions, judging, moderating, page):
         app.include_router(room.routes)
     _add_health(app)
     _add_errors(app)

@@ -16,6 +16,7 @@ from rlhfjax.errors import RlhfjaxError
 from rlhfjax.generation import SamplingParams
 from rlhfjax.moderation import Moderator
 from rlhfjax.serving.answers import Written
+from rlhfjax.serving.feedback import Feedback
 from rlhfjax.serving.jobs import Delta, Job
 from rlhfjax.serving.limits import Limits
 from rlhfjax.serving.models import Served
@@ -40,6 +41,7 @@ class Hall:
     limits: Limits
     moderator: Moderator | None = None
     ended: Callable[[Job], None] = lambda job: None  # is told of each response that has ended
+    feedback: Feedback | None = None  # where votes are kept
 
     def served(self, name: str) -> Served:
         """The model of a name. Raises Problem where there is none."""

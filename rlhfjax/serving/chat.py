@@ -9,6 +9,7 @@ from uuid import uuid4
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from rlhfjax.api.dialogue import ANSWER, HISTORY
 from rlhfjax.api.prompts import ids_of
 from rlhfjax.serving.answers import chat_log_probs, usage
 from rlhfjax.serving.asking import (
@@ -29,6 +30,7 @@ from rlhfjax.serving.models import Served
 from rlhfjax.serving.moderating import judged_messages
 from rlhfjax.serving.problems import Json, Problem
 from rlhfjax.serving.schemas import ChatRequest
+from rlhfjax.text.chat import Message, truncate_history
 
 routes = APIRouter()
 
@@ -38,20 +40,32 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """An answer to messages, whole or as a stream of events."""
     hall: Hall = request.app.state.hall
     served = hall.served(body.model)
-    choices = await _choices(hall, served, body)
+    messages, dropped = await _kept(served, body)
+    choices = await _choices(hall, served, body, messages)
     asked = await _asked(hall, choices, body)
-    head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time()), "model": served.name}
+    head: dict[str, Any] = {"dropped": dropped} if dropped else {}
+    head |= {"id": f"chatcmpl-{uuid4().hex}", "created": int(time()), "model": served.name}
     head["system_fingerprint"] = served.fingerprint
     if body.stream:
         return event_stream(_chunks(asked, body, head), asked.cancel)
     return Json(await unless_gone(request, asked, _whole(hall, asked, body, head)))
 
 
-async def _choices(hall: Hall, served: Served, body: ChatRequest) -> Choices:
+async def _kept(served: Served, body: ChatRequest) -> tuple[list[Message], int]:
+    """The messages that the model reads, and how many older ones it does not where that was asked for."""
     served.writer  # noqa: B018  a model that writes nothing is named before anything else is looked at
+    messages: list[Message] = [message.record for message in body.messages]
+    if not body.drop_oldest or served.tokenizer is None:
+        return messages, 0
+    room = min(served.context, HISTORY)
+    answer = body.max_completion_tokens or body.max_tokens or min(ANSWER, room // 2)
+    return await in_thread(truncate_history, messages, served.tokenizer, room, answer)
+
+
+async def _choices(hall: Hall, served: Served, body: ChatRequest, messages: list[Message]) -> Choices:
     if body.top_logprobs and not body.logprobs:
         raise Problem(400, "top_logprobs: expected logprobs true with it", param="top_logprobs")
-    record: dict[str, Any] = {"messages": [message.record for message in body.messages]}
+    record: dict[str, Any] = {"messages": messages}
     if body.chat_template_kwargs:
         record["chat_template_kwargs"] = body.chat_template_kwargs
     ids = await in_thread(ids_of, served.tokenizer, served.model.config.vocab_size, "messages", record)

@@ -90,6 +90,9 @@ class ChatRequest(Drawing):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the model's chat template.")
+    drop_oldest: bool | None = Field(
+        None, description="Leave out the oldest exchanges of a long conversation; `dropped` counts their messages."
+    )
 
 
 class CompletionRequest(Drawing):

@@ -13,7 +13,8 @@ from rlhfjax.serving.limits import Limits
 from rlhfjax.serving.problems import Problem
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_OPEN = ("/healthz", "/readyz")  # what a supervisor asks, who has no token
+_OPEN = ("/", "/healthz", "/readyz")  # what a supervisor asks, who has no token, and the page, which asks for it
+_PAGE = "/page/"
 _METHODS = ("GET", "HEAD", "POST")
 
 
@@ -61,7 +62,7 @@ class Shield:
         origins = headers.getlist("origin")
         if any(origin.partition("://")[2].lower() != hosts[0].lower() for origin in origins):
             raise Problem(403, "Origin: a page of another site asks; this server answers its own pages alone")
-        if self.access.token and scope["path"] not in _OPEN:
+        if self.access.token and scope["path"] not in _OPEN and not scope["path"].startswith(_PAGE):
             self._check_token(headers.get("authorization", ""))
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
