@@ -1,5 +1,6 @@
 """Every verb: what it calls, what it prints, its exit codes, and its help. What trains or generates is replaced."""
 
+import contextlib
 import inspect
 import json
 import os
@@ -111,6 +112,19 @@ def calls(monkeypatch):
     records = Records({"prompt": f"p{i}", "text": "\x1b]0;title\x07x"} for i in range(9))
     module("data.datasets", open_source=record("open_source", records), default_data_dir=lambda: "DEFAULT")
     module("api.dialogue", Dialogue=record("dialogue", types.SimpleNamespace(system=None)))
+    hall, server = types.SimpleNamespace(), types.SimpleNamespace(run=record("serve"))
+    running = {
+        "named": dict.fromkeys,
+        "access_of": lambda *_: None,
+        "listen": lambda *_: types.SimpleNamespace(getsockname=lambda: ("", 0)),
+    }
+    running |= {"opened": lambda *_: contextlib.nullcontext(hall), "server_of": lambda *_: server}
+    module("serving.running", **running)
+    module("serving.limits", Limits=record("Limits"))
+    module("serving.replacing", Replacing=lambda *_: types.SimpleNamespace(start=lambda every: None))
+    rehearsed = {"well": True, "faults": []}
+    played = {"Wanted": record("Wanted"), "family_of": lambda run: "llama", "table": lambda result: ""}
+    module("rehearsal.playing", rehearse=record("rehearse", rehearsed), **played)
     module("runs.doctor", examine=record("examine", 0))
     module("host.environment", environment_report=record("environment_report", "python  3"))
     monkeypatch.setattr(rlhfjax, "load", record("load", Model()), raising=False)
@@ -156,7 +170,7 @@ def test_the_verbs_are_these():
     assert {" ".join(names) for names, _ in verbs()} == {
         "run", "ls", "cp", "show", "validate", "schema", "generate", "import", "export", "env", "metrics", "score",
         "data prepare", "data inspect", "launch local", "launch render", "verify", "verify-export", "reproduce",
-        "goodput", "doctor", "plan", "chat", "moderate",
+        "goodput", "doctor", "plan", "chat", "serve", "rehearse", "moderate",
     }  # fmt: skip
 
 
