@@ -163,6 +163,10 @@ def metadata_of(hf: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if name not in architectures:
         raise ConfigError(f"expected a model of {', '.join(architectures)} to write as GGUF, got {name}")
     architecture = architectures[name]
+    if architecture == "olmo2" and hf["tie_word_embeddings"]:
+        raise ConfigError(
+            "expected OLMo 2 with an unembedding of its own, without which llama.cpp opens none, got tied"
+        )
     head_dim = hf.get("head_dim") or hf.get("hidden_size", 0) // hf.get("num_attention_heads", 1)
     found = {ours: hf.get(theirs) for ours, theirs in (_WRITTEN | _WRITTEN_OF.get(architecture, {})).items()}
     if architecture in ("gptneox", "phi3"):

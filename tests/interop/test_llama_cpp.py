@@ -39,6 +39,7 @@ FAMILIES = [
     "gptneox",
     "phi3",
     "olmo2",
+    "smollm3",
 ]
 
 READER = """
@@ -47,7 +48,9 @@ import numpy as np
 from llama_cpp import Llama
 
 asked = json.load(sys.stdin)
-model = Llama(asked["path"], n_ctx=asked["context"], logits_all=True, verbose=False, n_threads=2)
+F32 = 0  # of keys and values, which are float16 by default
+settings = {"n_ctx": asked["context"], "logits_all": True, "type_k": F32, "type_v": F32, "n_threads": 2}
+model = Llama(asked["path"], verbose=False, **settings)
 answers, logits = [], []
 for prompt in asked["prompts"]:
     model.reset()
@@ -74,10 +77,14 @@ def asked_of_llama_cpp(path, prompts, context, new=NEW, texts=()):
 def small(family, tokenizer):
     sizes = {"vocab_size": tokenizer.vocab_size + 5}
     sizes |= {"n_positions": 64} if family == "gpt2" else {"max_position_embeddings": 64}
+    if family == "phi3":
+        sizes["sliding_window"] = 64  # llama.cpp has no windows for it
+    if family == "olmo2":
+        sizes["tie_word_embeddings"] = False
     return MODELS[family] | sizes
 
 
-@pytest.mark.parametrize("quantize", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("quantize", ["f32", "q8_0"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_are_the_same(family, quantize, tmp_path):
     tokenizer = load_tokenizer(TOKENIZERS / "own" / "own")
@@ -91,10 +98,21 @@ def test_greedy_answers_are_the_same(family, quantize, tmp_path):
     model = Model("policy", LanguageModel(config), params, None)
     ours = np.asarray(model.logits(jnp.asarray(prompts)))
     error = np.abs(ours - np.asarray(found["logits"])).max() / np.abs(ours).max()
-    assert error <= {"f32": 2e-3, "f16": 5e-2, "q8_0": 0.6}[quantize], error
+    # llama.cpp looks a GELU up in a table of float16, and what it multiplies with eight bits it rounds to as many.
+    table = 3e-3 if family.startswith(("gemma", "gpt")) else 1e-4
+    assert error <= {"f32": table, "q8_0": 0.6}[quantize], error
     if quantize == "f32":
         answers = model.generate(prompts, max_new_tokens=NEW, temperature=0)
-        assert [one.tokens for [one] in answers] == found["answers"]
+        for prompt, [one], theirs in zip(prompts, answers, found["answers"], strict=True):
+            if one.tokens != theirs:
+                assert gap(model, prompt, one.tokens, theirs) <= 2 * table * np.abs(ours).max()
+
+
+def gap(model, prompt, ours, theirs):
+    """How far apart our logits have the two tokens at which the answers part: as near as GELUs differ."""
+    at = next(place for place, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other)
+    row = np.asarray(model.logits(jnp.asarray([[*prompt, *ours[:at]]])))[0, -1]
+    return row[ours[at]] - row[theirs[at]]
 
 
 @pytest.mark.parametrize("name", ["own/own", "byte_level", "sentence_piece"])
