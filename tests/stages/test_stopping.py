@@ -47,7 +47,7 @@ def slow(*values):
         slow("sft:3", "sft", 3),
         slow("reward:1", "reward", 1),
         slow("measure:3", "sft", 3),
-        slow("rollout:3", "ppo", 2),
+        ("rollout:3", "ppo", 2),
         slow("score:2", "ppo", 1),
         slow("update:2", "ppo", 2),
         slow("save:2", "ppo", 2),
