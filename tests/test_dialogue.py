@@ -1,6 +1,9 @@
 """Conversations: each answer against the model asked directly, and the terminal with a script on stdin."""
 
 import json
+import os
+import signal
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from rlhfjax.api.dialogue import Dialogue
 from rlhfjax.api.model import Model
 from rlhfjax.cli import app, asking
 from rlhfjax.errors import ConfigError, DataError
+from rlhfjax.host import stopping
 from rlhfjax.moderation import Moderator, Rules, Treatment
 from rlhfjax.moderation.rules import Pattern, phrase_of
 from rlhfjax.text.chat import encode_prompt
@@ -201,3 +205,17 @@ def test_a_mistake_ends_a_script(model, monkeypatch, line, code, said):
     done = script(model, monkeypatch, [line, "the film"])
     assert done.exit_code == code
     assert said in done.output
+
+
+def press_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation_however_often():
+    # fails without `interrupts`: the second one ends the process
+    with stopping.honoured(print), stopping.interrupts():
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                press_ctrl_c()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -69,11 +69,11 @@ class Dialogue:
         """
         verdict = self._moderator and self._moderator.input(text)
         if verdict and verdict.stops:
-            return iter([verdict.filler] if verdict.filler else [])
+            return (filler for filler in [verdict.filler] if filler)
         self.messages.append({"role": "user", "content": text})
         try:
             return self._answer()
-        except (ConfigError, DataError):
+        except BaseException:
             self.messages.pop()
             raise
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from rlhfjax.cli.asking import Date, Template
 from rlhfjax.cli.checking import NoVerify
 from rlhfjax.cli.options import with_options
 from rlhfjax.errors import ConfigError, DataError, RlhfjaxError
+from rlhfjax.host import stopping
 from rlhfjax.terminal import printable, say
 
 HELP = """/system TEXT   another system message, or none
@@ -103,15 +105,16 @@ class Talk:
             import readline  # noqa: F401  (arrow keys and earlier lines)
 
             say("/help says what can be done; Ctrl-C ends an answer, Ctrl-D the conversation")
-        for text in self._typed():
-            if text == "/quit":
-                return
-            try:
-                self._do(text)
-            except RlhfjaxError as error:
-                if not self._live:
-                    raise
-                say(f"error: {error}")
+        with stopping.interrupts() if self._live else nullcontext():
+            for text in self._typed():
+                if text == "/quit":
+                    return
+                try:
+                    self._do(text)
+                except (RlhfjaxError, KeyboardInterrupt) as error:
+                    if not self._live:
+                        raise
+                    say(f"error: {error}" if isinstance(error, RlhfjaxError) else "")
 
     def _typed(self) -> Iterator[str]:
         """Messages and commands; lines that end with a backslash are joined."""
@@ -148,12 +151,12 @@ class Talk:
             say(f"(the first {self._dialogue.dropped} messages no longer fit, and the model does not read them)")
         self._dropped = self._dialogue.dropped
         try:
-            for piece in pieces:
-                sys.stdout.write(printable(piece))
-                sys.stdout.flush()
-        except KeyboardInterrupt:
-            pieces.close()
-        typer.echo("")
+            with closing(pieces):  # what was written of an answer that is left is kept
+                for piece in pieces:
+                    sys.stdout.write(printable(piece))
+                    sys.stdout.flush()
+        finally:
+            typer.echo("")
 
     def _why(self) -> None:
         for place in self._dialogue.why():

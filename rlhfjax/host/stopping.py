@@ -78,6 +78,21 @@ def held() -> Iterator[None]:
         raise stop()
 
 
+@contextmanager
+def interrupts() -> Iterator[None]:
+    """Inside, Ctrl-C is KeyboardInterrupt however often it comes, for whoever answers it and goes on."""
+    if signal.getsignal(signal.SIGINT) is not _handle:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    fd = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+        signal.signal(signal.SIGINT, _handle)
+
+
 def asked() -> bool:
     """Whether somebody wants this process to stop."""
     return _request.signal is not None

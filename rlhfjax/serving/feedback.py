@@ -1,5 +1,6 @@
 """Votes of people as records that a recipe reads: whole lines, each on the disk before it is acknowledged."""
 
+import errno
 import json
 import os
 import threading
@@ -51,7 +52,7 @@ def _append(path: Path, line: bytes) -> None:
         end = os.fstat(opened).st_size
         try:
             if os.write(opened, line) != len(line):
-                raise OSError(28, os.strerror(28), str(path))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             os.fsync(opened)
         except OSError:
             os.ftruncate(opened, end)
